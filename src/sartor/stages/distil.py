@@ -1,0 +1,223 @@
+"""Recovery: training on the grid, on own and generic text, towards the truth and the original.
+
+The network that runs is bf16 and holds the *snapped* weights; fp32 master weights live beside it. A step computes
+bf16 gradients at the snapped weights, applies them to the masters, and snaps again: the straight-through estimator
+(Bengio et al. 2013, arXiv:1308.3432) at no extra cost in the graph. Scales stay as the quantizer chose them, masters
+start at GPTQ's latent weights, so that training starts at the GPTQ solution.
+
+On the user's rows the loss is cross entropy on the text mixed with KL to the dense model; on generic rows KL alone,
+which is what keeps the model from forgetting. The best masters on validation are kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sartor.numerics.grids import Grid, snap
+from sartor.numerics.schedule import warm_then_cosine
+from sartor.stages.measure import score
+from sartor.stages.tokens import Window
+
+TOP = 100  # teacher logits kept per token
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """How to train.
+
+    Attributes:
+        seconds: wall-clock budget. rate: peak learning rate of AdamW. batch_rows: rows a step. user_share: share of user
+        rows in a batch. kl: weight of KL to the dense model on user rows (1 - kl is the weight of the text itself).
+        checks: how often validation is measured. patience: checks without gain before stopping.
+    """
+
+    seconds: float = 300.0
+    rate: float = 2e-4
+    batch_rows: int = 8
+    user_share: float = 0.75
+    kl: float = 0.0
+    checks: int = 8
+    patience: int = 3
+    decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.seconds < 0 or not 0 <= self.user_share <= 1 or not 0 <= self.kl <= 1 or self.batch_rows < 1:
+            raise ValueError(f"not a valid training: {self}")
+
+
+@dataclass
+class Latents:
+    """fp32 master weights: tensors on a grid with their scales, and free ones (norms, biases)."""
+
+    masters: dict[str, Tensor]
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
+
+    def value(self, name: str) -> Tensor:
+        """The weights as the runtime will see them."""
+        if name in self.grids:
+            return snap(self.masters[name], self.scales[name], self.grids[name])
+        return self.masters[name]
+
+    def copy(self) -> Latents:
+        return Latents({n: t.clone() for n, t in self.masters.items()}, self.scales, self.grids)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training did: the best latents, validation bits per byte over time, tokens seen, seconds."""
+
+    latents: Latents
+    curve: tuple[tuple[float, float], ...]
+    tokens: int
+    seconds: float
+
+
+@torch.no_grad()
+def put_(model: Any, latents: Latents) -> None:
+    """Write the snapped weights into the network, in place, in its own dtype."""
+    for name, p in model.named_parameters():
+        if name in latents.masters:
+            p.copy_(latents.value(name))
+
+
+@torch.no_grad()
+def teach(teacher: Any, rows: Int[Tensor, "n t"], batch: int = 8) -> tuple[Float[Tensor, "n t k"], Int[Tensor, "n t k"]]:
+    """The teacher's TOP log-probabilities and their ids at every position (fp16 and int32 to keep memory small)."""
+    values, ids = [], []
+    for part in rows.split(batch):
+        logits = teacher(input_ids=part, use_cache=False).logits.float()
+        top = torch.log_softmax(logits, -1).topk(min(TOP, logits.shape[-1]), dim=-1)
+        values.append(top.values.half())
+        ids.append(top.indices.int())
+    return torch.cat(values), torch.cat(ids)
+
+
+def kl_to_top(
+    logits: Float[Tensor, "n v"], values: Float[Tensor, "n k"], ids: Int[Tensor, "n k"]
+) -> Float[Tensor, ""]:
+    """Mean KL(teacher || student) in nats, over the teacher's top tokens and the rest as one event."""
+    log_student = torch.log_softmax(logits, -1).gather(-1, ids.long())
+    p = values.float().exp()
+    rest = (1 - p.sum(-1)).clamp_min(1e-6)
+    rest_student = (1 - log_student.exp().sum(-1)).clamp_min(1e-6)
+    kl = (p * (values.float() - log_student)).sum(-1) + rest * (rest.log() - rest_student.log())
+    return kl.mean()
+
+
+class Rows:
+    """Rows dealt in a seeded order, epoch after epoch, never twice in an epoch."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.generator, self.order = count, torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
+
+    def deal(self, n: int) -> Tensor:
+        while len(self.order) < n:
+            self.order = torch.cat([self.order, torch.randperm(self.count, generator=self.generator)])
+        dealt, self.order = self.order[:n], self.order[n:]
+        return dealt
+
+
+def distil_(
+    model: Any,
+    latents: Latents,
+    teacher: Any | None,
+    user: Int[Tensor, "n t"],
+    generic: Int[Tensor, "m t"],
+    validation: Sequence[Window],
+    config: DistilConfig,
+    seed: int = 0,
+    tell: Callable[[float, str], None] = lambda share, note: None,
+) -> Trained:
+    """Train `model` (bf16) in place for `config.seconds`; the best latents on validation come back.
+
+    Args:
+        teacher: the dense model in bf16 with the same vocabulary; None trains on the text alone.
+        user, generic: training rows. validation: windows of the user's validation documents.
+        tell: called with the share done and a note.
+    """
+    started = time.monotonic()
+    put_(model, latents)
+    named = {n: p for n, p in model.named_parameters() if n in latents.masters}
+    for p in named.values():
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [latents.masters[n] for n in named if named[n].ndim > 1], "weight_decay": config.decay},
+            {"params": [latents.masters[n] for n in named if named[n].ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=config.rate,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    own, other = Rows(len(user), seed), Rows(len(generic), seed + 1)
+    n_user = round(config.batch_rows * config.user_share)
+    best, best_bpb, bad, tokens, next_check, step = latents.copy(), score(model, validation).bits_per_byte, 0, 0, 1, 0
+    curve = [(0.0, best_bpb)]
+    while (share := (time.monotonic() - started) / max(config.seconds, 1e-9)) < 1 and bad < config.patience:
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate * warm_then_cosine(share)
+        rows = torch.cat([user[own.deal(n_user)], generic[other.deal(config.batch_rows - n_user)]])
+        loss = _backward(model, teacher, rows, n_user, config)
+        _update_(named, latents, optimizer)
+        put_(model, latents)
+        step, tokens = step + 1, tokens + rows.numel()
+        if share * config.checks >= next_check:
+            bpb = score(model, validation).bits_per_byte
+            curve.append((time.monotonic() - started, bpb))
+            bad = bad + 1 if bpb >= best_bpb else 0
+            if bpb < best_bpb:
+                best, best_bpb = latents.copy(), bpb
+            next_check = int(share * config.checks) + 1
+        tell(share, f"step {step}, loss {loss:.3f}, validation {best_bpb:.3f} bits per byte")
+    bpb = score(model, validation).bits_per_byte
+    curve.append((time.monotonic() - started, bpb))
+    if bpb < best_bpb:
+        best = latents.copy()
+    put_(model, best)
+    model.requires_grad_(False)
+    return Trained(best, tuple(curve), tokens, time.monotonic() - started)
+
+
+def _backward(model: Any, teacher: Any | None, rows: Tensor, n_user: int, config: DistilConfig) -> float:
+    """One batch, forward and backward; returns the loss."""
+    hidden = model.model(input_ids=rows, use_cache=False).last_hidden_state[:, :-1]
+    target = rows[:, 1:]
+    weight_kl = config.kl if teacher is not None else 0.0
+    parts: list[Tensor] = []
+    if n_user:
+        logits = model.lm_head(hidden[:n_user]).float().flatten(0, 1)
+        parts.append(n_user * (1 - weight_kl) * F.cross_entropy(logits, target[:n_user].flatten()))
+        if weight_kl:
+            parts.append(n_user * weight_kl * _kl(teacher, rows[:n_user], logits))
+    if n_user < len(rows):
+        logits = model.lm_head(hidden[n_user:]).float().flatten(0, 1)
+        loss = F.cross_entropy(logits, target[n_user:].flatten()) if teacher is None else _kl(teacher, rows[n_user:], logits)
+        parts.append((len(rows) - n_user) * loss)
+    loss = torch.stack(parts).sum() / len(rows)
+    loss.backward()
+    return float(loss.detach())
+
+
+def _kl(teacher: Any, rows: Tensor, logits: Tensor) -> Tensor:
+    values, ids = teach(teacher, rows)
+    return kl_to_top(logits, values[:, :-1].flatten(0, 1), ids[:, :-1].flatten(0, 1))
+
+
+def _update_(named: dict[str, Any], latents: Latents, optimizer: Any) -> None:
+    """Gradients of the running network to the masters, clipped to norm 1, and one step."""
+    for name, p in named.items():
+        latents.masters[name].grad = p.grad.float()
+        p.grad = None
+    torch.nn.utils.clip_grad_norm_([latents.masters[n] for n in named], 1.0, foreach=True)
+    optimizer.step()
+    for name in named:
+        latents.masters[name].grad = None
