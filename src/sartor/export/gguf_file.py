@@ -61,7 +61,9 @@ def _header(config: Any, a: Anatomy, tokenizer: Any, name: str) -> Any:
 def _rope_base(config: Any) -> float:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
-        raise SourceError(f"the model scales its rotary positions ({rope['rope_type']}): Sartor exports plain ones so far")
+        raise SourceError(
+            f"the model scales its rotary positions ({rope['rope_type']}): Sartor exports plain ones so far"
+        )
     return float(rope.get("rope_theta", getattr(config, "rope_theta", 10000.0)))
 
 
@@ -154,7 +156,11 @@ def parameter_shapes(a: Anatomy, family: Family) -> dict[str, tuple[int, ...]]:
 
 def gguf_name(parameter: str, family: Family) -> str:
     if not parameter.startswith("model.layers."):
-        return {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}[parameter]
+        return {
+            "model.embed_tokens.weight": "token_embd.weight",
+            "model.norm.weight": "output_norm.weight",
+            "lm_head.weight": "output.weight",
+        }[parameter]
     _, _, layer, rest = parameter.split(".", 3)
     extra = dict(family.extras).get(rest)
     if extra:
@@ -174,7 +180,15 @@ def permute_rows(w: np.ndarray, head_dim: int) -> np.ndarray:
     return np.ascontiguousarray(w.reshape(-1, 2, head_dim // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape))
 
 
-def write(path: Path, model: Any, tokenizer: Any, values: Mapping[str, Tensor], scales: Mapping[str, Tensor], grids: Mapping[str, str], name: str) -> int:
+def write(
+    path: Path,
+    model: Any,
+    tokenizer: Any,
+    values: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
+    grids: Mapping[str, str],
+    name: str,
+) -> int:
     """Write the file and return its bytes.
 
     Args:

@@ -70,7 +70,10 @@ def library() -> Any:
         "llama_get_logits": (ct.POINTER(ct.c_float), [ct.c_void_p]),
         "llama_get_memory": (ct.c_void_p, [ct.c_void_p]),
         "llama_memory_clear": (None, [ct.c_void_p, ct.c_bool]),
-        "llama_tokenize": (ct.c_int32, [ct.c_void_p, ct.c_char_p, ct.c_int32, ct.POINTER(ct.c_int32), ct.c_int32, ct.c_bool, ct.c_bool]),
+        "llama_tokenize": (
+            ct.c_int32,
+            [ct.c_void_p, ct.c_char_p, ct.c_int32, ct.POINTER(ct.c_int32), ct.c_int32, ct.c_bool, ct.c_bool],
+        ),
         "llama_token_to_piece": (ct.c_int32, [ct.c_void_p, ct.c_int32, ct.c_char_p, ct.c_int32, ct.c_int32, ct.c_bool]),
     }
     for name, (result, arguments) in signatures.items():
@@ -93,7 +96,9 @@ class Llama:
             raise SystemExit(f"llama.cpp cannot load {Path(path).name}: {' '.join(''.join(self.lines[-3:]).split())}")
         params = self.lib.llama_context_default_params()
         if any(params.words[i] != v for i, v in CONTEXT_DEFAULTS.items()):
-            raise SystemExit("this build of xllamacpp has another llama_context_params: pip install xllamacpp==2026.10.11549")
+            raise SystemExit(
+                "this build of xllamacpp has another llama_context_params: pip install xllamacpp==2026.10.11549"
+            )
         params.words[0], params.words[1] = context, context
         self.context = self.lib.llama_init_from_model(self.model, params)
         if not self.context:
@@ -199,7 +204,11 @@ def main() -> None:
     os.dup2(2, 1)  # whatever the runtime prints must not mix with the result
     started = time.perf_counter()
     longest = max([len(w) for w in job.get("windows", [])] + [len(job.get("ids", [])) + job.get("generate", 0), 512])
-    llama = Llama(job["file"], job["threads"], context=min(8192, 256 * math.ceil((longest + 1) / 256)) if job["do"] != "generate" else 2048)
+    llama = Llama(
+        job["file"],
+        job["threads"],
+        context=min(8192, 256 * math.ceil((longest + 1) / 256)) if job["do"] != "generate" else 2048,
+    )
     result = JOBS[job["do"]](llama, job)
     result["seconds"] = time.perf_counter() - started
     result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -120,11 +120,15 @@ def load_dense(folder: Path) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family_of(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
     except SourceError:
         raise
     except Exception as error:
-        raise SourceError(f"the model in '{folder.name}' cannot be opened ({type(error).__name__}: {str(error)[:160]})") from error
+        raise SourceError(
+            f"the model in '{folder.name}' cannot be opened ({type(error).__name__}: {str(error)[:160]})"
+        ) from error
     if not config.hidden_size % BLOCK == 0:
         raise SourceError(f"the model's width is {config.hidden_size}: Sartor needs a multiple of {BLOCK}")
     return model.eval(), tokenizer
@@ -200,7 +204,9 @@ def shrink_vocabulary_(model: Any, ids: Tensor, special: dict[str, Any]) -> None
 
 
 @contextmanager
-def masked(model: Any, groups: dict[int, Bool[Tensor, " g"]], channels: dict[int, Bool[Tensor, " f"]]) -> Iterator[None]:
+def masked(
+    model: Any, groups: dict[int, Bool[Tensor, " g"]], channels: dict[int, Bool[Tensor, " f"]]
+) -> Iterator[None]:
     """The model with only the kept (True) query groups and FFN channels of the named layers; undone on the way out.
 
     Args:

@@ -18,7 +18,9 @@ from torch import Tensor
 def can_trim(tokenizer: Any) -> bool:
     """Whether the tokenizer is byte-level BPE, the kind that can be trimmed without losing texts."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    return spec["model"]["type"] == "BPE" and "ByteLevel" in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
+    return spec["model"]["type"] == "BPE" and "ByteLevel" in json.dumps(
+        [spec.get("pre_tokenizer"), spec.get("decoder")]
+    )
 
 
 def count_tokens(tokenizer: Any, texts: Iterable[str]) -> Counter[int]:
@@ -97,7 +99,9 @@ def _renumber(processor: Any, new_of: dict[int, int]) -> None:
     if isinstance(processor, dict):
         for inner in processor.get("processors", []):
             _renumber(inner, new_of)
-        for special in processor.get("special_tokens", {}).values() if isinstance(processor.get("special_tokens"), dict) else []:
+        for special in (
+            processor.get("special_tokens", {}).values() if isinstance(processor.get("special_tokens"), dict) else []
+        ):
             special["ids"] = [new_of[i] for i in special["ids"]]
 
 

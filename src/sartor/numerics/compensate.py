@@ -32,7 +32,9 @@ def compensate(
     return w[:, s] + w[:, r] @ solved.T
 
 
-def lost(w: Float[Tensor, "out f"], c: Float[Tensor, "f f"], keep: Bool[Tensor, " f"], new: Float[Tensor, "out s"]) -> float:
+def lost(
+    w: Float[Tensor, "out f"], c: Float[Tensor, "f f"], keep: Bool[Tensor, " f"], new: Float[Tensor, "out s"]
+) -> float:
     """E||W z - W' z_S||^2 under C, the local damage of the cut after repair."""
     full = w.clone()
     full[:, keep] -= new

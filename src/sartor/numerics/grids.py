@@ -88,7 +88,7 @@ def tensor_bytes(grid: str, shape: tuple[int, int]) -> int:
     return out * (inn // BLOCK) * GRIDS[grid].block_bytes
 
 
-def nearest_index(x: Float[Tensor, "..."], grid: Grid) -> Int[Tensor, "..."]:
+def nearest_index(x: Float[Tensor, ...], grid: Grid) -> Int[Tensor, ...]:
     """Index of the level nearest to x, x in units of the scale. Ties go up."""
     if grid.uniform:
         return (torch.floor(x + 0.5).clamp_(grid.levels[0], grid.levels[-1]) - grid.levels[0]).to(torch.int16)

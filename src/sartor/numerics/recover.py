@@ -62,13 +62,25 @@ def recover(
     prior_held = _held_out(design.sum(1, keepdims=True), y, 1e-6, folds, seed)
     factors = _ridge_to_one(design, y, strengths[best])
     rng = np.random.default_rng(seed)
-    drawn = np.stack([_ridge_to_one(design[i], y[i], strengths[best]) for i in (rng.integers(0, len(y), len(y)) for _ in range(draws))])
+    drawn = np.stack(
+        [
+            _ridge_to_one(design[i], y[i], strengths[best])
+            for i in (rng.integers(0, len(y), len(y)) for _ in range(draws))
+        ]
+    )
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     r2, prior_r2 = _r2(held[best], y), _r2(prior_held, y)
     supported = r2 > prior_r2 and r2 > 0
     use = factors if supported else np.ones_like(factors)
     return Recovered(
-        p * use[group], p * low[group], p * high[group], r2, _rank(held[best], y), prior_r2, _rank(prior_held, y), supported
+        p * use[group],
+        p * low[group],
+        p * high[group],
+        r2,
+        _rank(held[best], y),
+        prior_r2,
+        _rank(prior_held, y),
+        supported,
     )
 
 
@@ -113,7 +125,9 @@ def partition_design(group: Int[Array, " d"], share: float, permutations: int, s
     for _ in range(permutations):
         block = np.zeros((probes, d))
         offset = rng.integers(probes)
-        for g in rng.permutation(int(group.max()) + 1):  # deal each layer's units round the probes: few of one layer in one probe
+        for g in rng.permutation(
+            int(group.max()) + 1
+        ):  # deal each layer's units round the probes: few of one layer in one probe
             units = rng.permutation(np.flatnonzero(group == g))
             block[(offset + np.arange(len(units))) % probes, units] = 1
             offset += len(units)

@@ -25,7 +25,12 @@ SITE_OF: dict[str, str] = {
     "mlp.up_proj": "mlp",
     "mlp.down_proj": "down",
 }
-READER = {"attention": "self_attn.q_proj", "output": "self_attn.o_proj", "mlp": "mlp.gate_proj", "down": "mlp.down_proj"}
+READER = {
+    "attention": "self_attn.q_proj",
+    "output": "self_attn.o_proj",
+    "mlp": "mlp.gate_proj",
+    "down": "mlp.down_proj",
+}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from sartor.stages.measure import score
 from sartor.stages.tokens import Window
 
 TOP = 100  # teacher logits kept per token
+PART = 4  # rows in one forward and backward pass: bounds the memory of activations
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ def put_(model: Any, latents: Latents) -> None:
 
 
 @torch.no_grad()
-def teach(teacher: Any, rows: Int[Tensor, "n t"], batch: int = 8) -> tuple[Float[Tensor, "n t k"], Int[Tensor, "n t k"]]:
+def teach(
+    teacher: Any, rows: Int[Tensor, "n t"], batch: int = 8
+) -> tuple[Float[Tensor, "n t k"], Int[Tensor, "n t k"]]:
     """The teacher's TOP log-probabilities and their ids at every position (fp16 and int32 to keep memory small)."""
     values, ids = [], []
     for part in rows.split(batch):
@@ -101,9 +104,7 @@ def teach(teacher: Any, rows: Int[Tensor, "n t"], batch: int = 8) -> tuple[Float
     return torch.cat(values), torch.cat(ids)
 
 
-def kl_to_top(
-    logits: Float[Tensor, "n v"], values: Float[Tensor, "n k"], ids: Int[Tensor, "n k"]
-) -> Float[Tensor, ""]:
+def kl_to_top(logits: Float[Tensor, "n v"], values: Float[Tensor, "n k"], ids: Int[Tensor, "n k"]) -> Float[Tensor, ""]:
     """Mean KL(teacher || student) in nats, over the teacher's top tokens and the rest as one event."""
     log_student = torch.log_softmax(logits, -1).gather(-1, ids.long())
     p = values.float().exp()
@@ -117,7 +118,11 @@ class Rows:
     """Rows dealt in a seeded order, epoch after epoch, never twice in an epoch."""
 
     def __init__(self, count: int, seed: int) -> None:
-        self.count, self.generator, self.order = count, torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
+        self.count, self.generator, self.order = (
+            count,
+            torch.Generator().manual_seed(seed),
+            torch.empty(0, dtype=torch.long),
+        )
 
     def deal(self, n: int) -> Tensor:
         while len(self.order) < n:
@@ -136,75 +141,85 @@ def distil_(
     config: DistilConfig,
     seed: int = 0,
     tell: Callable[[float, str], None] = lambda share, note: None,
+    keep: Callable[[Latents], None] | None = None,
 ) -> Trained:
     """Train `model` (bf16) in place for `config.seconds`; the best latents on validation come back.
 
     Args:
         teacher: the dense model in bf16 with the same vocabulary; None trains on the text alone.
         user, generic: training rows. validation: windows of the user's validation documents.
-        tell: called with the share done and a note.
+        tell: called with the share done and a note. keep: called with the latents whenever validation improves.
     """
     started = time.monotonic()
     put_(model, latents)
-    named = {n: p for n, p in model.named_parameters() if n in latents.masters}
-    for p in named.values():
-        p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [latents.masters[n] for n in named if named[n].ndim > 1], "weight_decay": config.decay},
-            {"params": [latents.masters[n] for n in named if named[n].ndim == 1], "weight_decay": 0.0},
-        ],
-        lr=config.rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    named = {n: p.requires_grad_(True) for n, p in model.named_parameters() if n in latents.masters}
+    optimizers = {n: _optimizer(latents.masters[n], config) for n in named}
     own, other = Rows(len(user), seed), Rows(len(generic), seed + 1)
     n_user = round(config.batch_rows * config.user_share)
-    best, best_bpb, bad, tokens, next_check, step = latents.copy(), score(model, validation).bits_per_byte, 0, 0, 1, 0
-    curve = [(0.0, best_bpb)]
-    while (share := (time.monotonic() - started) / max(config.seconds, 1e-9)) < 1 and bad < config.patience:
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate * warm_then_cosine(share)
+    watch = _Watch(model, latents, validation, keep)
+    tokens = steps = 0
+    while (share := (time.monotonic() - started) / max(config.seconds, 1e-9)) < 1 and watch.bad < config.patience:
         rows = torch.cat([user[own.deal(n_user)], generic[other.deal(config.batch_rows - n_user)]])
         loss = _backward(model, teacher, rows, n_user, config)
-        _update_(named, latents, optimizer)
+        _update_(named, latents, optimizers, config.rate * warm_then_cosine(share))
         put_(model, latents)
-        step, tokens = step + 1, tokens + rows.numel()
-        if share * config.checks >= next_check:
-            bpb = score(model, validation).bits_per_byte
-            curve.append((time.monotonic() - started, bpb))
-            bad = bad + 1 if bpb >= best_bpb else 0
-            if bpb < best_bpb:
-                best, best_bpb = latents.copy(), bpb
-            next_check = int(share * config.checks) + 1
-        tell(share, f"step {step}, loss {loss:.3f}, validation {best_bpb:.3f} bits per byte")
-    bpb = score(model, validation).bits_per_byte
-    curve.append((time.monotonic() - started, bpb))
-    if bpb < best_bpb:
-        best = latents.copy()
-    put_(model, best)
+        steps, tokens = steps + 1, tokens + rows.numel()
+        if share * config.checks >= len(watch.curve):
+            watch.check(time.monotonic() - started)
+        tell(share, f"step {steps}, loss {loss:.3f}, validation {watch.best_bpb:.3f} bits per byte")
+    seconds = time.monotonic() - started
+    watch.check(seconds)
+    put_(model, watch.best)
     model.requires_grad_(False)
-    return Trained(best, tuple(curve), tokens, time.monotonic() - started)
+    return Trained(watch.best, tuple(watch.curve), tokens, seconds)
+
+
+class _Watch:
+    """Validation during training: keeps the best masters and counts checks without gain."""
+
+    def __init__(
+        self, model: Any, latents: Latents, validation: Sequence[Window], keep: Callable[[Latents], None] | None
+    ) -> None:
+        self.model, self.latents, self.validation, self.keep = model, latents, validation, keep
+        self.best, self.best_bpb, self.bad = latents.copy(), score(model, validation).bits_per_byte, 0
+        self.curve = [(0.0, self.best_bpb)]
+
+    def check(self, seconds: float) -> None:
+        bpb = score(self.model, self.validation).bits_per_byte
+        self.curve.append((seconds, bpb))
+        self.bad = 0 if bpb < self.best_bpb else self.bad + 1
+        if bpb < self.best_bpb:
+            self.best_bpb = bpb
+            for name, master in self.latents.masters.items():
+                self.best.masters[name].copy_(master)
+            if self.keep:
+                self.keep(self.best)
+
+
+def _optimizer(master: Tensor, config: DistilConfig) -> torch.optim.AdamW:
+    """One optimizer a tensor, so that only one fp32 gradient exists at a time."""
+    decay = config.decay if master.ndim > 1 else 0.0
+    return torch.optim.AdamW([master], lr=config.rate, betas=(0.9, 0.98), weight_decay=decay, fused=True)
 
 
 def _backward(model: Any, teacher: Any | None, rows: Tensor, n_user: int, config: DistilConfig) -> float:
-    """One batch, forward and backward; returns the loss."""
-    hidden = model.model(input_ids=rows, use_cache=False).last_hidden_state[:, :-1]
-    target = rows[:, 1:]
-    weight_kl = config.kl if teacher is not None else 0.0
-    parts: list[Tensor] = []
-    if n_user:
-        logits = model.lm_head(hidden[:n_user]).float().flatten(0, 1)
-        parts.append(n_user * (1 - weight_kl) * F.cross_entropy(logits, target[:n_user].flatten()))
-        if weight_kl:
-            parts.append(n_user * weight_kl * _kl(teacher, rows[:n_user], logits))
-    if n_user < len(rows):
-        logits = model.lm_head(hidden[n_user:]).float().flatten(0, 1)
-        loss = F.cross_entropy(logits, target[n_user:].flatten()) if teacher is None else _kl(teacher, rows[n_user:], logits)
-        parts.append((len(rows) - n_user) * loss)
-    loss = torch.stack(parts).sum() / len(rows)
-    loss.backward()
-    return float(loss.detach())
+    """One batch in parts of PART rows, forward and backward; returns the loss."""
+    total = 0.0
+    for mine, chunk in ((True, rows[:n_user]), (False, rows[n_user:])):
+        for part in chunk.split(PART) if len(chunk) else ():
+            loss = _loss(model, teacher, part, config.kl if mine else 1.0) * (len(part) / len(rows))
+            loss.backward()
+            total += float(loss.detach())
+    return total
+
+
+def _loss(model: Any, teacher: Any | None, rows: Tensor, kl: float) -> Tensor:
+    """(1 - kl) cross entropy + kl KL(teacher || model), in nats per token; cross entropy alone without a teacher."""
+    logits = model(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    if teacher is None or kl == 0:
+        return F.cross_entropy(logits, rows[:, 1:].flatten())
+    loss = kl * _kl(teacher, rows, logits)
+    return loss if kl == 1 else loss + (1 - kl) * F.cross_entropy(logits, rows[:, 1:].flatten())
 
 
 def _kl(teacher: Any, rows: Tensor, logits: Tensor) -> Tensor:
@@ -212,12 +227,13 @@ def _kl(teacher: Any, rows: Tensor, logits: Tensor) -> Tensor:
     return kl_to_top(logits, values[:, :-1].flatten(0, 1), ids[:, :-1].flatten(0, 1))
 
 
-def _update_(named: dict[str, Any], latents: Latents, optimizer: Any) -> None:
-    """Gradients of the running network to the masters, clipped to norm 1, and one step."""
+def _update_(named: dict[str, Any], latents: Latents, optimizers: dict[str, torch.optim.AdamW], rate: float) -> None:
+    """Gradients of the running network to the masters, clipped to norm 1 over all, and one step."""
+    norm = float(torch.stack([p.grad.float().norm() for p in named.values()]).norm())
+    clip = min(1.0, 1.0 / max(norm, 1e-12))
     for name, p in named.items():
-        latents.masters[name].grad = p.grad.float()
-        p.grad = None
-    torch.nn.utils.clip_grad_norm_([latents.masters[n] for n in named], 1.0, foreach=True)
-    optimizer.step()
-    for name in named:
-        latents.masters[name].grad = None
+        master, optimizer = latents.masters[name], optimizers[name]
+        master.grad, p.grad = p.grad.float().mul_(clip), None
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        master.grad = None

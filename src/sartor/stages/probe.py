@@ -74,7 +74,9 @@ def fisher(model: Any, rows: Int[Tensor, "n t"], batch: int = 4) -> Fisher:
         for part in rows.split(batch):
             inputs = embedding(part).detach().requires_grad_(True)
             hidden = model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, :-1]
-            F.cross_entropy(model.lm_head(hidden).flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum").backward()
+            F.cross_entropy(
+                model.lm_head(hidden).flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum"
+            ).backward()
             for (layer, site), z in caught.items():
                 if z.grad is None:
                     continue
@@ -136,7 +138,11 @@ def block_effects(units: Units, scores: Fisher, moments: Moments) -> np.ndarray:
     out = []
     shrunk = {n: scores.channel[n] * obs_shrink(moments.c[n, "down"]) for n in units.order}
     for n, kind, i in zip(units.layer, units.kind, units.index, strict=True):
-        out.append(float(scores.group[n][i]) if kind == 0 else float(shrunk[n][units.order[n][i * BLOCK : (i + 1) * BLOCK]].sum()))
+        out.append(
+            float(scores.group[n][i])
+            if kind == 0
+            else float(shrunk[n][units.order[n][i * BLOCK : (i + 1) * BLOCK]].sum())
+        )
     return np.array(out)
 
 
@@ -148,7 +154,9 @@ def damage(model: Any, rows: Int[Tensor, "n t"], reference: tuple[Tensor, Tensor
         for start in range(0, len(rows), 8):
             logits = model(input_ids=rows[start : start + 8], use_cache=False).logits.float()
             part = slice(start, start + 8)
-            total += float(kl_to_top(logits.flatten(0, 1), values[part].flatten(0, 1), ids[part].flatten(0, 1))) * len(logits)
+            total += float(kl_to_top(logits.flatten(0, 1), values[part].flatten(0, 1), ids[part].flatten(0, 1))) * len(
+                logits
+            )
     return total / len(rows)
 
 
@@ -183,5 +191,7 @@ def _masks(model: Any, units: Units, removed: np.ndarray) -> tuple[dict[int, Ten
         if units.kind[u] == 0:
             groups.setdefault(n, torch.ones(a.groups[n], dtype=torch.bool))[i] = False
         else:
-            channels.setdefault(n, torch.ones(a.ffn[n], dtype=torch.bool))[units.order[n][i * BLOCK : (i + 1) * BLOCK]] = False
+            channels.setdefault(n, torch.ones(a.ffn[n], dtype=torch.bool))[
+                units.order[n][i * BLOCK : (i + 1) * BLOCK]
+            ] = False
     return groups, channels

@@ -32,7 +32,9 @@ def cut_attention_(model: Any, layer: int, keep: Sequence[int], moments: Moments
         return
     reader = linear(model, layer, "self_attn.o_proj")
     columns = query_rows(sorted(keep), a)[0].tolist() if keep else []
-    repaired = compensate(reader.weight.data.float(), moments.c[layer, "output"], _mask(columns, reader.in_features), lam)
+    repaired = compensate(
+        reader.weight.data.float(), moments.c[layer, "output"], _mask(columns, reader.in_features), lam
+    )
     shrink_attention_(model, layer, sorted(keep))
     if keep:
         _set_(model, layer, "self_attn.o_proj", repaired)

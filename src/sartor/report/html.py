@@ -1,0 +1,150 @@
+"""The report as one self-contained page: no script, no network, pictures as inline SVG."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from sartor.report import svg
+from sartor.report.text import mb, rows
+
+STYLE = """
+:root{color-scheme:light}body{font:16px/1.5 system-ui,sans-serif;color:#22303c;max-width:780px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:collapse;width:100%;font-size:.92rem}
+td,th{padding:.35rem .5rem;border-bottom:1px solid #dfe6ea;text-align:right}td:first-child,th:first-child{text-align:left}
+.lead{font-size:1.1rem}.note{color:#566875;font-size:.9rem}svg{width:100%;height:auto}.u{color:#c2410c}.g{color:#0f766e}
+"""
+
+
+def page(r: dict[str, Any]) -> str:
+    """HTML of a report."""
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Sartor report</title><style>{STYLE}</style>",
+        f"<h1>{escape(r['model']['spec'])}, fitted</h1>",
+        _lead(r),
+        _table(("", "original", "fitted", "change"), rows(r)),
+        _quality(r),
+        _layers(r),
+        _bytes(r),
+        _controls(r),
+        _course(r),
+        _method(r),
+    ]
+    return "\n".join(parts)
+
+
+def _lead(r: dict[str, Any]) -> str:
+    u, b = r["user"], r["bytes"]
+    share, change = b["artifact"] / b["original_fp16"], u["change"]
+    low, high = u["change_ci95"]
+    if high < 0:
+        verdict = f"reads your text <b>{-change:.1%} better</b> than the original"
+    elif low > 0:
+        verdict = f"reads your text <b>{change:.1%} worse</b> than the original"
+    else:
+        verdict = f"reads your text about as well as the original ({change:+.1%}, not distinguishable)"
+    return f"<p class=lead>The fitted model has {share:.1%} of the original's size, {verdict}, and generic text {r['generic']['change']:+.1%} in coding length (lower is better).</p>"
+
+
+def _table(head: tuple[str, ...], body: Any) -> str:
+    top = "".join(f"<th>{escape(h)}</th>" for h in head)
+    return (
+        f"<table><tr>{top}</tr>"
+        + "".join("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row) + "</tr>" for row in body)
+        + "</table>"
+    )
+
+
+def _quality(r: dict[str, Any]) -> str:
+    u, g = r["user"], r["generic"]
+    picture = svg.bars(
+        [
+            ("your text, original", u["dense"], tuple(u["dense_ci95"]), svg.SOFT),
+            ("your text, fitted", u["artifact"], tuple(u["ci95"]), svg.USER),
+            ("generic text, original", g["dense"], tuple(g["dense_ci95"]), svg.SOFT),
+            ("generic text, fitted", g["artifact"], tuple(g["ci95"]), svg.GENERIC),
+        ],
+        "",
+        "bits per byte with 95% intervals",
+    )
+    return (
+        f"<h2>Quality</h2><p>Bits per byte of held-out documents, measured in llama.cpp on the files themselves; whiskers are 95% bootstrap intervals over documents "
+        f"({u['documents']} of yours, {g['documents']} generic).</p>{picture}"
+    )
+
+
+def _layers(r: dict[str, Any]) -> str:
+    layers = r["layers"]
+    picture = svg.layer_map(
+        [
+            {
+                "attention_kept": x["groups_kept"] / max(1, x["groups"]),
+                "mlp_kept": x["channels_kept"] / max(1, x["channels"]),
+                "user": sum(v[0] for v in x["user"].values()),
+                "generic": sum(v[0] for v in x["generic"].values()),
+            }
+            for x in layers
+        ],
+        "layers: kept parts and effects",
+    )
+    words = [
+        (
+            str(n),
+            f"{x['groups_kept']}/{x['groups']}",
+            f"{x['channels_kept']}/{x['channels']}",
+            *(f"{x['user'][k][0]:.3f} / {x['generic'][k][0]:.3f} {x['verdict'][k]}" for k in ("attention", "mlp")),
+        )
+        for n, x in enumerate(layers)
+    ]
+    p = r["probing"]
+    worth = f"Probing predicted held-out masks with R² {p['user_r2']:.2f} (your text) and {p['generic_r2']:.2f} (generic), rank correlation {p['user_spearman']:.2f} and {p['generic_spearman']:.2f}."
+    return (
+        f"<h2>Layers</h2><p>Blue: what was kept. Below: what the removal of a layer's parts would cost on <b class=u>your</b> and on <b class=g>generic</b> text (nats per token, square-root scale). {worth} "
+        f"A layer is called personalized where the two intervals do not meet.</p>{picture}<details><summary>every layer</summary>"
+        + _table(("layer", "query groups", "channels", "attention: yours / generic", "MLP: yours / generic"), words)
+        + "</details>"
+    )
+
+
+def _bytes(r: dict[str, Any]) -> str:
+    return "<h2>Where every byte went</h2>" + svg.bars(
+        [(k, v / 1e6, None, svg.GOOD) for k, v in r["bytes"]["by_kind"].items()], "MB", "bytes by kind"
+    )
+
+
+def _controls(r: dict[str, Any]) -> str:
+    body = [
+        (
+            c["name"],
+            mb(c["bytes"]),
+            "not measured" if c["user"] is None else f"{c['user']:.3f}",
+            "" if c["generic"] is None else f"{c['generic']:.3f}",
+            c["note"],
+        )
+        for c in r["controls"]
+    ]
+    return "<h2>What else you could have picked</h2>" + _table(
+        ("control arm", "bytes", "your text", "generic text", "note"), body
+    )
+
+
+def _course(r: dict[str, Any]) -> str:
+    if len(r["recovery"]) < 2:
+        return ""
+    return "<h2>Recovery</h2>" + svg.curve(
+        [tuple(p) for p in r["recovery"]], None, "seconds of training", "bits per byte, validation", "recovery"
+    )
+
+
+def _method(r: dict[str, Any]) -> str:
+    d = r["data"]
+    dropped = ", ".join(f"{n} {why}" for why, n in d["dropped"].items()) or "nothing"
+    items = [
+        f"Data: {sum(d['documents'].values())} documents ({', '.join(f'{k} {v}' for k, v in d['documents'].items())}), {d['tokens']} tokens for training; dropped: {dropped}.",
+        f"The split is {'by time, the test set being the latest part' if d['ordered_by_time'] else 'by document'}; test documents shaped nothing.",
+        f"Parity with PyTorch: {r['parity']['mean_absolute']:.4f} nats per token on {r['parity']['tokens']} tokens (mean {r['parity']['mean_difference']:+.4f}; allowed {r['parity']['tolerance']} and {r['parity']['tolerance_mean']}).",
+        f"Times: {', '.join(f'{k} {v:.0f} s' for k, v in r['seconds'].items())}; peak memory of the job {mb(r['job_peak_rss_bytes'])}.",
+        f"Seed {r['seed']}; {', '.join(f'{k} {v}' for k, v in r['versions'].items())}; model sha256 {r['model']['sha256'][:16]}...",
+        *r["notes"],
+    ]
+    return "<h2>Fine print</h2><ul class=note>" + "".join(f"<li>{escape(i)}</li>" for i in items) + "</ul>"

@@ -1,0 +1,83 @@
+"""Small pictures as SVG text: bars with intervals, a map of layers, a curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+INK, SOFT, USER, GENERIC, GOOD = "#22303c", "#c9d3da", "#c2410c", "#0f766e", "#1d4ed8"
+
+
+def _text(x: float, y: float, s: str, anchor: str = "start", size: int = 12, fill: str = INK) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{fill}">{escape(s)}</text>'
+
+
+def _svg(width: int, height: int, body: Sequence[str], title: str) -> str:
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">{"".join(body)}</svg>'
+
+
+def bars(rows: Sequence[tuple[str, float, tuple[float, float] | None, str]], unit: str, title: str) -> str:
+    """Horizontal bars: (label, value, interval or None, colour)."""
+    top = max([hi for _, v, ci, _ in rows for hi in (v, (ci or (0, 0))[1])] + [1e-9])
+    out, left, right = [], 230, 90
+    for n, (label, value, ci, colour) in enumerate(rows):
+        y, scale = 8 + n * 26, (720 - left - right) / top
+        out += [
+            _text(left - 8, y + 14, label, "end"),
+            f'<rect x="{left}" y="{y}" width="{value * scale:.1f}" height="18" fill="{colour}" rx="2"/>',
+        ]
+        end = value
+        if ci:
+            a, b = left + ci[0] * scale, left + ci[1] * scale
+            out.append(
+                f'<path d="M{a:.1f} {y + 9}H{b:.1f}M{a:.1f} {y + 5}v8M{b:.1f} {y + 5}v8" stroke="{INK}" fill="none"/>'
+            )
+            end = max(value, ci[1])
+        out.append(
+            _text(left + end * scale + 6, y + 14, f"{value:.3f} {unit}" if value < 50 else f"{value:.0f} {unit}")
+        )
+    return _svg(720, 16 + 26 * len(rows), out, title)
+
+
+def layer_map(layers: Sequence[dict[str, float]], title: str) -> str:
+    """One column a layer: above the line what is kept (attention, MLP), below it the effect on user and generic text."""
+    width = max(12.0, 640 / max(1, len(layers)))
+    top = max([max(x["user"], x["generic"]) for x in layers] + [1e-9])
+    out = [_text(0, 40, "attention"), _text(0, 90, "MLP"), _text(0, 150, "effect")]
+    for n, layer in enumerate(layers):
+        x = 70 + n * width
+        for y, key in ((12, "attention_kept"), (62, "mlp_kept")):
+            h = 40 * layer[key]
+            out += [
+                f'<rect x="{x:.1f}" y="{y}" width="{width - 2:.1f}" height="40" fill="{SOFT}"/>',
+                f'<rect x="{x:.1f}" y="{y + 40 - h:.1f}" width="{width - 2:.1f}" height="{h:.1f}" fill="{GOOD}"/>',
+            ]
+        for k, (key, colour) in enumerate((("user", USER), ("generic", GENERIC))):
+            h = 70 * (layer[key] / top) ** 0.5
+            out.append(
+                f'<rect x="{x + k * (width - 2) / 2:.1f}" y="{190 - h:.1f}" width="{(width - 2) / 2:.1f}" height="{h:.1f}" fill="{colour}"/>'
+            )
+        if n % 5 == 0:
+            out.append(_text(x, 206, str(n), size=10))
+    return _svg(int(80 + width * len(layers)), 212, out, title)
+
+
+def curve(points: Sequence[tuple[float, float]], level: float | None, xlabel: str, ylabel: str, title: str) -> str:
+    """A line through points, and a dashed level to compare with."""
+    xs, ys = [p[0] for p in points], [p[1] for p in points] + ([level] if level is not None else [])
+    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1e-9), min(ys), max(ys)
+    pad = max(1e-9, 0.1 * (y1 - y0))
+    y0, y1 = y0 - pad, y1 + pad
+
+    def at(x: float, y: float) -> str:
+        return f"{60 + 620 * (x - x0) / (x1 - x0):.1f} {170 - 150 * (y - y0) / (y1 - y0):.1f}"
+
+    out = [
+        f'<path d="M60 20V170H690" stroke="{SOFT}" fill="none"/>',
+        f'<path d="M{"L".join(at(*p) for p in points)}" stroke="{USER}" stroke-width="2" fill="none"/>',
+    ]
+    out += [_text(54, 170 - 150 * (y - y0) / (y1 - y0) + 4, f"{y:.3f}", "end", 11) for y in (min(ys), max(ys))]
+    if level is not None:
+        out.append(f'<path d="M{at(x0, level)}L{at(x1, level)}" stroke="{INK}" stroke-dasharray="4 4" fill="none"/>')
+    out += [_text(375, 192, f"{xlabel}, up to {x1:.0f}", "middle", 11), _text(60, 12, ylabel, size=11)]
+    return _svg(720, 200, out, title)

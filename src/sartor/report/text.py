@@ -1,0 +1,101 @@
+"""The report as a table for the terminal, from the same JSON as the page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def mb(n: float | None) -> str:
+    return "-" if n is None else f"{n / 1e6:.1f} MB"
+
+
+def signed(x: float) -> str:
+    return f"{100 * x:+.1f}%"
+
+
+def rows(r: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(what, original, fitted, change): what a person wants to know first."""
+    u, g, s, b = r["user"], r["generic"], r["speed"], r["bytes"]
+    out = [
+        (
+            "size of the file",
+            mb(b["original_fp16"]),
+            mb(b["artifact"]),
+            f"{b['artifact'] / b['original_fp16']:.1%} of fp16",
+        )
+    ]
+    for name, side in (("your text", u), ("generic text", g)):
+        low, high = side["change_ci95"]
+        out.append(
+            (
+                f"bits per byte, {name}",
+                f"{side['dense']:.3f}",
+                f"{side['artifact']:.3f}",
+                f"{signed(side['change'])} [{signed(low)}, {signed(high)}]",
+            )
+        )
+    for name, key in (("generation", "generate_tokens_per_s"), ("prompt", "prompt_tokens_per_s")):
+        old, new = s[f"dense_{key}"], s[key]
+        out.append((f"{name}, tokens/s", f"{old:.0f} (Q8_0)", f"{new:.0f}", f"x{new / old:.2f}"))
+    out.append(
+        (
+            "peak memory in llama.cpp",
+            mb(s["dense_peak_rss_bytes"]) + " (Q8_0)",
+            mb(r["peak_rss_bytes"]),
+            f"x{r['peak_rss_bytes'] / s['dense_peak_rss_bytes']:.2f}",
+        )
+    )
+    out.append(
+        ("parameters", f"{r['parameters']['before'] / 1e6:.1f} M", f"{r['parameters']['after'] / 1e6:.1f} M", "")
+    )
+    out.append(("time it took", "", f"{sum(r['seconds'].values()) / 60:.1f} min", ""))
+    return out
+
+
+def table(r: dict[str, Any]) -> str:
+    """The summary as aligned text; lower bits per byte is better."""
+    body = [("", "original", "fitted", "change"), *rows(r)]
+    for control in r["controls"]:
+        if control["user"] is None:
+            body.append((control["name"], "", "not measured", control["note"].removeprefix("not measured: ")))
+        else:
+            body.append(
+                (control["name"], mb(control["bytes"]), f"{control['user']:.3f}", f"generic {control['generic']:.3f}")
+            )
+    widths = [max(len(row[i]) for row in body) for i in range(3)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3]]).rstrip()
+        for row in body
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]] + [f"note: {n}" for n in r["notes"]])
+
+
+def inspection(r: dict[str, Any]) -> str:
+    """Where every byte went and what was cut, layer by layer."""
+    total = r["bytes"]["artifact"]
+    lines = [
+        f"{r['model']['spec']}: {mb(total)} of {mb(r['bytes']['original_fp16'])} fp16; budget {mb(r['bytes']['budget'])}",
+        "",
+    ]
+    kinds = r["bytes"]["by_kind"] | {"tokenizer and header": total - sum(r["bytes"]["by_kind"].values())}
+    lines += [
+        f"  {name:24s} {size / 1e6:8.2f} MB  {100 * size / total:5.1f}%"
+        for name, size in sorted(kinds.items(), key=lambda x: -x[1])
+    ]
+    lines += [
+        "",
+        "layer  query groups  channels    attention            MLP                  (effect on your / generic text, nats per token)",
+    ]
+    for n, x in enumerate(r["layers"]):
+        cells = "  ".join(
+            f"{x['user'][k][0]:.3f}/{x['generic'][k][0]:.3f} {x['verdict'][k]:12s}"[:24] for k in ("attention", "mlp")
+        )
+        lines.append(
+            f"{n:5d}  {x['groups_kept']:5d}/{x['groups']:<6d}  {x['channels_kept']:4d}/{x['channels']:<5d}  {cells}"
+        )
+    p = r["plan"]
+    lines += [
+        "",
+        f"vocabulary {p['vocabulary']} tokens; grids {', '.join(p['grids'])}; predicted damage {p['predicted_damage']:.3f} nats per token before repair; price {p['price'] * 1e6:.4f} nats per MB",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,201 @@
+"""A compressed model on disk: safetensors, JSON and a tokenizer; nothing that can run code.
+
+FOLDER/model.safetensors   grid tensors as the very bytes of the GGUF blocks (uint8), free ones as fp32
+FOLDER/plan.json           the decision
+FOLDER/config.json         transformers' config of the original, with the trimmed vocabulary
+FOLDER/tokenizer.json ...  the trimmed tokenizer
+FOLDER/provenance.json     where the model came from, by sha256
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sartor.errors import OutputError, SourceError
+from sartor.model.network import empty_like
+from sartor.numerics.grids import GRIDS, encode
+from sartor.plan import Plan
+from sartor.stages.distil import Latents
+
+
+def claim_folder(folder: Path, resume: bool = False) -> Path:
+    """Make the output folder, or refuse one that holds something else.
+
+    Raises:
+        OutputError: the folder is not empty, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not resume:
+            half = (folder / "checkpoint").exists()
+            way = "add --resume to go on, or choose another --out" if half else "choose another --out or empty it"
+            raise OutputError(f"the folder '{folder.name}' is not empty and Sartor overwrites nothing: {way}")
+        probe = folder / ".write-test"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except (OSError, FileExistsError) as error:
+        raise OutputError(f"cannot write to '{folder}' ({type(error).__name__}): choose another --out") from error
+    return folder
+
+
+def save_weights(path: Path, latents: Latents) -> None:
+    """The artifact's exact weights; written beside and renamed, so that a crash leaves the old file."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    for name, master in latents.masters.items():
+        if name in latents.grids:
+            tensors[name] = torch.from_numpy(encode(master, latents.scales[name], latents.grids[name]))
+        else:
+            tensors[name] = master.float().contiguous()
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={"format": "sartor-1"})
+    part.replace(path)
+
+
+def save(model: Any, tokenizer: Any, latents: Latents, plan: Plan, provenance: dict[str, str], folder: Path) -> None:
+    """Write everything that `load` needs."""
+    save_weights(folder / "model.safetensors", latents)
+    (folder / "plan.json").write_text(plan.to_json())
+    (folder / "provenance.json").write_text(json.dumps(provenance, indent=1))
+    model.config.to_json_file(folder / "config.json")
+    tokenizer.save_pretrained(folder)
+
+
+def load(folder: Path) -> tuple[Any, Any, Plan]:
+    """(model in fp32, tokenizer, plan) from a folder that `save` wrote.
+
+    Raises:
+        SourceError: something is missing or does not fit together.
+    """
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoTokenizer
+
+    needed = [
+        n for n in ("plan.json", "model.safetensors", "config.json", "tokenizer.json") if not (folder / n).exists()
+    ]
+    if needed:
+        raise SourceError(f"'{folder.name}' is not a Sartor artifact: {', '.join(needed)} missing")
+    plan = Plan.from_json((folder / "plan.json").read_text())
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        raw = load_file(folder / "model.safetensors")
+    except Exception as error:
+        raise SourceError(
+            f"'{folder.name}/model.safetensors' is damaged ({type(error).__name__}): fit the model again"
+        ) from error
+    state = {}
+    for name, tensor in raw.items():
+        grid = plan.grids.get(name)
+        if grid in GRIDS:
+            state[name] = torch.from_numpy(np.array(dequantize(tensor.numpy(), GGMLQuantizationType[grid])))
+        else:
+            state[name] = tensor
+    config.vocab_size = state["model.embed_tokens.weight"].shape[0]
+    full = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    full.vocab_size = config.vocab_size
+    model = empty_like(full, [len(p.kept_groups()) for p in plan.layers], [len(p.kept_channels()) for p in plan.layers])
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    if full.tie_word_embeddings:
+        model.tie_weights()
+        missing = [n for n in missing if n != "lm_head.weight"]
+    if missing or unexpected:
+        raise SourceError(
+            f"'{folder.name}' does not fit its plan: {len(missing)} tensors missing, {len(unexpected)} unknown"
+        )
+    _rebuild_rotary_(model)
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder, trust_remote_code=False), plan
+
+
+def _rebuild_rotary_(model: Any) -> None:
+    """Rotary tables are computed, not stored; on the meta device they were never filled."""
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=model.config)
+
+
+def latents_of(folder: Path, plan: Plan) -> Latents:
+    """The artifact's weights as latents on their grids: encoding them again gives the same bytes."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+    from safetensors.torch import load_file
+
+    latents = Latents({})
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        grid = plan.grids.get(name)
+        if grid not in GRIDS:
+            latents.masters[name] = tensor
+            continue
+        raw = tensor.numpy()
+        blocks = raw.reshape(raw.shape[0], -1, GRIDS[grid].block_bytes)
+        latents.masters[name] = torch.from_numpy(np.array(dequantize(raw, GGMLQuantizationType[grid])))
+        latents.scales[name] = torch.from_numpy(
+            np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
+        )
+        latents.grids[name] = GRIDS[grid]
+    return latents
+
+
+class Checkpoint:
+    """An unfinished job on disk: what was asked, the plan, the latest latents. Cleared when the job ends."""
+
+    def __init__(self, folder: Path, job: dict[str, Any]) -> None:
+        self.folder, self._began = folder, time.monotonic()
+        folder.mkdir(exist_ok=True)
+        asked = json.dumps(job)
+        file = folder / "job.json"
+        if file.exists() and file.read_text() != asked:
+            raise OutputError(
+                "the unfinished job in this folder was asked for differently: repeat its command with --resume, or choose another --out"
+            )
+        file.write_text(asked)
+
+    def plan(self) -> Plan | None:
+        file = self.folder / "plan.json"
+        return Plan.from_json(file.read_text()) if file.exists() else None
+
+    def save_plan(self, plan: Plan) -> None:
+        (self.folder / "plan.json").write_text(plan.to_json())
+
+    def save_latents(self, latents: Latents, _: Any) -> None:
+        """Masters and scales, and how long recovery has gone on."""
+        from safetensors.torch import save_file
+
+        first = not (self.folder / "latents.safetensors").exists()
+        if first:
+            self._began = time.monotonic()
+        tensors = {n: t.contiguous() for n, t in latents.masters.items()} | {
+            f"scales:{n}": t for n, t in latents.scales.items()
+        }
+        part = self.folder / "latents.part"
+        save_file(tensors, part)
+        part.replace(self.folder / "latents.safetensors")
+        (self.folder / "elapsed.json").write_text(json.dumps(time.monotonic() - self._began))
+
+    def elapsed(self) -> float:
+        """Seconds of recovery that the saved latents have seen."""
+        file = self.folder / "elapsed.json"
+        return float(json.loads(file.read_text())) if file.exists() else 0.0
+
+    def latents(self, plan: Plan) -> Latents | None:
+        from safetensors.torch import load_file
+
+        file = self.folder / "latents.safetensors"
+        if not file.exists():
+            return None
+        raw = load_file(file)
+        masters = {n: t for n, t in raw.items() if not n.startswith("scales:")}
+        scales = {n.removeprefix("scales:"): t for n, t in raw.items() if n.startswith("scales:")}
+        return Latents(masters, scales, {n: GRIDS[plan.grids[n]] for n in scales})
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder)
