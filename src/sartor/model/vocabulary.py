@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,11 +34,11 @@ def _merges(spec: dict[str, Any]) -> list[tuple[str, str]]:
     return [tuple(m.split(" ", 1)) if isinstance(m, str) else (m[0], m[1]) for m in spec["model"]["merges"]]  # type: ignore[misc]
 
 
-def closed_order(tokenizer: Any, counts: Counter[int]) -> tuple[list[int], int]:
+def closed_order(tokenizer: Any, counts: Mapping[int, float]) -> tuple[list[int], int]:
     """Token ids such that every prefix of at least `base` ids is a closed kept set, the most useful tokens first.
 
     Args:
-        counts: how often each token occurs; ties and unseen tokens go by merge rank (early merges are common ones).
+        counts: expected use of each token, any scale; ties and unseen tokens go by merge rank (early merges are common ones).
     Returns:
         (order, base): base counts the bytes, unmergeable and added tokens that every kept set must hold.
     """
@@ -51,7 +51,7 @@ def closed_order(tokenizer: Any, counts: Counter[int]) -> tuple[list[int], int]:
     order = sorted(added | {i for i in vocab.values() if i not in parts})
     base, kept = len(order), set(order)
     rank = {token: n for n, token in enumerate(parts)}
-    for token in sorted(parts, key=lambda t: (-counts[t], rank[t])):
+    for token in sorted(parts, key=lambda t: (-counts.get(t, 0), rank[t])):
         _add_closed(token, parts, kept, order)
     return order, base
 

@@ -98,7 +98,7 @@ def _ridge_to_one(design: Float[Array, "m g"], y: Float[Array, " m"], strength: 
     """min ||y - D s||^2 + strength * mean(diag D^T D) * ||s - 1||^2 with s >= 0, by non-negative least squares."""
     weight = np.sqrt(strength * (design**2).sum() / design.shape[1])
     stacked = np.vstack([design, weight * np.eye(design.shape[1])])
-    return nnls(stacked, np.concatenate([y, np.full(design.shape[1], weight)]))[0]
+    return np.asarray(nnls(stacked, np.concatenate([y, np.full(design.shape[1], weight)]))[0])
 
 
 def _held_out(design: Array, y: Array, strength: float, folds: int, seed: int) -> Array:

@@ -63,7 +63,7 @@ def rank_vocabulary(tokenizer: Any, user: Sequence[str], generic: Counter[int]) 
     total, other, n = max(1, sum(own.values())), max(1, sum(generic.values())), len(tokenizer)
     zipf = sum(1 / (r + 100) for r in range(n))
     rate = {i: own[i] / total + 0.5 * generic[i] / other + 0.3 / (i + 100) / zipf for i in range(n)}
-    return closed_order(tokenizer, Counter(rate))  # type: ignore[arg-type]
+    return closed_order(tokenizer, rate)
 
 
 def vocabulary_damage(

