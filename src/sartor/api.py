@@ -6,7 +6,6 @@ import gc
 import importlib.metadata
 import json
 import os
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -22,6 +21,7 @@ from sartor.data.readers import read_folder
 from sartor.data.split import Corpus, split
 from sartor.errors import InputError, OutputError
 from sartor.export import gguf_file
+from sartor.export.llama_worker import peak_memory
 from sartor.job import Job, Prepared
 from sartor.model.network import Anatomy, anatomy, load_dense
 from sartor.pipeline import EFFORTS, Compressed, Tell, apply_plan, make_plan, recut
@@ -182,7 +182,7 @@ def finish(
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
         "seed": job.seed,
         "effort": job.effort,
-        "job_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "job_peak_rss_bytes": peak_memory(),
     }
     write_report(report, folder)
     return report

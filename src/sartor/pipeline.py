@@ -177,7 +177,7 @@ def _measure_choices(
     """Damage of the other ladders: vocabulary, bits of the embedding, and bits of each kind where there is room for more."""
     a = anatomy(dense)
     order, base = (
-        rank_vocabulary(tokenizer, [*texts.train, *texts.probe], counts)
+        rank_vocabulary(tokenizer, texts.train, counts)
         if can_trim(tokenizer)
         else (list(range(a.vocab)), a.vocab)
     )

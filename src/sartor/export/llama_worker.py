@@ -197,6 +197,16 @@ def _sample(logits: np.ndarray, temperature: float, top_p: float, rng: np.random
 JOBS = {"score": job_score, "tokenize": job_tokenize, "speed": job_speed, "generate": job_generate}
 
 
+def peak_memory() -> int:
+    """Peak resident bytes of this process; ru_maxrss would count its parent's pages from before the exec."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def main() -> None:
     """Read one job, print one result."""
     job = json.load(sys.stdin)
@@ -211,7 +221,7 @@ def main() -> None:
     )
     result = JOBS[job["do"]](llama, job)
     result["seconds"] = time.perf_counter() - started
-    result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result["peak_rss_bytes"] = peak_memory()
     with os.fdopen(out, "w") as f:
         json.dump(result, f)
     f.close()

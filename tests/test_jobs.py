@@ -1,0 +1,197 @@
+"""The whole job on pico models: budgets, parity in llama.cpp, round trips, resume, privacy, the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sartor
+from sartor import api, storage
+from sartor.cli import main
+from sartor.errors import BudgetError, InputError
+from sartor.export import gguf_file, llamacpp
+from sartor.model import network as net
+from sartor.numerics.grids import GRIDS, search_scales
+from sartor.stages.distil import Latents, put_
+from sartor.stages.measure import token_nats
+from sartor.stages.tokens import cut_windows, encode_windows
+from tests.conftest import make_model, texts
+
+
+def on_grid(model: Any, grid: str | None) -> Latents:
+    latents = Latents({n: p.detach().clone() for n, p in model.named_parameters()})
+    if grid:
+        for n, w in latents.masters.items():
+            if w.ndim == 2:
+                latents.grids[n], latents.scales[n] = GRIDS[grid], search_scales(w, None, GRIDS[grid])
+    return latents
+
+
+def write(path: Path, model: Any, tokenizer: Any, latents: Latents) -> int:
+    names = {n: g.name for n, g in latents.grids.items()}
+    size = gguf_file.write(path, model, tokenizer, latents.masters, latents.scales, names, "pico")
+    a = net.anatomy(model)
+    assert size == gguf_file.file_bytes(gguf_file.header_bytes(model.config, a, tokenizer, "pico"), a, model.config, names)
+    return size
+
+
+@pytest.mark.parametrize("grid", [None, *GRIDS])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_llama_cpp_computes_what_pytorch_computes(family: str, grid: str | None, tokenizer: Any, tmp_path: Path) -> None:
+    model = make_model(len(tokenizer), family, tied=family != "mistral")
+    windows = encode_windows(cut_windows(texts("cook", 2, 1)), tokenizer)
+    latents = on_grid(model, grid)
+    write(tmp_path / "m.gguf", model, tokenizer, latents)
+    put_(model, latents)
+    parity = llamacpp.parity(token_nats(model, windows), llamacpp.nats(tmp_path / "m.gguf", windows))
+    assert parity.mean_absolute < (0.002 if grid is None else 0.05)
+
+
+def test_unequal_layers_and_missing_attention_run_in_llama_cpp(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    net.shrink_attention_(model, 0, [1])
+    net.shrink_attention_(model, 1, [])
+    net.shrink_mlp_(model, 2, torch.arange(96))
+    windows = encode_windows(cut_windows(texts("cook", 2, 1)), tokenizer)
+    write(tmp_path / "m.gguf", model, tokenizer, on_grid(model, None))
+    parity = llamacpp.parity(token_nats(model, windows), llamacpp.nats(tmp_path / "m.gguf", windows))
+    assert parity.mean_absolute < 0.002
+
+
+def test_llama_cpp_tokenizes_as_we_do(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", model, tokenizer, on_grid(model, None))
+    samples = [*texts("cook", 2, 1), "Ünïcode ☃ and 123 numbers\n\n  spaces"]
+    theirs = llamacpp.run_job(tmp_path / "m.gguf", "tokenize", texts=samples)["ids"]
+    assert theirs == [tokenizer(t, add_special_tokens=False)["input_ids"] for t in samples]
+
+
+@pytest.fixture(scope="module")
+def fitted(place: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One finished job, shared by the tests that only look at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        from sartor import pipeline
+
+        small = pipeline.Effort(16, 8, 4, 20, 2, 2.0, 8_000, 8_000)
+        efforts = dict.fromkeys(pipeline.EFFORTS, small)
+        for module in ("sartor.pipeline", "sartor.api", "sartor.controls"):
+            patch.setattr(f"{module}.EFFORTS", efforts)
+        patch.setenv("SARTOR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        out = tmp_path_factory.mktemp("out") / "fitted"
+        sartor.compress(str(place["model"]), place["user"], "24%", out, generic=place["generic"])
+    return out
+
+
+def test_the_file_keeps_the_budget_and_the_report_tells_its_bytes(fitted: Path) -> None:
+    r = json.loads((fitted / "report.json").read_text())
+    size = (fitted / "model.gguf").stat().st_size
+    assert size == r["bytes"]["artifact"] <= r["bytes"]["budget"]
+    assert size > 0.9 * r["bytes"]["budget"]
+    assert {"model", "runtime", "bytes", "parameters", "user", "generic", "speed", "peak_rss_bytes", "seconds", "controls", "data", "seed", "versions"} <= set(r)
+    assert r["parameters"]["after"] < r["parameters"]["before"]
+    assert r["user"]["ci95"][0] < r["user"]["artifact"] < r["user"]["ci95"][1]
+    assert [c["name"] for c in r["controls"]][:2] == ["same bytes, generic calibration, before recovery", "same bytes, personal calibration, before recovery"]
+
+
+def test_recovery_helps_the_user_on_validation(fitted: Path) -> None:
+    curve = json.loads((fitted / "report.json").read_text())["recovery"]
+    assert min(b for _, b in curve) < curve[0][1]
+
+
+def test_what_is_saved_comes_back_and_exports_to_the_same_bytes(fitted: Path, tmp_path: Path) -> None:
+    model, tokenizer, plan = sartor.load(fitted)
+    windows = encode_windows(cut_windows(texts("cook", 3, 77)), tokenizer)
+    assert llamacpp.parity(token_nats(model, windows), llamacpp.nats(fitted / "model.gguf", windows)).mean_absolute < 0.05
+    again = sartor.export(fitted, "gguf", tmp_path / "again")
+    assert again.read_bytes() == (fitted / "model.gguf").read_bytes()
+    assert sartor.Plan.from_json(plan.to_json()) == plan
+
+
+def test_no_name_or_text_of_the_user_leaves(fitted: Path, place: dict[str, Path]) -> None:
+    line = (place["user"] / "secret-name-0.txt").read_text()[:60].encode()
+    for file in fitted.rglob("*"):
+        if file.is_file():
+            raw = file.read_bytes()
+            for marker in (b"secret-name", line, str(place["user"]).encode()):
+                assert marker not in raw, file.name
+
+
+def test_the_report_is_one_page_without_network(fitted: Path) -> None:
+    page = (fitted / "report.html").read_text()
+    assert page.count("<svg") >= 4
+    assert "src=" not in page
+    assert "href=" not in page
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "<script" not in page
+
+
+def test_the_commands_speak_json_and_text(fitted: Path, place: dict[str, Path], capsys: pytest.CaptureFixture[str], tiny: None) -> None:
+    assert main(["inspect", str(fitted)]) == 0
+    assert "vocabulary" in capsys.readouterr().out
+    assert main(["run", str(fitted), "butter and", "--tokens", "8", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.startswith("butter and")
+    assert main(["eval", str(fitted), "--data", str(place["user"]), "--generic", str(place["generic"]), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["user"]["artifact"] == pytest.approx(json.loads((fitted / "report.json").read_text())["user"]["artifact"], rel=1e-3)
+    assert main(["doctor"]) == 0
+    assert "xllamacpp" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["quantize", "recover"])
+def test_an_interrupted_job_resumes(stage: str, place: dict[str, Path], tmp_path: Path, tiny: None) -> None:
+    def stop(now: str, share: float, note: str) -> None:
+        if now == stage and share > 0.3:
+            raise KeyboardInterrupt
+
+    ask = (str(place["model"]), place["user"], "24%", tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        sartor.compress(*ask, generic=place["generic"], controls="none", tell=stop)
+    assert (tmp_path / "out" / "checkpoint" / "plan.json").exists()
+    plan = (tmp_path / "out" / "checkpoint" / "plan.json").read_text()
+    seen: list[str] = []
+    sartor.compress(*ask, generic=place["generic"], controls="none", resume=True, tell=lambda s, f, n: seen.append(s))
+    assert "probe" not in seen
+    assert (tmp_path / "out" / "plan.json").read_text() == plan
+    assert not (tmp_path / "out" / "checkpoint").exists()
+    assert (tmp_path / "out" / "model.gguf").stat().st_size <= json.loads(plan)["budget_bytes"]
+
+
+def test_equal_seeds_give_equal_plans_and_more_room_less_damage(place: dict[str, Path], tiny: None) -> None:
+    def plan(size: str) -> sartor.Plan:
+        job = api.Job(str(place["model"]), str(place["user"]), size, generic=str(place["generic"]))
+        p = api.Prepared(job, lambda *a: None)
+        return sartor.make_plan(p.model, p.tokenizer, p.texts, p.budget_bytes, p.bytes_of, p.source.sha256)
+
+    a, b, roomy, rich = plan("24%"), plan("24%"), plan("27%"), plan("45%")
+    assert a.to_json() == b.to_json()
+    assert a.predicted_bytes <= a.budget_bytes
+    assert a.predicted_damage >= roomy.predicted_damage >= rich.predicted_damage
+    assert {"Q5_0", "Q8_0"} & set(rich.grids.values())
+
+
+def test_what_cannot_be_reached_names_the_nearest(place: dict[str, Path], tiny: None, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError) as e:
+        sartor.compress(str(place["model"]), place["user"], "6%", generic=place["generic"])
+    assert e.value.nearest
+    assert f"{e.value.nearest:,}" in str(e.value)
+    with pytest.raises(InputError, match="gguf"):
+        sartor.compress(str(place["model"]), place["user"], "25%", to="floppy", generic=place["generic"])
+
+
+def test_mistakes_at_the_command_line_are_one_line(tmp_path: Path, place: dict[str, Path]) -> None:
+    command = [sys.executable, "-m", "sartor.cli", "compress", str(place["model"]), "--data", str(place["user"]), "--size", "64", "--out", str(tmp_path / "o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "sartor: the size '64' has no unit (did you mean 64MB or 64%?): write 25%, 67MB or 64MiB"
+    assert done.stdout == ""
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_damaged_artifact_is_refused(fitted: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text((fitted / "plan.json").read_text())
+    with pytest.raises(sartor.api.InputError, match=r"model\.safetensors"):  # type: ignore[attr-defined]
+        storage.load(tmp_path)

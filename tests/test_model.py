@@ -1,0 +1,114 @@
+"""Laws of networks and tokenizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sartor.model import network as net
+from sartor.model.vocabulary import closed_order, count_tokens, trim_tokenizer
+from sartor.stages.calibrate import second_moments
+from sartor.stages.prune import cut_attention_, cut_mlp_
+from sartor.stages.tokens import cut_windows, encode_windows
+from tests.conftest import make_model, texts
+
+IDS = torch.randint(0, 400, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_shrinking_equals_masking(family: str, tokenizer: Any) -> None:
+    model = make_model(len(tokenizer), family)
+    channels = torch.arange(256) % 3 != 0
+    with net.masked(model, {1: torch.tensor([False, True])}, {0: channels}), torch.no_grad():
+        expected = model(IDS).logits
+    small = net.clone(model)
+    net.shrink_attention_(small, 1, [1])
+    net.shrink_mlp_(small, 0, channels.nonzero().flatten())
+    with torch.no_grad():
+        assert torch.allclose(small(IDS).logits, expected, atol=1e-5)
+    assert net.anatomy(small).groups == (2, 1, 2)
+    assert net.anatomy(model).groups == (2, 2, 2)
+
+
+def test_whole_sublayers_can_go(model: Any) -> None:
+    with net.masked(model, {1: torch.zeros(2, dtype=torch.bool)}, {2: torch.zeros(256, dtype=torch.bool)}), torch.no_grad():
+        expected = model(IDS).logits
+    net.shrink_attention_(model, 1, [])
+    net.shrink_mlp_(model, 2, torch.tensor([], dtype=torch.long))
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, expected, atol=1e-5)
+
+
+def test_masking_leaves_nothing_behind_even_on_error(model: Any) -> None:
+    with torch.no_grad():
+        before = model(IDS).logits
+    with pytest.raises(RuntimeError, match="inside"), net.masked(model, {0: torch.tensor([True, False])}, {}):
+        raise RuntimeError("inside")
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, before)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_keeping_everything_changes_nothing(model: Any, tokenizer: Any) -> None:
+    moments = second_moments(model, IDS)
+    same = net.clone(model)
+    cut_mlp_(same, 0, list(range(256)), moments, 0.3)
+    cut_attention_(same, 0, [0, 1], moments, 0.3)
+    with torch.no_grad():
+        assert torch.equal(same(IDS).logits, model(IDS).logits)
+
+
+def test_repair_beats_slicing_on_the_layer_it_repairs(model: Any) -> None:
+    ids = torch.randint(0, 400, (8, 64), generator=torch.Generator().manual_seed(1))
+    moments = second_moments(model, ids)
+    with torch.no_grad():
+        expected = model.model(ids).last_hidden_state
+        errors = []
+        for lam in (0.1, float("inf")):
+            cut = net.clone(model)
+            cut_mlp_(cut, 2, list(range(128)), moments, lam)
+            errors.append(float(((cut.model(ids).last_hidden_state - expected) ** 2).sum()))
+    assert errors[0] < errors[1]
+
+
+def test_kept_vocabularies_are_closed_at_every_size(tokenizer: Any) -> None:
+    counts = count_tokens(tokenizer, texts("cook", 20, 9))
+    order, base = closed_order(tokenizer, counts)
+    assert sorted(order) == sorted(set(tokenizer.get_vocab().values()))
+    for size in (base, base + 17, 400):
+        smaller, ids = trim_tokenizer(tokenizer, order[:size])
+        assert len(smaller) == size == len(ids)
+        for text in ("butter and the harbour", "ünïcödé ☃ 漢字 \x00\x7f", bytes(range(256)).decode("latin-1")):
+            assert smaller.decode(smaller(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_the_whole_vocabulary_is_the_identity(tokenizer: Any) -> None:
+    same, ids = trim_tokenizer(tokenizer, list(range(len(tokenizer))))
+    text = texts("sail", 1, 11)[0]
+    assert same(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert ids.tolist() == list(range(len(tokenizer)))
+
+
+def test_used_tokens_survive_trimming(tokenizer: Any) -> None:
+    own = texts("cook", 20, 9)
+    counts = count_tokens(tokenizer, own)
+    order, base = closed_order(tokenizer, counts)
+    needed = max(order.index(i) for i in counts) + 1
+    smaller, _ = trim_tokenizer(tokenizer, order[: max(base, needed)])
+    assert [len(smaller(t)["input_ids"]) for t in own] == [len(tokenizer(t)["input_ids"]) for t in own]
+
+
+def test_windows_hold_the_same_text_for_every_tokenizer(tokenizer: Any) -> None:
+    own = [*texts("cook", 5, 12), "short", "word " * 900]
+    windows = cut_windows(own)
+    joined: dict[int, str] = {}
+    for w in windows:
+        assert sum(len(t) for _, t in w) <= 1024
+        for d, t in w:
+            joined[d] = joined.get(d, "") + t
+    assert [joined[i] for i in range(len(own))] == own
+    smaller, _ = trim_tokenizer(tokenizer, closed_order(tokenizer, count_tokens(tokenizer, own))[0][:300])
+    for a, b in zip(encode_windows(windows, tokenizer), encode_windows(windows, smaller), strict=True):
+        assert [p.size for p in a.pieces] == [p.size for p in b.pieces]

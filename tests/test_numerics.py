@@ -1,0 +1,162 @@
+"""Laws of the numerics: grids, error feedback, repair, allocation, recovery, schedules."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from sartor.numerics.allocate import Ladder, allocate
+from sartor.numerics.compensate import compensate, lost, obs_shrink
+from sartor.numerics.gptq import gptq
+from sartor.numerics.grids import GRIDS, encode, nearest_index, search_scales, snap, tensor_bytes
+from sartor.numerics.metrics import Score, interval
+from sartor.numerics.recover import partition_design, recover
+from sartor.numerics.schedule import cubic, progress
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moments(n: int, tokens: int = 400) -> torch.Tensor:
+    z = random(tokens, n, seed=7) @ random(n, n, seed=8)
+    z[:, 3] *= 40  # massive activation
+    return z.T @ z / tokens
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_what_the_file_holds_is_what_snap_gives(name: str) -> None:
+    w = random(6, 64)
+    scales = search_scales(w, None, GRIDS[name])
+    data = encode(w, scales, GRIDS[name])
+    assert data.nbytes == tensor_bytes(name, (6, 64))
+    read = torch.from_numpy(np.array(dequantize(data, GGMLQuantizationType[name])))
+    assert torch.equal(read, snap(w, scales, GRIDS[name]))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_snapping_takes_the_nearest_level_and_is_idempotent(name: str) -> None:
+    grid = GRIDS[name]
+    x = torch.linspace(grid.levels[0] - 1, grid.levels[-1] + 1, 4001)
+    levels = torch.tensor(grid.levels, dtype=torch.float32)
+    best = (x[:, None] - levels).abs().min(1).values
+    assert torch.allclose((x - levels[nearest_index(x, grid).long()]).abs(), best, atol=1e-5)
+    w = random(4, 64)
+    scales = search_scales(w, None, grid)
+    once = snap(w, scales, grid)
+    assert torch.equal(snap(once, scales, grid), once)
+
+
+def test_more_bits_never_hurt() -> None:
+    w = random(16, 128)
+    errors = [float(((snap(w, search_scales(w, None, GRIDS[n]), GRIDS[n]) - w) ** 2).sum()) for n in ("IQ4_NL", "Q5_0", "Q8_0")]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_error_feedback_beats_rounding_under_its_moments() -> None:
+    w, c, grid = random(24, 64), moments(64), GRIDS["IQ4_NL"]
+    q = gptq(w, c, grid)
+    plain = snap(w, search_scales(w, c.diagonal(), grid), grid)
+
+    def damage(v: torch.Tensor) -> float:
+        return float(((v - w) @ c * (v - w)).sum())
+
+    assert damage(snap(q.latent, q.scales, grid)) < 0.8 * damage(plain)
+
+
+def test_error_feedback_survives_singular_moments() -> None:
+    z = random(3, 64)
+    q = gptq(random(8, 64), z.T @ z, GRIDS["Q4_0"])
+    assert torch.isfinite(q.latent).all()
+    assert torch.isfinite(q.scales).all()
+
+
+def test_what_others_explain_can_go_without_loss() -> None:
+    z = random(500, 8)
+    z = torch.cat([z, z[:, :2] @ random(2, 2, seed=3)], 1)
+    c, w = z.T @ z / 500, random(5, 10)
+    keep = torch.tensor([True] * 8 + [False] * 2)
+    new = compensate(w, c, keep, 1e-6)
+    assert lost(w, c, keep, new) < 1e-4 * lost(w, c, keep, w[:, :8])
+    assert float(obs_shrink(c, 1e-4)[8]) < 0.05
+
+
+def test_endless_damping_is_plain_slicing_and_damped_repair_is_never_worse_here() -> None:
+    w, c = random(12, 32), moments(32)
+    keep = torch.arange(32) % 4 != 1
+    sliced = compensate(w, c, keep, float("inf"))
+    assert torch.equal(sliced, w[:, keep])
+    for lam in (0.1, 0.3, 1.0):
+        assert lost(w, c, keep, compensate(w, c, keep, lam)) <= lost(w, c, keep, sliced)
+
+
+def test_allocation_is_the_optimum_on_convex_ladders() -> None:
+    rng = np.random.default_rng(0)
+    ladders = [
+        Ladder(f"l{n}", (0, *np.cumsum(rng.integers(3, 9, 4)).tolist()), (0.0, *np.cumsum(np.sort(rng.random(4)) * 9).tolist())) for n in range(3)
+    ]
+    for need in (5, 20, 35):
+        got = allocate(ladders, need)
+        assert got.saved >= need
+        options = [(sum(x.damage[i] for x, i in zip(ladders, steps, strict=True)), steps) for steps in itertools.product(range(5), repeat=3) if sum(x.saved[i] for x, i in zip(ladders, steps, strict=True)) >= got.saved]
+        assert got.damage <= min(options)[0] + 1e-9  # no other way saves as much for less
+
+
+def test_saving_more_never_costs_less() -> None:
+    rng = np.random.default_rng(1)
+    ladders = [Ladder(f"l{n}", (0, *np.cumsum(rng.integers(1, 9, 6)).tolist()), (0.0, *np.cumsum(rng.random(6)).tolist())) for n in range(4)]
+    damages = [allocate(ladders, need).damage for need in range(0, 90, 5)]
+    assert damages == sorted(damages)
+
+
+def test_planted_layer_factors_are_recovered_and_worth_is_told() -> None:
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(10), 12)
+    prior = rng.random(120) + 0.2
+    truth = prior * np.exp(rng.normal(0, 1, 10))[group]
+    design = partition_design(group, 0.05, 5, 0)
+    y = design @ truth * (1 + 0.03 * rng.normal(size=len(design)))
+    found = recover(design, y, prior, group)
+    assert found.supported
+    assert found.r2 > 0.9 > found.prior_r2
+    assert np.corrcoef(found.effects, truth)[0, 1] > 0.98
+    assert ((found.low <= truth * 1.1) & (truth * 0.9 <= found.high)).mean() > 0.8
+
+
+def test_noise_is_not_sold_as_recovery() -> None:
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(10), 12)
+    prior = rng.random(120) + 0.2
+    design = partition_design(group, 0.05, 2, 0)
+    found = recover(design, design @ prior * (1 + rng.normal(size=len(design))), prior, group)
+    assert not found.supported or found.r2 < 0.5
+
+
+def test_every_unit_is_off_exactly_once_a_permutation() -> None:
+    design = partition_design(np.repeat(np.arange(7), 9), 0.1, 3, 0)
+    assert (design.sum(0) == 3).all()
+    assert design.shape[0] == 30
+
+
+@pytest.mark.parametrize("schedule", [progress, cubic])
+def test_schedules_run_from_zero_to_one_and_never_fall(schedule: object) -> None:
+    values = [schedule(s, 20) for s in range(20)]  # type: ignore[operator]
+    assert values[0] == 0
+    assert values[-1] == 1
+    assert values == sorted(values)
+
+
+def test_the_interval_holds_the_value_and_pairing_narrows_it() -> None:
+    rng = np.random.default_rng(0)
+    size = rng.integers(100, 900, 60)
+    dense = size * rng.uniform(0.5, 1.5, 60)
+    a, b = Score(tuple(dense), tuple(size)), Score(tuple(dense * rng.uniform(0.93, 0.97, 60)), tuple(size))
+    low, high = interval(a)
+    assert low < a.bits_per_byte < high
+    low, high = interval(b, a)
+    assert -0.06 < low < b.bits_per_byte / a.bits_per_byte - 1 < high < -0.04
