@@ -17,10 +17,60 @@ import torch
 from sartor import pipeline
 
 WORDS = {
-    "cook": "butter onion simmer garlic stir pan roast salt lemon thyme oven dough whisk taste plate".split(),
-    "sail": "wind harbour mast rope tide anchor storm sail deck keel north wave captain shore chart".split(),
+    "cook": [
+        "butter",
+        "onion",
+        "simmer",
+        "garlic",
+        "stir",
+        "pan",
+        "roast",
+        "salt",
+        "lemon",
+        "thyme",
+        "oven",
+        "dough",
+        "whisk",
+        "taste",
+        "plate",
+    ],
+    "sail": [
+        "wind",
+        "harbour",
+        "mast",
+        "rope",
+        "tide",
+        "anchor",
+        "storm",
+        "sail",
+        "deck",
+        "keel",
+        "north",
+        "wave",
+        "captain",
+        "shore",
+        "chart",
+    ],
 }
-COMMON = "the a and then we with of to in it was is very under over before after".split()
+COMMON = [
+    "the",
+    "a",
+    "and",
+    "then",
+    "we",
+    "with",
+    "of",
+    "to",
+    "in",
+    "it",
+    "was",
+    "is",
+    "very",
+    "under",
+    "over",
+    "before",
+    "after",
+]
 
 
 def texts(topic: str, documents: int, seed: int) -> list[str]:
@@ -40,7 +90,12 @@ def make_tokenizer() -> Any:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     raw.train_from_iterator(texts("cook", 60, 1) + texts("sail", 60, 2), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 

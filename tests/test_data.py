@@ -27,13 +27,50 @@ def read_one(tmp_path: Path, name: str, content: str | bytes) -> list[str]:
 
 
 CHATS: dict[str, tuple[str, str]] = {
-    "chatgpt": ("conversations.json", json.dumps([{"create_time": 1.0, "mapping": {"a": {"message": {"author": {"role": "user"}, "create_time": 1, "content": {"parts": ["hello there"]}}}, "b": {"message": None}}}])),
-    "telegram": ("result.json", json.dumps({"name": "x", "messages": [{"type": "message", "date": "2024-01-02T10:00:00", "from": "Ann", "text": ["hello ", {"type": "bold", "text": "there"}]}]})),
+    "chatgpt": (
+        "conversations.json",
+        json.dumps(
+            [
+                {
+                    "create_time": 1.0,
+                    "mapping": {
+                        "a": {
+                            "message": {
+                                "author": {"role": "user"},
+                                "create_time": 1,
+                                "content": {"parts": ["hello there"]},
+                            }
+                        },
+                        "b": {"message": None},
+                    },
+                }
+            ]
+        ),
+    ),
+    "telegram": (
+        "result.json",
+        json.dumps(
+            {
+                "name": "x",
+                "messages": [
+                    {
+                        "type": "message",
+                        "date": "2024-01-02T10:00:00",
+                        "from": "Ann",
+                        "text": ["hello ", {"type": "bold", "text": "there"}],
+                    }
+                ],
+            }
+        ),
+    ),
     "roles": ("chat.jsonl", json.dumps([{"role": "user", "content": "hello there"}])),
     "messages": ("m.json", json.dumps({"messages": [{"role": "user", "content": "hello there"}]})),
     "whatsapp": ("_chat.txt", "[01/02/2024, 10:11:12] Ann: hello there\n[01/02/2024, 10:12:12] Bob: <Media omitted>\n"),
     "whatsapp android": ("chat.txt", "01/02/24, 10:11 - Ann: hello there\n"),
-    "html": ("a.html", "<html><head><title>no</title></head><body><p>hello <b>there</b></p><script>no()</script></body>"),
+    "html": (
+        "a.html",
+        "<html><head><title>no</title></head><body><p>hello <b>there</b></p><script>no()</script></body>",
+    ),
     "csv": ("t.csv", "id,text\n1,hello there and a long text that goes on and on for more than forty characters\n"),
     "jsonl": ("t.jsonl", '{"text": "hello there"}\n'),
     "code": ("a.py", "def hello():\n    return 'hello there'\n"),
@@ -54,7 +91,9 @@ def test_every_format_gives_its_text(kind: str, tmp_path: Path) -> None:
 def message(i: int) -> EmailMessage:
     m = EmailMessage()
     m["Subject"], m["From"], m["Date"] = f"Trip {i}", "ann@example.org", f"Mon, {1 + i:02d} Jan 2024 10:00:00 +0000"
-    m.set_content(f"My own words number {i}, write to bob@example.org.\n\nOn Monday Bob wrote:\n> quoted words\n-- \nAnn's signature\n")
+    m.set_content(
+        f"My own words number {i}, write to bob@example.org.\n\nOn Monday Bob wrote:\n> quoted words\n-- \nAnn's signature\n"
+    )
     return m
 
 
@@ -101,7 +140,10 @@ def test_duplicates_never_cross_a_split(tmp_path: Path) -> None:
 def test_a_split_is_the_same_for_a_seed_and_by_time_where_there_is_time(tmp_path: Path) -> None:
     folder = write_texts(tmp_path / "d", texts("cook", 120, 3))
     assert split(read_folder(folder), 1) == split(read_folder(folder), 1)
-    lines = [json.dumps({"date": f"2024-01-{1 + i % 28:02d}T{i // 28:02d}:00:00", "text": t}) for i, t in enumerate(texts("cook", 120, 4))]
+    lines = [
+        json.dumps({"date": f"2024-01-{1 + i % 28:02d}T{i // 28:02d}:00:00", "text": t})
+        for i, t in enumerate(texts("cook", 120, 4))
+    ]
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     assert split(read_folder(tmp_path / "t.jsonl")).ordered_by_time
 

@@ -37,13 +37,17 @@ def write(path: Path, model: Any, tokenizer: Any, latents: Latents) -> int:
     names = {n: g.name for n, g in latents.grids.items()}
     size = gguf_file.write(path, model, tokenizer, latents.masters, latents.scales, names, "pico")
     a = net.anatomy(model)
-    assert size == gguf_file.file_bytes(gguf_file.header_bytes(model.config, a, tokenizer, "pico"), a, model.config, names)
+    assert size == gguf_file.file_bytes(
+        gguf_file.header_bytes(model.config, a, tokenizer, "pico"), a, model.config, names
+    )
     return size
 
 
 @pytest.mark.parametrize("grid", [None, *GRIDS])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_llama_cpp_computes_what_pytorch_computes(family: str, grid: str | None, tokenizer: Any, tmp_path: Path) -> None:
+def test_llama_cpp_computes_what_pytorch_computes(
+    family: str, grid: str | None, tokenizer: Any, tmp_path: Path
+) -> None:
     model = make_model(len(tokenizer), family, tied=family != "mistral")
     windows = encode_windows(cut_windows(texts("cook", 2, 1)), tokenizer)
     latents = on_grid(model, grid)
@@ -91,10 +95,27 @@ def test_the_file_keeps_the_budget_and_the_report_tells_its_bytes(fitted: Path) 
     size = (fitted / "model.gguf").stat().st_size
     assert size == r["bytes"]["artifact"] <= r["bytes"]["budget"]
     assert size > 0.9 * r["bytes"]["budget"]
-    assert {"model", "runtime", "bytes", "parameters", "user", "generic", "speed", "peak_rss_bytes", "seconds", "controls", "data", "seed", "versions"} <= set(r)
+    assert {
+        "model",
+        "runtime",
+        "bytes",
+        "parameters",
+        "user",
+        "generic",
+        "speed",
+        "peak_rss_bytes",
+        "seconds",
+        "controls",
+        "data",
+        "seed",
+        "versions",
+    } <= set(r)
     assert r["parameters"]["after"] < r["parameters"]["before"]
     assert r["user"]["ci95"][0] < r["user"]["artifact"] < r["user"]["ci95"][1]
-    assert [c["name"] for c in r["controls"]][:2] == ["same bytes, generic calibration, before recovery", "same bytes, personal calibration, before recovery"]
+    assert [c["name"] for c in r["controls"]][:2] == [
+        "same bytes, generic calibration, before recovery",
+        "same bytes, personal calibration, before recovery",
+    ]
 
 
 def test_recovery_helps_the_user_on_validation(fitted: Path) -> None:
@@ -105,7 +126,9 @@ def test_recovery_helps_the_user_on_validation(fitted: Path) -> None:
 def test_what_is_saved_comes_back_and_exports_to_the_same_bytes(fitted: Path, tmp_path: Path) -> None:
     model, tokenizer, plan = sartor.load(fitted)
     windows = encode_windows(cut_windows(texts("cook", 3, 77)), tokenizer)
-    assert llamacpp.parity(token_nats(model, windows), llamacpp.nats(fitted / "model.gguf", windows)).mean_absolute < 0.05
+    assert (
+        llamacpp.parity(token_nats(model, windows), llamacpp.nats(fitted / "model.gguf", windows)).mean_absolute < 0.05
+    )
     again = sartor.export(fitted, "gguf", tmp_path / "again")
     assert again.read_bytes() == (fitted / "model.gguf").read_bytes()
     assert sartor.Plan.from_json(plan.to_json()) == plan
@@ -129,14 +152,18 @@ def test_the_report_is_one_page_without_network(fitted: Path) -> None:
     assert "<script" not in page
 
 
-def test_the_commands_speak_json_and_text(fitted: Path, place: dict[str, Path], capsys: pytest.CaptureFixture[str], tiny: None) -> None:
+def test_the_commands_speak_json_and_text(
+    fitted: Path, place: dict[str, Path], capsys: pytest.CaptureFixture[str], tiny: None
+) -> None:
     assert main(["inspect", str(fitted)]) == 0
     assert "vocabulary" in capsys.readouterr().out
     assert main(["run", str(fitted), "butter and", "--tokens", "8", "--temperature", "0"]) == 0
     assert capsys.readouterr().out.startswith("butter and")
     assert main(["eval", str(fitted), "--data", str(place["user"]), "--generic", str(place["generic"]), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
-    assert again["user"]["artifact"] == pytest.approx(json.loads((fitted / "report.json").read_text())["user"]["artifact"], rel=1e-3)
+    assert again["user"]["artifact"] == pytest.approx(
+        json.loads((fitted / "report.json").read_text())["user"]["artifact"], rel=1e-3
+    )
     assert main(["doctor"]) == 0
     assert "xllamacpp" in capsys.readouterr().out
 
@@ -183,10 +210,24 @@ def test_what_cannot_be_reached_names_the_nearest(place: dict[str, Path], tiny: 
 
 
 def test_mistakes_at_the_command_line_are_one_line(tmp_path: Path, place: dict[str, Path]) -> None:
-    command = [sys.executable, "-m", "sartor.cli", "compress", str(place["model"]), "--data", str(place["user"]), "--size", "64", "--out", str(tmp_path / "o")]
+    command = [
+        sys.executable,
+        "-m",
+        "sartor.cli",
+        "compress",
+        str(place["model"]),
+        "--data",
+        str(place["user"]),
+        "--size",
+        "64",
+        "--out",
+        str(tmp_path / "o"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip() == "sartor: the size '64' has no unit (did you mean 64MB or 64%?): write 25%, 67MB or 64MiB"
+    assert (
+        done.stderr.strip() == "sartor: the size '64' has no unit (did you mean 64MB or 64%?): write 25%, 67MB or 64MiB"
+    )
     assert done.stdout == ""
     assert not (tmp_path / "o").exists()
 

@@ -33,7 +33,10 @@ def test_shrinking_equals_masking(family: str, tokenizer: Any) -> None:
 
 
 def test_whole_sublayers_can_go(model: Any) -> None:
-    with net.masked(model, {1: torch.zeros(2, dtype=torch.bool)}, {2: torch.zeros(256, dtype=torch.bool)}), torch.no_grad():
+    with (
+        net.masked(model, {1: torch.zeros(2, dtype=torch.bool)}, {2: torch.zeros(256, dtype=torch.bool)}),
+        torch.no_grad(),
+    ):
         expected = model(IDS).logits
     net.shrink_attention_(model, 1, [])
     net.shrink_mlp_(model, 2, torch.tensor([], dtype=torch.long))

@@ -54,7 +54,10 @@ def test_snapping_takes_the_nearest_level_and_is_idempotent(name: str) -> None:
 
 def test_more_bits_never_hurt() -> None:
     w = random(16, 128)
-    errors = [float(((snap(w, search_scales(w, None, GRIDS[n]), GRIDS[n]) - w) ** 2).sum()) for n in ("IQ4_NL", "Q5_0", "Q8_0")]
+    errors = [
+        float(((snap(w, search_scales(w, None, GRIDS[n]), GRIDS[n]) - w) ** 2).sum())
+        for n in ("IQ4_NL", "Q5_0", "Q8_0")
+    ]
     assert errors == sorted(errors, reverse=True)
 
 
@@ -98,18 +101,30 @@ def test_endless_damping_is_plain_slicing_and_damped_repair_is_never_worse_here(
 def test_allocation_is_the_optimum_on_convex_ladders() -> None:
     rng = np.random.default_rng(0)
     ladders = [
-        Ladder(f"l{n}", (0, *np.cumsum(rng.integers(3, 9, 4)).tolist()), (0.0, *np.cumsum(np.sort(rng.random(4)) * 9).tolist())) for n in range(3)
+        Ladder(
+            f"l{n}",
+            (0, *np.cumsum(rng.integers(3, 9, 4)).tolist()),
+            (0.0, *np.cumsum(np.sort(rng.random(4)) * 9).tolist()),
+        )
+        for n in range(3)
     ]
     for need in (5, 20, 35):
         got = allocate(ladders, need)
         assert got.saved >= need
-        options = [(sum(x.damage[i] for x, i in zip(ladders, steps, strict=True)), steps) for steps in itertools.product(range(5), repeat=3) if sum(x.saved[i] for x, i in zip(ladders, steps, strict=True)) >= got.saved]
+        options = [
+            (sum(x.damage[i] for x, i in zip(ladders, steps, strict=True)), steps)
+            for steps in itertools.product(range(5), repeat=3)
+            if sum(x.saved[i] for x, i in zip(ladders, steps, strict=True)) >= got.saved
+        ]
         assert got.damage <= min(options)[0] + 1e-9  # no other way saves as much for less
 
 
 def test_saving_more_never_costs_less() -> None:
     rng = np.random.default_rng(1)
-    ladders = [Ladder(f"l{n}", (0, *np.cumsum(rng.integers(1, 9, 6)).tolist()), (0.0, *np.cumsum(rng.random(6)).tolist())) for n in range(4)]
+    ladders = [
+        Ladder(f"l{n}", (0, *np.cumsum(rng.integers(1, 9, 6)).tolist()), (0.0, *np.cumsum(rng.random(6)).tolist()))
+        for n in range(4)
+    ]
     damages = [allocate(ladders, need).damage for need in range(0, 90, 5)]
     assert damages == sorted(damages)
 

@@ -91,16 +91,28 @@ def compress(
     folder = storage.claim_folder(Path(out), resume) if out is not None else None
     torch.set_num_threads(os.cpu_count() or 1)
     started = time.monotonic()
+    tell, memory = _watching(tell)
     prepared = Prepared(job, tell)
     seconds = {"open": time.monotonic() - started}
     point = storage.Checkpoint(folder / "checkpoint", asdict(job)) if folder else None
     plan = _plan(prepared, job, point, seconds, tell)
     made = _apply(prepared, job, plan, point, seconds, tell)
     if folder:
-        finish(prepared, job, made, folder, seconds, tell)
+        finish(prepared, job, made, folder, seconds, memory, tell)
         if point:
             point.clear()
     return made
+
+
+def _watching(tell: Tell) -> tuple[Tell, dict[str, int]]:
+    """Progress that also notes the job's peak memory up to each stage."""
+    memory: dict[str, int] = {}
+
+    def told(stage: str, share: float, note: str) -> None:
+        memory[stage] = peak_memory()
+        tell(stage, share, note)
+
+    return told, memory
 
 
 def _plan(p: Prepared, job: Job, point: storage.Checkpoint | None, seconds: dict[str, float], tell: Tell) -> Plan:
@@ -145,7 +157,7 @@ def _apply(
 
 
 def finish(
-    p: Prepared, job: Job, made: Compressed, folder: Path, seconds: dict[str, float], tell: Tell
+    p: Prepared, job: Job, made: Compressed, folder: Path, seconds: dict[str, float], memory: dict[str, int], tell: Tell
 ) -> dict[str, Any]:
     """Write the artifact, measure it in its runtime against the original and the controls, and write the report."""
     started = time.monotonic()
@@ -183,6 +195,7 @@ def finish(
         "seed": job.seed,
         "effort": job.effort,
         "job_peak_rss_bytes": peak_memory(),
+        "peak_rss_bytes_by_stage": memory,
     }
     write_report(report, folder)
     return report

@@ -11,10 +11,10 @@ import torch
 from sartor import evaluate
 from sartor.job import GENERIC_TRAIN_DOCUMENTS, Job, Prepared
 from sartor.model.network import clone, load_dense
-from sartor.pipeline import EFFORTS, Tell, Texts, apply_plan, make_plan, sample
+from sartor.pipeline import EFFORTS, Tell, Texts, apply_plan, make_plan
 from sartor.stages.calibrate import second_moments
 from sartor.stages.distil import DistilConfig
-from sartor.stages.tokens import training_rows
+from sartor.stages.tokens import sample, training_rows
 
 
 def control_arms(p: Prepared, job: Job, seconds: dict[str, float], tell: Tell) -> list[dict[str, Any]]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from sartor.model.network import anatomy, clone, shrink_attention_, shrink_mlp_, shrink_vocabulary_
 from sartor.model.vocabulary import can_trim, count_tokens, trim_tokenizer
 from sartor.plan import Plan, from_mask
-from sartor.stages.calibrate import Moments, mix, second_moments
+from sartor.stages.buffer import mixed_moments, prune
+from sartor.stages.calibrate import second_moments
 from sartor.stages.decide import (
     BASE,
     RICHER,
@@ -28,14 +29,11 @@ from sartor.stages.decide import (
     vocabulary_damage,
 )
 from sartor.stages.distil import DistilConfig, Latents, Trained, distil_, put_, teach
-from sartor.stages.measure import score
 from sartor.stages.probe import Probed, Units, block_effects, fisher, order_units, probe
-from sartor.stages.prune import cut_attention_, cut_mlp_
 from sartor.stages.quantize import quantize
-from sartor.stages.tokens import Window, cut_windows, encode_windows, training_rows
+from sartor.stages.tokens import Window, cut_windows, encode_windows, sample, training_rows
 
 Tell = Callable[[str, float, str], None]
-LAMBDAS = (0.1, 0.3, 1.0)
 
 
 def _silent(stage: str, share: float, note: str) -> None:
@@ -64,7 +62,7 @@ class Effort:
 
 EFFORTS: dict[str, Effort] = {
     "quick": Effort(32, 16, 4, 33, 1, 100.0, 12_288, 32_768),
-    "standard": Effort(96, 48, 8, 66, 3, 660.0, 24_576, 98_304),
+    "standard": Effort(64, 32, 8, 66, 2, 720.0, 24_576, 98_304),
     "thorough": Effort(192, 96, 16, 264, 5, 4200.0, 32_768, 196_608),
 }
 
@@ -97,12 +95,6 @@ class Compressed:
     trained: Trained | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     steps: list[dict[str, float]] = field(default_factory=list)
-
-
-def sample(rows: Tensor, n: int, seed: int) -> Tensor:
-    """n rows drawn without replacement, always the same ones for a seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return rows[torch.randperm(len(rows), generator=generator)[:n]]
 
 
 def make_plan(
@@ -177,9 +169,7 @@ def _measure_choices(
     """Damage of the other ladders: vocabulary, bits of the embedding, and bits of each kind where there is room for more."""
     a = anatomy(dense)
     order, base = (
-        rank_vocabulary(tokenizer, texts.train, counts)
-        if can_trim(tokenizer)
-        else (list(range(a.vocab)), a.vocab)
+        rank_vocabulary(tokenizer, texts.train, counts) if can_trim(tokenizer) else (list(range(a.vocab)), a.vocab)
     )
     windows = cut_windows(texts.probe, rows.numel() * 4)
     sizes, lost = [a.vocab], [0.0]
@@ -219,14 +209,15 @@ def apply_plan(
     e = EFFORTS[effort]
     config = config or DistilConfig(seconds=e.train_seconds)
     clock = _Clock()
-    small, tokenizer = trim(_given(model), tokenizer, plan)
-    rows = training_rows(texts.train, tokenizer), training_rows(texts.generic_train, tokenizer)
+    full = tokenizer
+    small, tokenizer = trim(_given(model), full, plan)
+    rows = own_rows(full, tokenizer, plan, texts), training_rows(texts.generic_train, tokenizer)
     validation = encode_windows(cut_windows(texts.validation, e.validation_bytes), tokenizer)
     teacher = clone(small, torch.bfloat16) if config.kl or config.user_share < 1 else None
     clock.lap("trim")
-    small, steps = prune(small, plan, rows, validation, e, tell)
+    small, steps = prune(small, plan, rows, validation, e.steps, e.rows, lambda s, n: tell("prune", s, n))
     clock.lap("prune")
-    moments = _mixed_moments(
+    moments = mixed_moments(
         clone(small, torch.bfloat16), rows, e.rows, plan, lambda s: tell("quantize", 0.3 * s, "activations")
     )
     latents = quantize(small, moments, plan.grids, lambda s, n: tell("quantize", 0.3 + 0.7 * s, n))
@@ -265,17 +256,27 @@ def recut(
 ) -> Compressed:
     """Go on from saved latents: the plan's sizes, the saved weights, and what is left of recovery."""
     clock = _Clock()
-    small, tokenizer = trim(_given(model), tokenizer, plan)
+    full = tokenizer
+    small, tokenizer = trim(_given(model), full, plan)
+    teacher = clone(small, torch.bfloat16) if config.kl or config.user_share < 1 else None
     for n, layer in enumerate(plan.layers):
         shrink_mlp_(small, n, torch.tensor(layer.kept_channels(), dtype=torch.long))
         shrink_attention_(small, n, layer.kept_groups())
-    rows = training_rows(texts.train, tokenizer), training_rows(texts.generic_train, tokenizer)
+    rows = own_rows(full, tokenizer, plan, texts), training_rows(texts.generic_train, tokenizer)
     validation = encode_windows(cut_windows(texts.validation, EFFORTS[effort].validation_bytes), tokenizer)
     student = small.to(torch.bfloat16)
     del small
     put_(student, latents)
     trained = recover(
-        student, latents, None, rows, validation, config, plan.seed + 1, tell, lambda best: checkpoint(best, tokenizer)
+        student,
+        latents,
+        teacher,
+        rows,
+        validation,
+        config,
+        plan.seed + 1,
+        tell,
+        lambda best: checkpoint(best, tokenizer),
     )
     clock.lap("recover")
     return Compressed(student, tokenizer, trained.latents if trained else latents, plan, trained, clock.seconds)
@@ -315,74 +316,22 @@ def trim(model: Any, tokenizer: Any, plan: Plan) -> tuple[Any, Any]:
     return small, smaller
 
 
-def _mixed_moments(
-    model: Any, rows: tuple[Tensor, Tensor], n: int, plan: Plan, tell: Callable[[float], None]
-) -> Moments:
-    user = second_moments(model, sample(rows[0], n // 2, plan.seed), tell=lambda s: tell(0.5 * s))
-    generic = second_moments(model, sample(rows[1], n // 2, plan.seed), tell=lambda s: tell(0.5 + 0.5 * s))
-    return mix(user, generic, plan.rho)
+def own_rows(full: Any, small: Any, plan: Plan, texts: Texts) -> Tensor:
+    """Rows of the user's own text, as the trimmed model will meet *new* text.
 
-
-def prune(
-    small: Any, plan: Plan, rows: tuple[Tensor, Tensor], validation: Sequence[Window], e: Effort, tell: Tell
-) -> tuple[Any, list[dict[str, float]]]:
-    """The plan's cuts in steps: cheapest units first, statistics of the model as it is, repair, the strength that validates best.
-
-    Each step cuts and repairs a copy for every strength and commits the one with the least real damage.
+    Every word of the training text is in the kept vocabulary, new words are not: they are spelled in pieces the model
+    never saw together. So a token is left out here when it would not have been kept without one of its occurrences; the
+    share of words spelled in pieces is then the share of new words (Good 1953).
     """
-    steps: list[dict[str, float]] = []
-    whole = anatomy(small)
-    removing = sum(
-        whole.groups[n] - len(p.kept_groups()) + whole.ffn[n] - len(p.kept_channels())
-        for n, p in enumerate(plan.layers)
-    )
-    if not removing:
-        return small, steps
-    position = [list(range(f)) for f in whole.ffn]
-    for k in range(e.steps):
-        tell("prune", k / e.steps, f"step {k + 1} of {e.steps}: activations")
-        moments = _mixed_moments(clone(small, torch.bfloat16), rows, e.rows, plan, lambda s: None)
-        target = _keep_after(plan, whole, (k + 1) / e.steps)
-        tried = []
-        for lam in LAMBDAS:
-            candidate = _cut(small, plan, target, position, moments, lam, last=k + 1 == e.steps)
-            tried.append((score(clone(candidate, torch.bfloat16), validation).bits_per_byte, lam, candidate))
-            tried.sort(key=lambda t: t[0])
-            del tried[1:], candidate
-        bpb, lam, small = tried[0]
-        position = [sorted(set(p) & target[n]) for n, p in enumerate(position)]
-        steps.append(
-            {
-                "step": k + 1,
-                "channels": float(sum(len(p) for p in position)),
-                "lam": lam,
-                "validation_bits_per_byte": bpb,
-            }
-        )
-        tell("prune", (k + 1) / e.steps, f"step {k + 1} of {e.steps}: validation {bpb:.3f} bits per byte")
-    return small, steps
-
-
-def _keep_after(plan: Plan, whole: Any, share: float) -> list[set[int]]:
-    """Channels that are left once `share` of every layer's removals is done; the plan's masks at the end."""
-    out = []
-    for n, layer in enumerate(plan.layers):
-        kept = set(layer.kept_channels())
-        gone = [c for c in range(whole.ffn[n]) if c not in kept]
-        out.append(kept | set(gone[round(len(gone) * share) :]))
-    return out
-
-
-def _cut(
-    small: Any, plan: Plan, target: list[set[int]], position: list[list[int]], moments: Moments, lam: float, last: bool
-) -> Any:
-    """A copy with the channels in `target` left (query groups go in the last step), repaired with strength lam."""
-    new = clone(small)
-    for n, layer in enumerate(plan.layers):
-        cut_mlp_(new, n, [i for i, c in enumerate(position[n]) if c in target[n]], moments, lam)
-        if last:
-            cut_attention_(new, n, layer.kept_groups(), moments, lam)
-    return new
+    own = [*texts.train, *texts.probe]
+    if plan.vocabulary is None:
+        return training_rows(own, small)
+    kept = from_mask(plan.vocabulary)
+    without, _ = rank_vocabulary(full, texts.train, count_tokens(full, texts.generic_train), discount=1)
+    both = sorted(set(kept) & set(without[: len(kept)]))
+    fewer, old = trim_tokenizer(full, both)
+    place = {o: n for n, o in enumerate(sorted(kept))}
+    return torch.tensor([place[int(o)] for o in old])[training_rows(own, fewer)]
 
 
 class _Clock:

@@ -85,10 +85,13 @@ def _collect(c: dict[tuple[int, str], Tensor], key: tuple[int, str]) -> Any:
 
 
 def mix(user: Moments, generic: Moments, rho: float) -> Moments:
-    """(1 - rho) C_user + rho C_generic: with few tokens a mixture beats own text alone, and it guards the rest."""
+    """(1 - rho) C_user + rho C_generic: with few tokens a mixture beats own text alone, and it guards the rest.
+
+    Takes the generic moments apart as it goes, so that never three sets are in memory.
+    """
     blend: Callable[[Float[Tensor, "n n"], Float[Tensor, "n n"]], Tensor] = lambda a, b: (1 - rho) * a + rho * b  # noqa: E731
     return Moments(
-        {k: blend(user.c[k], generic.c[k]) for k in user.c},
+        {k: blend(user.c.pop(k), generic.c.pop(k)) for k in list(user.c)},
         blend(user.head, generic.head),
         user.tokens + generic.tokens,
     )

@@ -36,19 +36,19 @@ class DistilConfig:
 
     Attributes:
         seconds: wall-clock budget. rate: peak learning rate of AdamW. batch_rows: rows a step. user_share: share of user
-        rows in a batch. kl: weight of KL to the dense model on user rows (1 - kl is the weight of the text itself).
+        rows in a batch. rank: of the update, 0 for full. kl: weight of KL to the dense model on user rows (1 - kl is the weight of the text itself).
         checks: how often validation is measured. patience: checks without gain before stopping.
     """
 
     seconds: float = 300.0
-    rate: float = 2e-4
+    rate: float = 5e-4
     batch_rows: int = 8
-    user_share: float = 0.75
+    user_share: float = 0.875
     kl: float = 0.0
     checks: int = 8
     patience: int = 3
-    decay: float = 0.01
-    rank: int = 16
+    decay: float = 0.01  # of low-rank factors; full weights are not decayed
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if self.seconds < 0 or not 0 <= self.user_share <= 1 or not 0 <= self.kl <= 1 or self.batch_rows < 1:
@@ -193,7 +193,7 @@ class _Watch:
         if bpb < self.best_bpb:
             self.best_bpb = bpb
             for name, master in self.latents.masters.items():
-                self.best.masters[name].copy_(master)
+                self.best.masters[name].copy_(master.detach())
             if self.keep:
                 self.keep(self.best)
 
@@ -224,7 +224,9 @@ class _LowRank:
         self.master, self.base = master, master.clone()
         self.a = torch.randn(config.rank, master.shape[1], generator=generator) / master.shape[1] ** 0.5
         self.b = torch.zeros(master.shape[0], config.rank)
-        self.optimizer = torch.optim.AdamW([self.a, self.b], lr=config.rate, betas=(0.9, 0.98), weight_decay=config.decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            [self.a, self.b], lr=config.rate, betas=(0.9, 0.98), weight_decay=config.decay, fused=True
+        )
 
     def step(self, gradient: Tensor, rate: float) -> None:
         self.optimizer.param_groups[0]["lr"] = rate

@@ -62,7 +62,7 @@ class Probed:
     tokens: int
 
 
-def fisher(model: Any, rows: Int[Tensor, "n t"], batch: int = 4) -> Fisher:
+def fisher(model: Any, rows: Int[Tensor, "n t"], batch: int = 2) -> Fisher:
     """Gradients of the text's own log-likelihood (empirical Fisher) at what o_proj and down_proj read."""
     a = anatomy(model)
     size = a.queries_per_group * a.head_dim

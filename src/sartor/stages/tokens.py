@@ -103,6 +103,12 @@ def training_rows(texts: Sequence[str], tokenizer: Any, length: int = ROW_TOKENS
     return torch.tensor(stream[: rows * length]).reshape(rows, length)
 
 
+def sample(rows: Tensor, n: int, seed: int) -> Tensor:
+    """n rows drawn without replacement, always the same ones for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return rows[torch.randperm(len(rows), generator=generator)[:n]]
+
+
 def batches(windows: Sequence[Window], tokens: int = 2048) -> list[list[int]]:
     """Indices of windows of like length, about `tokens` tokens a batch."""
     order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
