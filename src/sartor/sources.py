@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from sartor.errors import SourceError
@@ -146,22 +148,17 @@ def _convert_gguf(path: Path, folder: Path, sha: str) -> None:
         (part / "source.json").write_text(json.dumps({"sha256": sha, "note": note}))
 
 
-def _fresh_folder(folder: Path):  # type: ignore[no-untyped-def]
+@contextmanager
+def _fresh_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the body ends well."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def enter():  # type: ignore[no-untyped-def]
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            yield part
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-
-    return enter()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        yield part
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _from_folder(path: Path) -> Source:
@@ -256,7 +253,3 @@ def _from_hub(spec: str) -> Source:
         ) from error
     inner = _from_folder(Path(got))
     return Source(spec, inner.folder, inner.sha256, inner.note)
-
-
-def source_json(source: Source) -> str:
-    return json.dumps({k: str(v) for k, v in asdict(source).items()})

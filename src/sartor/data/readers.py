@@ -172,7 +172,7 @@ class _Visible(HTMLParser):
         if tag in self.HIDDEN:
             self.depth += 1
         if tag in self.BLOCKS:
-            self.parts.append("\n")
+            self.parts.append("\n\n" if tag == "p" or tag[0] == "h" else "\n")
 
     def handle_endtag(self, tag: str) -> None:
         if tag in self.HIDDEN:

@@ -149,8 +149,7 @@ def drop_duplicates(documents: Sequence[Document], dropped: Counter[str]) -> lis
 def _not_near(texts: Sequence[str]) -> list[bool]:
     """MinHash over 5-word shingles with banding (Broder 1997); candidates are confirmed by their signatures."""
     rng = np.random.default_rng(1)
-    a = rng.integers(1, 1 << 31, BANDS * ROWS, dtype=np.uint64)
-    b = rng.integers(0, 1 << 31, BANDS * ROWS, dtype=np.uint64)
+    a, b = rng.integers(0, 1 << 63, (2, BANDS * ROWS), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     buckets: dict[tuple[int, bytes], list[int]] = {}
     signatures: list[np.ndarray | None] = []
     keep = []
@@ -164,7 +163,7 @@ def _not_near(texts: Sequence[str]) -> list[bool]:
             [zlib.crc32(" ".join(words[i : i + SHINGLE]).encode()) for i in range(len(words) - SHINGLE + 1)],
             dtype=np.uint64,
         )
-        signature = ((hashes[:, None] * a + b) % np.uint64((1 << 61) - 1)).min(0)
+        signature = ((hashes[:, None] * a + b) >> np.uint64(32)).min(0)  # multiply-shift, modulo 2^64
         keys = [(band, signature[band * ROWS : (band + 1) * ROWS].tobytes()) for band in range(BANDS)]
         rivals = {m for key in keys for m in buckets.get(key, ())}
         near = any(float((signature == signatures[m]).mean()) > 0.6 for m in rivals)
