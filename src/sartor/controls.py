@@ -23,7 +23,7 @@ def control_arms(p: Prepared, job: Job, seconds: dict[str, float], tell: Tell) -
     windows = evaluate.held_out(p.user.test, p.generic.test, EFFORTS[job.effort].test_bytes)
     rows = generic_arm(p, job, windows, tell) if job.controls == "full" or job.effort != "quick" else [_quick_note()]
     dense, tokenizer = load_dense(p.source.folder)
-    f16 = evaluate.dense_gguf(p.source, dense, tokenizer, "F16")
+    f16 = evaluate.dense_reference(p.source).f16
     half = clone(dense, torch.bfloat16)
     del dense
     rows += evaluate.quantizer_controls(

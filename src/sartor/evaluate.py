@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sartor.errors import OutputError
 from sartor.export import gguf_file, llama_quantizer, llamacpp
-from sartor.model.network import anatomy
+from sartor.model.network import anatomy, load_dense
 from sartor.numerics.grids import GRIDS, search_scales
 from sartor.numerics.metrics import Score, interval
-from sartor.sources import Source
+from sartor.sources import Source, cache_dir
 from sartor.stages.calibrate import Moments
 from sartor.stages.decide import kinds_of
 from sartor.stages.measure import score_of, token_nats
@@ -33,21 +34,51 @@ def held_out(user: Sequence[str], generic: Sequence[str], max_bytes: int) -> Hel
     return HeldOut(cut_windows(user, max_bytes), cut_windows(generic, max_bytes // 3))
 
 
-def dense_gguf(source: Source, model: Any, tokenizer: Any, kind: str) -> Path:
-    """The original as an F16 or Q8_0 GGUF file in the cache, written once per model."""
-    from sartor.sources import cache_dir
+@dataclass(frozen=True)
+class Dense:
+    """The original in its runtime: F16 (quality is measured on it), Q8_0 (speed), and its tokenizer."""
 
-    path = cache_dir() / "dense" / f"{source.sha256[:16]}-{kind}.gguf"
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    f16: Path
+    q8_0: Path
+    tokenizer: Any
+
+
+def dense_reference(source: Source) -> Dense:
+    """The original as GGUF files in the cache, written once per model."""
+    folder = _dense_folder(source.sha256)
+    if not (folder / "tokenizer").exists():
+        model, tokenizer = load_dense(source.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in ("F16", "Q8_0"):
+            _write_dense(folder / f"{kind}.gguf", model, tokenizer, kind)
+        tokenizer.save_pretrained(folder / "tokenizer")
+    found = cached_dense(source.sha256)
+    if found is None:
+        raise OutputError(f"the cache '{folder}' cannot be read back: delete it and try again")
+    return found
+
+
+def cached_dense(sha256: str) -> Dense | None:
+    """What an earlier job left of this original, if anything."""
+    from transformers import AutoTokenizer
+
+    folder = _dense_folder(sha256)
+    if not (folder / "tokenizer").exists():
+        return None
+    return Dense(folder / "F16.gguf", folder / "Q8_0.gguf", AutoTokenizer.from_pretrained(folder / "tokenizer"))
+
+
+def _dense_folder(sha256: str) -> Path:
+    return cache_dir() / "dense" / sha256[:16]
+
+
+def _write_dense(path: Path, model: Any, tokenizer: Any, kind: str) -> None:
     values = {n: p.detach() for n, p in model.named_parameters()}
     grids = {} if kind == "F16" else {n: kind for n, p in values.items() if p.ndim == 2}
     scales = {n: search_scales(values[n].float(), None, GRIDS[kind]) for n in grids}
     part = path.with_suffix(".part")
     gguf_file.write(part, model, tokenizer, values, scales, grids, "dense")
     part.rename(path)
-    return path
 
 
 def in_runtime(file: Path, windows: HeldOut, tokenizer: Any) -> tuple[Score, Score]:

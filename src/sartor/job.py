@@ -10,7 +10,6 @@ from sartor import evaluate
 from sartor.data.generic import generic_corpus
 from sartor.data.readers import read_folder
 from sartor.data.split import Corpus, split
-from sartor.errors import BudgetError
 from sartor.export import gguf_file
 from sartor.model.network import Anatomy, anatomy, load_dense
 from sartor.pipeline import Tell, Texts
@@ -50,12 +49,6 @@ class Prepared:
         self.original_fp16 = evaluate.original_fp16_bytes(model)
         self.parameters = anatomy(model).parameters()
         self.budget_bytes = self.budget.bytes_of(self.original_fp16)
-        least = self.original_fp16 // 20
-        if self.budget_bytes < least:
-            raise BudgetError(
-                f"a budget of {self.budget_bytes:,} bytes cannot be reached: below {least:,} bytes (5% of fp16) nothing of this model would be left; ask for more",
-                least,
-            )
         self.model = model
         self.texts = Texts(
             self.user.probe,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sartor.errors import BudgetError
 from sartor.model.network import anatomy, clone, shrink_attention_, shrink_mlp_, shrink_vocabulary_
 from sartor.model.vocabulary import can_trim, count_tokens, trim_tokenizer
 from sartor.plan import Plan, from_mask
@@ -23,9 +24,11 @@ from sartor.stages.decide import (
     Bytes,
     Measured,
     decide,
+    embeddings_of,
     grid_damage,
     kinds_of,
     rank_vocabulary,
+    smallest_bytes,
     vocabulary_damage,
 )
 from sartor.stages.distil import DistilConfig, Latents, Trained, distil_, put_, teach
@@ -118,6 +121,12 @@ def make_plan(
         BudgetError: the budget is below what can be reached.
     """
     e = EFFORTS[effort]
+    least = smallest_bytes(model, tokenizer, bytes_of)
+    if budget < least:
+        raise BudgetError(
+            f"a budget of {budget:,} bytes cannot be reached: the smallest model Sartor would make of this one has {least:,} bytes; ask for more",
+            least,
+        )
     dense = clone(model, torch.bfloat16)
     user_rows, generic_rows = training_rows(texts.train, tokenizer), training_rows(texts.generic_train, tokenizer)
     tell("probe", 0.0, "activations of the user's text")
@@ -175,7 +184,7 @@ def _measure_choices(
     sizes, lost = [a.vocab], [0.0]
     if can_trim(tokenizer):
         sizes, lost = vocabulary_damage(dense, tokenizer, order, base, windows, lambda s, n: tell("decide", 0.6 * s, n))
-    embeddings = ["model.embed_tokens.weight"] + ([] if a.tied else ["lm_head.weight"])
+    embeddings = embeddings_of(a)
     reference = teach(dense, rows)
     tell("decide", 0.7, "bits of the embedding")
     of_embedding = {g: grid_damage(dense, embeddings, g, rows, reference) for g in (BASE, *RICHER)}

@@ -115,6 +115,26 @@ def kinds_of(model: Any) -> dict[str, list[str]]:
     }
 
 
+def smallest_bytes(model: Any, tokenizer: Any, bytes_of: Bytes) -> int:
+    """Bytes of the smallest file the ladders lead to; nobody would want the model, but it is the exact limit."""
+    a = anatomy(model)
+    flexible = family_of(a.family).gguf_flexible is not None
+    rows = a.vocab
+    if can_trim(tokenizer):
+        order, base = closed_order(tokenizer, {})
+        rows = max(int(len(order) * VOCABULARY_SIZES[-1]), base + 256)
+        tokenizer = trim_tokenizer(tokenizer, order[:rows])[0]
+    groups = tuple(0 for _ in a.groups) if flexible else a.groups
+    least = replace(a, vocab=rows, groups=groups, ffn=tuple(LEAST_BLOCKS * BLOCK for _ in a.ffn))
+    grids = {n: BASE for names in kinds_of(model).values() for n in names if _exists(n, least)}
+    return bytes_of(least, tokenizer, grids | dict.fromkeys(embeddings_of(a), BASE))
+
+
+def embeddings_of(a: Anatomy) -> list[str]:
+    """Parameters with a row per token."""
+    return ["model.embed_tokens.weight"] + ([] if a.tied else ["lm_head.weight"])
+
+
 def decide(
     model: Any, tokenizer: Any, measured: Measured, budget: int, bytes_of: Bytes, sha256: str, rho: float, seed: int
 ) -> Plan:
@@ -126,7 +146,7 @@ def decide(
         BudgetError: the smallest model that makes sense is still larger.
     """
     a = anatomy(model)
-    embeddings = ["model.embed_tokens.weight"] + ([] if a.tied else ["lm_head.weight"])
+    embeddings = embeddings_of(a)
     best: tuple[float, dict[str, str], Choice] | None = None
     smallest = None
     for grid in (BASE, *RICHER):
