@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/sartor run demo/fitted "Dear Anna," --tokens 40
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -q
 
 lint: setup
 	$(BIN)/ruff check .

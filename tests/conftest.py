@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from sartor import pipeline
+from sartor.stages.distil import DistilConfig
 
 WORDS = {
     "cook": [
@@ -112,7 +113,7 @@ def make_model(vocab: int, model_type: str = "llama", tied: bool = True, layers:
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=16 if model_type == "qwen2" else 32,  # llama.cpp derives qwen2's from the width
         max_position_embeddings=1024,
         tie_word_embeddings=tied,
         bos_token_id=0,
@@ -160,7 +161,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str,
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Efforts that fit a pico model, and a cache of its own."""
-    small = pipeline.Effort(16, 8, 4, 20, 2, 2.0, 8_000, 8_000)
+    small = pipeline.Effort(16, 8, 4, 20, 2, DistilConfig(2.0, 1e-3), 8_000, 8_000)
     monkeypatch.setattr(pipeline, "EFFORTS", dict.fromkeys(pipeline.EFFORTS, small))
     for module in ("sartor.api", "sartor.controls"):
         monkeypatch.setattr(f"{module}.EFFORTS", pipeline.EFFORTS)

@@ -18,7 +18,7 @@ from sartor.errors import BudgetError, InputError
 from sartor.export import gguf_file, llamacpp
 from sartor.model import network as net
 from sartor.numerics.grids import GRIDS, search_scales
-from sartor.stages.distil import Latents, put_
+from sartor.stages.distil import DistilConfig, Latents, put_
 from sartor.stages.measure import token_nats
 from sartor.stages.tokens import cut_windows, encode_windows
 from tests.conftest import make_model, texts
@@ -80,7 +80,7 @@ def fitted(place: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     with pytest.MonkeyPatch.context() as patch:
         from sartor import pipeline
 
-        small = pipeline.Effort(16, 8, 4, 20, 2, 2.0, 8_000, 8_000)
+        small = pipeline.Effort(16, 8, 4, 20, 2, DistilConfig(2.0, 1e-3), 8_000, 8_000)
         efforts = dict.fromkeys(pipeline.EFFORTS, small)
         for module in ("sartor.pipeline", "sartor.api", "sartor.controls"):
             patch.setattr(f"{module}.EFFORTS", efforts)

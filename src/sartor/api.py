@@ -28,7 +28,7 @@ from sartor.pipeline import EFFORTS, Compressed, Tell, apply_plan, make_plan, re
 from sartor.plan import Budget, Plan, parse_budget
 from sartor.report.html import page
 from sartor.sources import resolve
-from sartor.stages.distil import DistilConfig, Latents
+from sartor.stages.distil import Latents
 from sartor.stages.tokens import encode_windows, training_rows
 
 ARTIFACT = "model.gguf"
@@ -133,7 +133,7 @@ def _apply(
     p: Prepared, job: Job, plan: Plan, point: storage.Checkpoint | None, seconds: dict[str, float], tell: Tell
 ) -> Compressed:
     """Act on the plan, from the last checkpoint where there is one."""
-    config = DistilConfig(seconds=EFFORTS[job.effort].train_seconds)
+    config = EFFORTS[job.effort].training
     latents = point.latents(plan) if point else None
     if latents is not None and point is not None:
         left = max(0.0, config.seconds - point.elapsed())

@@ -78,7 +78,7 @@ def generic_arm(p: Prepared, job: Job, windows: evaluate.HeldOut, tell: Tell) ->
             job.seed,
             tell=_inside(tell, 0.0, 0.3, name),
         )
-        config = DistilConfig(seconds=EFFORTS[job.effort].train_seconds if full else 0.0)
+        config = EFFORTS[job.effort].training if full else DistilConfig(seconds=0.0)
         made = apply_plan(
             p.release,
             tokenizer,

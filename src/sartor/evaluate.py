@@ -19,7 +19,7 @@ from sartor.stages.decide import kinds_of
 from sartor.stages.measure import score_of, token_nats
 from sartor.stages.tokens import Window, cut_windows, encode_windows
 
-CONTROL_KINDS = ("Q2_K", "Q3_K_M", "Q4_0", "IQ4_XS", "Q4_K_M")  # 88 to 105 MB for SmolLM2-135M
+CONTROL_KINDS = ("Q2_K", "Q4_0", "Q4_K_M")  # 88, 92 and 105 MB for SmolLM2-135M
 
 
 @dataclass(frozen=True)

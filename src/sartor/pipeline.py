@@ -49,7 +49,7 @@ class Effort:
 
     Attributes:
         rows: rows of 256 tokens for second moments. fisher_rows, probe_rows: for the two probing measurements.
-        probes: random masks. steps: buffered cuts. train_seconds: recovery.
+        probes: random masks. steps: buffered cuts. training: recovery; the longer, the smaller the peak rate.
         validation_bytes, test_bytes: text measured on.
     """
 
@@ -58,15 +58,15 @@ class Effort:
     probe_rows: int
     probes: int
     steps: int
-    train_seconds: float
+    training: DistilConfig
     validation_bytes: int
     test_bytes: int
 
 
 EFFORTS: dict[str, Effort] = {
-    "quick": Effort(32, 16, 4, 33, 1, 100.0, 12_288, 32_768),
-    "standard": Effort(64, 32, 8, 66, 2, 720.0, 24_576, 98_304),
-    "thorough": Effort(192, 96, 16, 264, 5, 4200.0, 32_768, 196_608),
+    "quick": Effort(32, 16, 4, 33, 1, DistilConfig(100.0, 5e-4), 12_288, 32_768),
+    "standard": Effort(64, 32, 8, 66, 2, DistilConfig(720.0, 3e-4), 24_576, 98_304),
+    "thorough": Effort(192, 96, 16, 264, 5, DistilConfig(4200.0, 2e-4), 32_768, 196_608),
 }
 
 
@@ -216,7 +216,7 @@ def apply_plan(
         checkpoint: called with the latents and tokenizer before recovery and whenever validation improves.
     """
     e = EFFORTS[effort]
-    config = config or DistilConfig(seconds=e.train_seconds)
+    config = config or e.training
     clock = _Clock()
     full = tokenizer
     small, tokenizer = trim(_given(model), full, plan)

@@ -51,15 +51,11 @@ def run_job(file: Path, do: str, threads: int | None = None, **job: Any) -> dict
     if not available():
         raise MissingExtra("llama.cpp is not installed: pip install xllamacpp==2026.10.11549")
     spec = {"do": do, "file": str(file), "threads": threads or os.cpu_count() or 1, **job}
-    source = str(Path(__file__).resolve().parents[2])
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in (source, os.environ.get("PYTHONPATH")) if p)}
-    done = subprocess.run(
-        [sys.executable, "-m", "sartor.export.llama_worker"],
-        input=json.dumps(spec),
-        capture_output=True,
-        text=True,
-        env=env,
-    )
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("llama_worker.py")),
+    ]  # by path: the package would load torch
+    done = subprocess.run(command, input=json.dumps(spec), capture_output=True, text=True)
     if done.returncode or not done.stdout:
         last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
         raise SartorError(f"llama.cpp failed on {file.name}: {last[:300]}")

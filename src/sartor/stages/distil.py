@@ -27,6 +27,7 @@ from sartor.stages.measure import score
 from sartor.stages.tokens import Window
 
 TOP = 100  # teacher logits kept per token
+WORSE = 1.02  # while the rate is high validation wanders: only a clear rise counts towards stopping early
 PART = 4  # rows in one forward and backward pass: bounds the memory of activations
 
 
@@ -37,7 +38,7 @@ class DistilConfig:
     Attributes:
         seconds: wall-clock budget. rate: peak learning rate of AdamW. batch_rows: rows a step. user_share: share of user
         rows in a batch. rank: of the update, 0 for full. kl: weight of KL to the dense model on user rows (1 - kl is the weight of the text itself).
-        checks: how often validation is measured. patience: checks without gain before stopping.
+        checks: how often validation is measured. patience: checks in a row clearly above the best before stopping.
     """
 
     seconds: float = 300.0
@@ -189,7 +190,7 @@ class _Watch:
     def check(self, seconds: float) -> None:
         bpb = score(self.model, self.validation).bits_per_byte
         self.curve.append((seconds, bpb))
-        self.bad = 0 if bpb < self.best_bpb else self.bad + 1
+        self.bad = self.bad + 1 if bpb > WORSE * self.best_bpb else 0
         if bpb < self.best_bpb:
             self.best_bpb = bpb
             for name, master in self.latents.masters.items():
