@@ -128,7 +128,12 @@ def prompt_ids(windows: HeldOut, tokenizer: Any, n: int = 256) -> list[int]:
 
 
 def quantizer_controls(
-    source_gguf: Path, moments: Moments, windows: HeldOut, tokenizer: Any, tell: Any
+    source_gguf: Path,
+    moments: Moments,
+    windows: HeldOut,
+    tokenizer: Any,
+    tell: Any,
+    kinds: Sequence[str] = CONTROL_KINDS,
 ) -> list[dict[str, Any]]:
     """llama.cpp's own files with an importance matrix from the user's text, or one row that says why not."""
     if not llama_quantizer.available():
@@ -143,8 +148,8 @@ def quantizer_controls(
         ]
     matrix = llama_quantizer.importance(moments)
     rows = []
-    for n, kind in enumerate(CONTROL_KINDS):
-        tell("controls", n / len(CONTROL_KINDS), f"llama.cpp {kind} with importance matrix")
+    for n, kind in enumerate(kinds):
+        tell("controls", n / len(kinds), f"llama.cpp {kind} with importance matrix")
         with tempfile.TemporaryDirectory() as tmp:
             file = Path(tmp) / "control.gguf"
             size = llama_quantizer.quantize(source_gguf, file, kind, matrix)

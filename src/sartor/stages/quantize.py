@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sartor.model.families import LINEARS
-from sartor.model.network import linear
+import torch
+from torch import Tensor
+
 from sartor.numerics.gptq import gptq
-from sartor.numerics.grids import GRIDS, search_scales
+from sartor.numerics.grids import GRIDS, Grid, search_scales
 from sartor.stages.calibrate import SITE_OF, Moments
 from sartor.stages.distil import Latents
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 
 def quantize(
@@ -30,23 +28,32 @@ def quantize(
         Latents whose `value(name)` are the weights of the artifact.
     """
     latents = Latents({})
-    parameters = dict(model.named_parameters())
-    for n, (name, p) in enumerate(parameters.items()):
-        w = p.detach().float()
-        if name not in grids:
-            latents.masters[name] = w.clone()
+    together: dict[tuple[tuple[int, str], str], list[str]] = {}
+    parameters = {n: p.detach().float() for n, p in model.named_parameters()}
+    for name, w in parameters.items():
+        place = _place(name) if name in grids else None
+        if place is not None:
+            together.setdefault((place, grids[name]), []).append(name)
             continue
-        grid = GRIDS[grids[name]]
-        latents.grids[name] = grid
-        place = _place(name)
-        if place is None:
-            latents.masters[name] = w.clone()
-            latents.scales[name] = search_scales(w, moments.head.diagonal(), grid)
-        else:
-            q = gptq(w, moments.c[place], grid)
-            latents.masters[name], latents.scales[name] = q.latent, q.scales
-        tell((n + 1) / len(parameters), name)
+        latents.masters[name] = w.clone()
+        if name in grids:
+            latents.grids[name] = GRIDS[grids[name]]
+            latents.scales[name] = search_scales(w, moments.head.diagonal(), GRIDS[grids[name]])
+    for n, ((place, grid), names) in enumerate(together.items()):
+        _quantize_together_(latents, parameters, names, moments.c[place], GRIDS[grid])
+        tell((n + 1) / len(together), f"layer {place[0]}, {place[1]}")
+    latents.masters = {n: latents.masters[n] for n in parameters}
     return latents
+
+
+def _quantize_together_(
+    latents: Latents, parameters: Mapping[str, Tensor], names: Sequence[str], c: Tensor, grid: Grid
+) -> None:
+    """Matrices that read the same input share its Cholesky factor and one sweep: rows do not depend on each other."""
+    q = gptq(torch.cat([parameters[n] for n in names]), c, grid)
+    sizes = [len(parameters[n]) for n in names]
+    for name, latent, scales in zip(names, q.latent.split(sizes), q.scales.split(sizes), strict=True):
+        latents.masters[name], latents.scales[name], latents.grids[name] = latent.clone(), scales.clone(), grid
 
 
 def _place(name: str) -> tuple[int, str] | None:
@@ -55,15 +62,3 @@ def _place(name: str) -> tuple[int, str] | None:
     if parts[:2] != ["model", "layers"]:
         return None
     return int(parts[2]), SITE_OF[".".join(parts[3:-1])]
-
-
-def linear_names(model: Any, layer: int) -> list[str]:
-    """Parameter names of the layer's linears that exist."""
-    found = []
-    for name in LINEARS:
-        try:
-            linear(model, layer, name)
-        except AttributeError:
-            continue
-        found.append(f"model.layers.{layer}.{name}.weight")
-    return found
