@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sartor import evaluate
-from sartor.job import GENERIC_TRAIN_DOCUMENTS, Job, Prepared
+from sartor.job import Job, Prepared
 from sartor.model.network import clone, load_dense
 from sartor.pipeline import EFFORTS, Tell, Texts, apply_plan, make_plan
 from sartor.stages.calibrate import second_moments
@@ -54,10 +54,10 @@ def generic_arm(p: Prepared, job: Job, windows: evaluate.HeldOut, tell: Tell) ->
     """
     public = Texts(
         p.generic.probe,
-        p.generic.train[GENERIC_TRAIN_DOCUMENTS:],
+        p.generic_rest,
         p.generic.validation,
         p.generic.probe,
-        p.generic.train[:GENERIC_TRAIN_DOCUMENTS],
+        p.generic_train,
     )
     full = job.controls == "full"
     arms = [("same bytes, generic calibration" + ("" if full else ", before recovery"), public)] + (

@@ -16,7 +16,7 @@ from sartor.pipeline import Tell, Texts
 from sartor.plan import Budget, parse_budget
 from sartor.sources import Source, resolve
 
-GENERIC_TRAIN_DOCUMENTS = 200
+GENERIC_DOCUMENTS = 200  # of the generic training split that help to fit; the rest plays the user in the control arm
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,14 @@ class Prepared:
         self.parameters = anatomy(model).parameters()
         self.budget_bytes = self.budget.bytes_of(self.original_fp16)
         self.model = model
+        many = min(GENERIC_DOCUMENTS, (len(self.generic.train) + 1) // 2)
+        self.generic_train, self.generic_rest = self.generic.train[:many], self.generic.train[many:]
         self.texts = Texts(
             self.user.probe,
             self.user.train,
             self.user.validation,
             self.generic.probe,
-            self.generic.train[:GENERIC_TRAIN_DOCUMENTS],
+            self.generic_train,
         )
 
     def bytes_of(self, a: Anatomy, tokenizer: Any, grids: Any) -> int:

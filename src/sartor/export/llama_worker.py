@@ -141,9 +141,9 @@ def job_score(llama: Llama, job: dict[str, Any]) -> dict[str, Any]:
     nats = []
     for ids in job["windows"]:
         llama.clear()
-        logits = llama.decode(ids, 0, True)[:-1].astype(np.float64)
+        logits = llama.decode(ids, 0, True)[:-1]
         top = logits.max(1)
-        total = top + np.log(np.exp(logits - top[:, None]).sum(1))
+        total = top + np.log(np.exp(logits - top[:, None]).sum(1, dtype=np.float64))
         nats.append((total - logits[np.arange(len(ids) - 1), ids[1:]]).round(6).tolist())
     return {"nats": nats}
 
