@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import json
 import os
@@ -94,7 +93,9 @@ def compress(
     tell, memory = _watching(tell)
     prepared = Prepared(job, tell)
     seconds = {"open": time.monotonic() - started}
-    point = storage.Checkpoint(folder / "checkpoint", asdict(job)) if folder else None
+    point = (
+        storage.Checkpoint(folder / "checkpoint", asdict(job) | {"texts": prepared.fingerprint()}) if folder else None
+    )
     plan = _plan(prepared, job, point, seconds, tell)
     made = _apply(prepared, job, plan, point, seconds, tell)
     if folder:
@@ -165,8 +166,6 @@ def finish(
     artifact = RUNTIMES[job.to](made.model, made.tokenizer, made.latents, folder)
     storage.save(made.model, made.tokenizer, made.latents, made.plan, p.source.provenance(), folder)
     shape, kinds, grids = anatomy(made.model), evaluate.layer_bytes(made.model, made.plan.grids), made.plan.grids
-    made.latents.masters.clear()
-    gc.collect()
     seconds["export"] = time.monotonic() - started
     report = measure(evaluate.dense_reference(p.source), p.user, p.generic, folder, job.effort, tell)
     report["bytes"] |= {"original_fp16": p.original_fp16, "budget": p.budget_bytes, "by_kind": kinds}
@@ -175,8 +174,8 @@ def finish(
             f"the file has {artifact.stat().st_size} bytes, more than the budget of {p.budget_bytes}: please report this"
         )
     seconds["measure"] = time.monotonic() - started - seconds["export"]
-    report["controls"] = control_arms(p, job, seconds, tell) if job.controls != "none" else []
     report |= {
+        "controls": [],
         "model": p.source.provenance(),
         "notes": [n for n in (p.source.note, *p.user.warnings) if n],
         "parameters": {"before": p.parameters, "after": shape.parameters()},
@@ -200,6 +199,10 @@ def finish(
         "peak_rss_bytes_by_stage": memory,
     }
     write_report(report, folder)
+    if job.controls != "none":
+        report["controls"] = control_arms(p, job, seconds, tell)
+        report["seconds"] = {k: round(v, 1) for k, v in seconds.items()}
+        write_report(report, folder)
     return report
 
 

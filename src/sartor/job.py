@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,15 @@ class Prepared:
         return gguf_file.file_bytes(
             gguf_file.header_bytes(self.model.config, a, tokenizer, "sartor"), a, self.model.config, grids
         )
+
+    def fingerprint(self) -> str:
+        """sha256 over the split texts: an interrupted job may only go on with the very same data."""
+        digest = hashlib.sha256()
+        for side in (self.user, self.generic):
+            for part in (side.probe, side.train, side.validation, side.test):
+                for text in part:
+                    digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+        return digest.hexdigest()
 
     def release(self) -> Any:
         """The dense model, given away: what stays knows its config only, so that the taker can free it."""

@@ -155,7 +155,7 @@ class Checkpoint:
         file = folder / "job.json"
         if file.exists() and file.read_text() != asked:
             raise OutputError(
-                "the unfinished job in this folder was asked for differently: repeat its command with --resume, or choose another --out"
+                "the unfinished job in this folder had other options or other data: repeat its very command with --resume, or choose another --out"
             )
         file.write_text(asked)
 
