@@ -84,8 +84,9 @@ def fitted(place: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         efforts = dict.fromkeys(pipeline.EFFORTS, small)
         for module in ("sartor.pipeline", "sartor.api", "sartor.controls"):
             patch.setattr(f"{module}.EFFORTS", efforts)
-        patch.setenv("SARTOR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        out = tmp_path_factory.mktemp("out") / "fitted"
+        root = tmp_path_factory.mktemp("out")
+        patch.setenv("SARTOR_CACHE", str(root / "cache"))
+        out = root / "fitted"
         sartor.compress(str(place["model"]), place["user"], "24%", out, generic=place["generic"])
     return out
 
@@ -153,8 +154,13 @@ def test_the_report_is_one_page_without_network(fitted: Path) -> None:
 
 
 def test_the_commands_speak_json_and_text(
-    fitted: Path, place: dict[str, Path], capsys: pytest.CaptureFixture[str], tiny: None
+    fitted: Path,
+    place: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    tiny: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("SARTOR_CACHE", str(fitted.parent / "cache"))
     assert main(["inspect", str(fitted)]) == 0
     assert "vocabulary" in capsys.readouterr().out
     assert main(["run", str(fitted), "butter and", "--tokens", "8", "--temperature", "0"]) == 0

@@ -190,11 +190,12 @@ def _measure_choices(
     of_embedding = {g: grid_damage(dense, embeddings, g, rows, reference) for g in (BASE, *RICHER)}
     all_base = {n: BASE for names in kinds_of(dense).values() for n in names} | dict.fromkeys(embeddings, BASE)
     of_kind: dict[tuple[str, str], float] = {}
-    if bytes_of(a, tokenizer, all_base) <= budget:
-        for n, (kind, names) in enumerate(kinds_of(dense).items()):
-            tell("decide", 0.75 + 0.03 * n, f"bits of {kind}")
-            for g in (BASE, *RICHER):
-                of_kind[kind, g] = grid_damage(dense, names, g, rows, reference)
+    tried = (*reversed(RICHER), BASE) if bytes_of(a, tokenizer, all_base) <= budget else (BASE,)
+    for n, (kind, names) in enumerate(kinds_of(dense).items()):
+        tell("decide", 0.75 + 0.03 * n, f"bits of {kind}")
+        least = 0.0
+        for g in tried:  # more bits never do more damage; what a few rows say against that is noise
+            least = of_kind[kind, g] = max(least, grid_damage(dense, names, g, rows, reference))
     return Measured(units, user, generic, order, base, sizes, lost, of_embedding, of_kind)
 
 

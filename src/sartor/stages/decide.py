@@ -161,6 +161,7 @@ def decide(
             if choice.saved < need:
                 smallest = min(smallest or 1 << 60, budget + need - choice.saved)
                 continue
+            choice = replace(choice, damage=choice.damage + sum(measured.kind_damage[k, BASE] for k in kinds_of(model)))
         total = choice.damage + measured.embedding_damage[grid]
         if best is None or total < best[0]:
             best = (total, grids, choice)
@@ -226,7 +227,8 @@ def _enrich(model: Any, a: Anatomy, grids: dict[str, str], m: Measured, room: in
     base = sum(size[k, BASE] for k in kinds)
     choice = allocate(ladders, top - base - room)
     chosen = {k: ("Q8_0", "Q5_0", BASE)[choice.step[k]] for k in kinds}
-    return grids | {n: chosen[k] for k in kinds for n in kinds[k]}, choice.damage
+    damaged = sum(m.kind_damage[k, g] for k, g in chosen.items())
+    return grids | {n: chosen[k] for k in kinds for n in kinds[k]}, damaged
 
 
 def _plan(

@@ -27,6 +27,7 @@ from sartor.stages.measure import score
 from sartor.stages.tokens import Window
 
 TOP = 100  # teacher logits kept per token
+EMBEDDING = "embed_tokens"
 WORSE = 1.02  # while the rate is high validation wanders: only a clear rise counts towards stopping early
 PART = 4  # rows in one forward and backward pass: bounds the memory of activations
 
@@ -37,7 +38,7 @@ class DistilConfig:
 
     Attributes:
         seconds: wall-clock budget. rate: peak learning rate of AdamW. batch_rows: rows a step. user_share: share of user
-        rows in a batch. rank: of the update, 0 for full. kl: weight of KL to the dense model on user rows (1 - kl is the weight of the text itself).
+        rows in a batch. rank: of the update, 0 for full. embedding_factor: the embedding's rate over the others'. kl: weight of KL to the dense model on user rows (1 - kl is the weight of the text itself).
         checks: how often validation is measured. patience: checks in a row clearly above the best before stopping.
     """
 
@@ -50,6 +51,7 @@ class DistilConfig:
     patience: int = 3
     decay: float = 0.01  # of low-rank factors; full weights are not decayed
     rank: int = 0
+    embedding_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.seconds < 0 or not 0 <= self.user_share <= 1 or not 0 <= self.kl <= 1 or self.batch_rows < 1:
@@ -164,7 +166,7 @@ def distil_(
     while (share := (time.monotonic() - started) / max(config.seconds, 1e-9)) < 1 and watch.bad < config.patience:
         rows = torch.cat([user[own.deal(n_user)], generic[other.deal(config.batch_rows - n_user)]])
         loss = _backward(model, teacher, rows, n_user, config)
-        _update_(named, optimizers, config.rate * warm_then_cosine(share))
+        _update_(named, optimizers, config.rate * warm_then_cosine(share), config.embedding_factor)
         put_(model, latents)
         steps, tokens = steps + 1, tokens + rows.numel()
         if share * config.checks >= len(watch.curve):
@@ -265,10 +267,10 @@ def _kl(teacher: Any, rows: Tensor, logits: Tensor) -> Tensor:
     return kl_to_top(logits, values[:, :-1].flatten(0, 1), ids[:, :-1].flatten(0, 1))
 
 
-def _update_(named: dict[str, Any], optimizers: dict[str, _Full | _LowRank], rate: float) -> None:
+def _update_(named: dict[str, Any], optimizers: dict[str, _Full | _LowRank], rate: float, factor: float) -> None:
     """Gradients of the running network to the masters, clipped to norm 1 over all, and one step."""
     norm = float(torch.stack([p.grad.float().norm() for p in named.values()]).norm())
     clip = min(1.0, 1.0 / max(norm, 1e-12))
     for name, p in named.items():
         gradient, p.grad = p.grad.float().mul_(clip), None
-        optimizers[name].step(gradient, rate)
+        optimizers[name].step(gradient, rate * (factor if EMBEDDING in name else 1.0))
