@@ -226,6 +226,7 @@ def do_inspect(a: argparse.Namespace) -> None:
 EXTRAS = {
     "torch": "pip install torch==2.13.0",
     "transformers": "pip install transformers==5.23.0",
+    "accelerate": "pip install accelerate==1.15.0",
     "gguf": "pip install gguf==0.19.0",
     "xllamacpp": "pip install xllamacpp==2026.10.11549",
     "llama_cpp": 'pip install "sartor[llamacpp]"   (optional: llama.cpp\'s quantizer for the control arms; builds from source, about 7 minutes)',
