@@ -148,6 +148,8 @@ def do_compress(a: argparse.Namespace) -> None:
     from sartor.api import compress
     from sartor.report.text import table
 
+    _no_bars()
+
     progress = Progress()
     try:
         compress(a.model, a.data, a.size, a.out, a.effort, a.to, a.generic, a.controls, a.seed, a.resume, progress)
@@ -201,6 +203,8 @@ def do_eval(a: argparse.Namespace) -> None:
     """Measure again and print."""
     from sartor.api import evaluate_again
     from sartor.report.text import table
+
+    _no_bars()
 
     progress = Progress()
     try:
@@ -282,11 +286,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _quiet() -> None:
-    """Libraries' progress bars and warnings are not ours to show."""
+    """Libraries' warnings are not ours to show."""
     import warnings
 
     warnings.filterwarnings("ignore")
-    os.environ["TQDM_DISABLE"] = "1"
+
+
+def _no_bars() -> None:
+    """Nor are their progress bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":
