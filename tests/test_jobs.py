@@ -208,7 +208,8 @@ def test_equal_seeds_give_equal_plans_and_more_room_less_damage(place: dict[str,
 
 def test_what_cannot_be_reached_names_the_nearest(place: dict[str, Path], tiny: None, tmp_path: Path) -> None:
     with pytest.raises(BudgetError) as e:
-        sartor.compress(str(place["model"]), place["user"], "6%", generic=place["generic"])
+        sartor.compress(str(place["model"]), place["user"], "6%", tmp_path / "o", generic=place["generic"])
+    assert not any((tmp_path / "o").iterdir())
     assert e.value.nearest
     assert f"{e.value.nearest:,}" in str(e.value)
     with pytest.raises(InputError, match="gguf"):

@@ -18,7 +18,7 @@ from sartor.controls import control_arms
 from sartor.data.generic import generic_corpus
 from sartor.data.readers import read_folder
 from sartor.data.split import Corpus, split
-from sartor.errors import InputError, OutputError
+from sartor.errors import BudgetError, InputError, OutputError
 from sartor.export import gguf_file
 from sartor.export.llama_worker import peak_memory
 from sartor.job import Job, Prepared
@@ -121,13 +121,22 @@ def _plan(p: Prepared, job: Job, point: storage.Checkpoint | None, seconds: dict
     if saved:
         return saved
     started = time.monotonic()
-    plan = make_plan(
-        p.model, p.tokenizer, p.texts, p.budget_bytes, p.bytes_of, p.source.sha256, job.effort, job.rho, job.seed, tell
-    )
+    try:
+        plan = _decide(p, job, tell)
+    except BudgetError:
+        if point:  # nothing to resume: leave no folder that the next try would trip over
+            point.clear()
+        raise
     seconds["plan"] = time.monotonic() - started
     if point:
         point.save_plan(plan)
     return plan
+
+
+def _decide(p: Prepared, job: Job, tell: Tell) -> Plan:
+    return make_plan(
+        p.model, p.tokenizer, p.texts, p.budget_bytes, p.bytes_of, p.source.sha256, job.effort, job.rho, job.seed, tell
+    )
 
 
 def _apply(
