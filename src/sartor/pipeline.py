@@ -64,7 +64,7 @@ class Effort:
 
 
 EFFORTS: dict[str, Effort] = {
-    "quick": Effort(32, 16, 4, 33, 1, DistilConfig(100.0, 5e-4), 12_288, 32_768),
+    "quick": Effort(32, 16, 4, 33, 1, DistilConfig(110.0, 5e-4, checks=3), 12_288, 32_768),
     "standard": Effort(64, 32, 8, 66, 2, DistilConfig(720.0, 3e-4), 24_576, 98_304),
     "thorough": Effort(192, 96, 16, 264, 5, DistilConfig(4200.0, 2e-4), 32_768, 196_608),
 }
