@@ -23,7 +23,7 @@ from sartor.export import gguf_file
 from sartor.export.llama_worker import peak_memory
 from sartor.job import Job, Prepared
 from sartor.model.network import Anatomy, anatomy
-from sartor.pipeline import EFFORTS, Compressed, Tell, apply_plan, make_plan, recut
+from sartor.pipeline import EFFORTS, Compressed, Tell, apply_plan, make_plan
 from sartor.plan import Budget, Plan, parse_budget
 from sartor.report.html import page
 from sartor.sources import resolve
@@ -146,22 +146,9 @@ def _apply(
     config = EFFORTS[job.effort].training
     latents = point.latents(plan) if point else None
     if latents is not None and point is not None:
-        left = max(0.0, config.seconds - point.elapsed())
-        made = recut(
-            p.release,
-            p.tokenizer,
-            plan,
-            latents,
-            p.texts,
-            job.effort,
-            replace(config, seconds=left),
-            tell,
-            point.save_latents,
-        )
-    else:
-        made = apply_plan(
-            p.release, p.tokenizer, plan, p.texts, job.effort, config, tell, point.save_latents if point else None
-        )
+        config = replace(config, seconds=max(0.0, config.seconds - point.elapsed()))
+    keep = point.save_latents if point else None
+    made = apply_plan(p.release, p.tokenizer, plan, p.texts, job.effort, config, tell, keep, latents)
     seconds |= made.seconds
     return made
 

@@ -208,6 +208,7 @@ def apply_plan(
     config: DistilConfig | None = None,
     tell: Tell = _silent,
     checkpoint: Callable[[Latents, Any], None] | None = None,
+    saved: Latents | None = None,
 ) -> Compressed:
     """Trim, prune in buffered steps, quantize, recover.
 
@@ -215,81 +216,51 @@ def apply_plan(
         model: dense, fp32; never changed. A function that returns it lets it be freed once it is trimmed (training needs
         the room). config: how to recover (None: the effort's default; seconds=0: not at all).
         checkpoint: called with the latents and tokenizer before recovery and whenever validation improves.
+        saved: latents of such a checkpoint; what came before them is not done again.
     """
     e = EFFORTS[effort]
     config = config or e.training
     clock = _Clock()
-    full = tokenizer
-    small, tokenizer = trim(_given(model), full, plan)
-    rows = own_rows(full, tokenizer, plan, texts), training_rows(texts.generic_train, tokenizer)
-    validation = encode_windows(cut_windows(texts.validation, e.validation_bytes), tokenizer)
+    small, fitted = trim(_given(model), tokenizer, plan)
+    rows = own_rows(tokenizer, fitted, plan, texts), training_rows(texts.generic_train, fitted)
+    validation = encode_windows(cut_windows(texts.validation, e.validation_bytes), fitted)
     teacher = clone(small, torch.bfloat16) if config.kl or config.user_share < 1 else None
+    keep = (lambda latents: checkpoint(latents, fitted)) if checkpoint else None
     clock.lap("trim")
-    small, steps = prune(small, plan, rows, validation, e.steps, e.rows, lambda s, n: tell("prune", s, n))
-    clock.lap("prune")
+    steps: list[dict[str, float]] = []
+    if saved is None:
+        small, steps = prune(small, plan, rows, validation, e.steps, e.rows, lambda s, n: tell("prune", s, n))
+        clock.lap("prune")
+        latents = _quantized(small, rows, plan, e, tell)
+        clock.lap("quantize")
+        if keep:
+            keep(latents)
+    else:
+        _shrink_(small, plan)
+        latents = saved
+    student = small.to(torch.bfloat16)
+    del small
+    gc.collect()
+    put_(student, latents)
+    seed = plan.seed + (saved is not None)  # a resumed training does not see its first rows again
+    trained = recover(student, latents, teacher, rows, validation, config, seed, tell, keep)
+    clock.lap("recover")
+    return Compressed(student, fitted, trained.latents if trained else latents, plan, trained, clock.seconds, steps)
+
+
+def _quantized(small: Any, rows: tuple[Tensor, Tensor], plan: Plan, e: Effort, tell: Tell) -> Latents:
+    """The pruned model on the plan's grids, with second moments of the model as it is now."""
     moments = mixed_moments(
         clone(small, torch.bfloat16), rows, e.rows, plan, lambda s: tell("quantize", 0.3 * s, "activations")
     )
-    latents = quantize(small, moments, plan.grids, lambda s, n: tell("quantize", 0.3 + 0.7 * s, n))
-    clock.lap("quantize")
-    student = small.to(torch.bfloat16)
-    del moments, small
-    gc.collect()
-    put_(student, latents)
-    if checkpoint:
-        checkpoint(latents, tokenizer)
-    trained = recover(
-        student,
-        latents,
-        teacher,
-        rows,
-        validation,
-        config,
-        plan.seed,
-        tell,
-        (lambda best: checkpoint(best, tokenizer)) if checkpoint else None,
-    )
-    clock.lap("recover")
-    return Compressed(student, tokenizer, trained.latents if trained else latents, plan, trained, clock.seconds, steps)
+    return quantize(small, moments, plan.grids, lambda s, n: tell("quantize", 0.3 + 0.7 * s, n))
 
 
-def recut(
-    model: Any,
-    tokenizer: Any,
-    plan: Plan,
-    latents: Latents,
-    texts: Texts,
-    effort: str,
-    config: DistilConfig,
-    tell: Tell,
-    checkpoint: Callable[[Latents, Any], None],
-) -> Compressed:
-    """Go on from saved latents: the plan's sizes, the saved weights, and what is left of recovery."""
-    clock = _Clock()
-    full = tokenizer
-    small, tokenizer = trim(_given(model), full, plan)
-    teacher = clone(small, torch.bfloat16) if config.kl or config.user_share < 1 else None
+def _shrink_(small: Any, plan: Plan) -> None:
+    """The plan's sizes without repair: saved weights replace the rest."""
     for n, layer in enumerate(plan.layers):
         shrink_mlp_(small, n, torch.tensor(layer.kept_channels(), dtype=torch.long))
         shrink_attention_(small, n, layer.kept_groups())
-    rows = own_rows(full, tokenizer, plan, texts), training_rows(texts.generic_train, tokenizer)
-    validation = encode_windows(cut_windows(texts.validation, EFFORTS[effort].validation_bytes), tokenizer)
-    student = small.to(torch.bfloat16)
-    del small
-    put_(student, latents)
-    trained = recover(
-        student,
-        latents,
-        teacher,
-        rows,
-        validation,
-        config,
-        plan.seed + 1,
-        tell,
-        lambda best: checkpoint(best, tokenizer),
-    )
-    clock.lap("recover")
-    return Compressed(student, tokenizer, trained.latents if trained else latents, plan, trained, clock.seconds)
 
 
 def _given(model: Any) -> Any:
