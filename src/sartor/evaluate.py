@@ -11,12 +11,12 @@ from typing import Any
 from sartor.errors import OutputError
 from sartor.export import gguf_file, llama_quantizer, llamacpp
 from sartor.model.network import anatomy, load_dense
-from sartor.numerics.grids import GRIDS, search_scales
+from sartor.numerics.grids import GRIDS, search_scales, tensor_bytes
 from sartor.numerics.metrics import Score, interval
 from sartor.sources import Source, cache_dir
 from sartor.stages.calibrate import Moments
 from sartor.stages.decide import kinds_of
-from sartor.stages.measure import score_of, token_nats
+from sartor.stages.measure import score, token_nats
 from sartor.stages.tokens import Window, cut_windows, encode_windows
 
 CONTROL_KINDS = ("Q2_K", "Q4_0", "Q4_K_M")  # 88, 92 and 105 MB for SmolLM2-135M
@@ -168,17 +168,12 @@ def quantizer_controls(
 
 def torch_scores(model: Any, windows: HeldOut, tokenizer: Any) -> tuple[float, float]:
     """Bits per byte (user, generic) in PyTorch, for arms that are compared with each other before recovery."""
-    out = []
-    for w in (windows.user, windows.generic):
-        encoded = encode_windows(w, tokenizer)
-        out.append(score_of(encoded, token_nats(model, encoded)).bits_per_byte)
-    return out[0], out[1]
+    user, generic = (score(model, encode_windows(w, tokenizer)).bits_per_byte for w in (windows.user, windows.generic))
+    return user, generic
 
 
 def layer_bytes(model: Any, grids: dict[str, str]) -> dict[str, int]:
     """Where every byte of the weights went: embedding, and each kind of linear, and norms."""
-    from sartor.numerics.grids import tensor_bytes
-
     out: dict[str, int] = {}
     kind_of = {n: k for k, names in kinds_of(model).items() for n in names}
     for name, p in model.named_parameters():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,24 +138,13 @@ def make_plan(
     tell("probe", 0.2, "gradients on generic text")
     generic_prior = block_effects(units, fisher(dense, sample(generic_rows, e.fisher_rows, seed)), user_moments)
     probe_rows = [sample(training_rows(t, tokenizer), e.probe_rows, seed) for t in (texts.probe, texts.generic_probe)]
-    user = probe(
-        dense,
-        units,
-        user_prior,
-        probe_rows[0],
-        e.probes,
-        seed=seed,
-        tell=lambda s, n: tell("probe", 0.25 + 0.3 * s, f"user text: {n}"),
-    )
-    generic = probe(
-        dense,
-        units,
-        generic_prior,
-        probe_rows[1],
-        e.probes,
-        seed=seed,
-        tell=lambda s, n: tell("probe", 0.55 + 0.3 * s, f"generic text: {n}"),
-    )
+
+    def probed(prior: np.ndarray, rows: Tensor, start: float, name: str) -> Probed:
+        told = lambda share, note: tell("probe", start + 0.3 * share, f"{name}: {note}")  # noqa: E731
+        return probe(dense, units, prior, rows, e.probes, seed=seed, tell=told)
+
+    user = probed(user_prior, probe_rows[0], 0.25, "user text")
+    generic = probed(generic_prior, probe_rows[1], 0.55, "generic text")
     counts = count_tokens(tokenizer, texts.generic_train)
     measured = _measure_choices(
         dense, tokenizer, texts, units, user, generic, counts, probe_rows[0], budget, bytes_of, tell

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -137,8 +137,3 @@ class Plan:
             raise InputError(
                 f"not a Sartor plan ({type(error).__name__}: {str(error)[:80]}): make one with sartor plan"
             ) from error
-
-
-def grid_bits(grids: dict[str, str], names: Sequence[str]) -> str:
-    """The grids of some parameters as people say it: one name, or a list."""
-    return ", ".join(sorted({grids.get(n, "F16") for n in names}))

@@ -107,7 +107,7 @@ def pre_tokenizer(spec: Mapping[str, Any]) -> str:
 def header_bytes(config: Any, a: Anatomy, tokenizer: Any, name: str) -> int:
     """Exact bytes before the first tensor, metadata and tensor table together."""
     writer = _header(config, a, tokenizer, name)
-    for tensor, shape, dtype in _tensor_table(config, a, {}):
+    for tensor, shape, dtype in _tensor_table(config, a):
         writer.add_tensor_info(tensor, list(shape), np.dtype(dtype), int(np.prod(shape)))
     with tempfile.TemporaryDirectory() as folder:
         writer.write_header_to_file(Path(folder) / "x.gguf")
@@ -169,7 +169,7 @@ def gguf_name(parameter: str, family: Family) -> str:
     return f"blk.{layer}.{(LINEARS | NORMS)[inner]}.weight"
 
 
-def _tensor_table(config: Any, a: Anatomy, grids: Mapping[str, str]) -> Iterator[tuple[str, tuple[int, ...], str]]:
+def _tensor_table(config: Any, a: Anatomy) -> Iterator[tuple[str, tuple[int, ...], str]]:
     family = family_of(config.model_type)
     for name, shape in parameter_shapes(a, family).items():
         yield gguf_name(name, family), shape, "float32" if len(shape) == 1 else "float16"
