@@ -53,6 +53,7 @@ WORDS = {
         "chart",
     ],
 }
+TINY = pipeline.Effort(16, 8, 4, 20, 16, 2, 2, DistilConfig(2.0, 1e-3), 8_000, 8_000)
 COMMON = [
     "the",
     "a",
@@ -161,8 +162,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str,
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Efforts that fit a pico model, and a cache of its own."""
-    small = pipeline.Effort(16, 8, 4, 20, 2, DistilConfig(2.0, 1e-3), 8_000, 8_000)
-    monkeypatch.setattr(pipeline, "EFFORTS", dict.fromkeys(pipeline.EFFORTS, small))
+    monkeypatch.setattr(pipeline, "EFFORTS", dict.fromkeys(pipeline.EFFORTS, TINY))
     for module in ("sartor.api", "sartor.controls"):
         monkeypatch.setattr(f"{module}.EFFORTS", pipeline.EFFORTS)
     monkeypatch.setenv("SARTOR_CACHE", str(tmp_path / "cache"))

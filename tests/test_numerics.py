@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 from sartor.numerics.allocate import Ladder, allocate
 from sartor.numerics.compensate import compensate, lost, obs_shrink
 from sartor.numerics.gptq import gptq
-from sartor.numerics.grids import GRIDS, encode, nearest_index, search_scales, snap, tensor_bytes
+from sartor.numerics.grids import GRIDS, decode_scales, encode, nearest_index, search_scales, snap, tensor_bytes
 from sartor.numerics.metrics import Score, interval
 from sartor.numerics.recover import partition_design, recover
 from sartor.numerics.schedule import cubic, progress
@@ -31,12 +31,14 @@ def moments(n: int, tokens: int = 400) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_what_the_file_holds_is_what_snap_gives(name: str) -> None:
-    w = random(6, 64)
+    w = random(6, 512)
+    w[2, :256] = 0
     scales = search_scales(w, None, GRIDS[name])
     data = encode(w, scales, GRIDS[name])
-    assert data.nbytes == tensor_bytes(name, (6, 64))
+    assert data.nbytes == tensor_bytes(name, (6, 512))
     read = torch.from_numpy(np.array(dequantize(data, GGMLQuantizationType[name])))
     assert torch.equal(read, snap(w, scales, GRIDS[name]))
+    assert torch.equal(decode_scales(data, GRIDS[name]), scales)
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -46,23 +48,25 @@ def test_snapping_takes_the_nearest_level_and_is_idempotent(name: str) -> None:
     levels = torch.tensor(grid.levels, dtype=torch.float32)
     best = (x[:, None] - levels).abs().min(1).values
     assert torch.allclose((x - levels[nearest_index(x, grid).long()]).abs(), best, atol=1e-5)
-    w = random(4, 64)
+    w = random(4, 256)
     scales = search_scales(w, None, grid)
     once = snap(w, scales, grid)
     assert torch.equal(snap(once, scales, grid), once)
 
 
 def test_more_bits_never_hurt() -> None:
-    w = random(16, 128)
+    w = random(16, 256)
     errors = [
         float(((snap(w, search_scales(w, None, GRIDS[n]), GRIDS[n]) - w) ** 2).sum())
-        for n in ("IQ4_NL", "Q5_0", "Q8_0")
+        for n in ("Q3_K", "IQ4_XS", "IQ4_NL", "Q5_0", "Q8_0")
     ]
     assert errors == sorted(errors, reverse=True)
 
 
-def test_error_feedback_beats_rounding_under_its_moments() -> None:
-    w, c, grid = random(24, 64), moments(64), GRIDS["IQ4_NL"]
+@pytest.mark.parametrize("name", ["IQ4_NL", "Q3_K"])
+def test_error_feedback_beats_rounding_under_its_moments(name: str) -> None:
+    grid = GRIDS[name]
+    w, c = random(24, grid.weights * 2), moments(grid.weights * 2)
     q = gptq(w, c, grid)
     plain = snap(w, search_scales(w, c.diagonal(), grid), grid)
 

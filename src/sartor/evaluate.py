@@ -14,8 +14,8 @@ from sartor.model.network import anatomy, load_dense
 from sartor.numerics.grids import GRIDS, search_scales, tensor_bytes
 from sartor.numerics.metrics import Score, interval
 from sartor.sources import Source, cache_dir
+from sartor.stages.bits import kinds_of
 from sartor.stages.calibrate import Moments
-from sartor.stages.decide import kinds_of
 from sartor.stages.measure import score, token_nats
 from sartor.stages.tokens import Window, cut_windows, encode_windows
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,27 +14,18 @@ from torch import Tensor
 
 from sartor.errors import BudgetError
 from sartor.model.network import anatomy, clone, shrink_attention_, shrink_mlp_, shrink_vocabulary_
-from sartor.model.vocabulary import can_trim, count_tokens, trim_tokenizer
+from sartor.model.vocabulary import can_trim, trim_tokenizer
 from sartor.plan import Plan, from_mask
-from sartor.stages.buffer import mixed_moments, prune
+from sartor.stages.bits import BASE, DOWN, RICHER, embeddings_of, grid_damage, kinds_of, poorer_damage
+from sartor.stages.buffer import mixed_moments, prune_
 from sartor.stages.calibrate import second_moments
-from sartor.stages.decide import (
-    BASE,
-    RICHER,
-    Bytes,
-    Measured,
-    decide,
-    embeddings_of,
-    grid_damage,
-    kinds_of,
-    rank_vocabulary,
-    smallest_bytes,
-    vocabulary_damage,
-)
-from sartor.stages.distil import DistilConfig, Latents, Trained, distil_, put_, teach
-from sartor.stages.probe import Probed, Units, block_effects, fisher, order_units, probe
+from sartor.stages.decide import Bytes, Measured, decide, smallest_bytes
+from sartor.stages.distil import DistilConfig, Latents, Trained, distil_, put_
+from sartor.stages.likelihood import expected_use, top_of
+from sartor.stages.probe import Probed, block_effects, fisher, order_units, probe
 from sartor.stages.quantize import quantize
 from sartor.stages.tokens import Window, cut_windows, encode_windows, sample, training_rows
+from sartor.stages.words import whole, words
 
 Tell = Callable[[str, float, str], None]
 
@@ -50,7 +40,8 @@ class Effort:
 
     Attributes:
         rows: rows of 256 tokens for second moments. fisher_rows, probe_rows: for the two probing measurements.
-        probes: random masks. steps: buffered cuts. training: recovery; the longer, the smaller the peak rate.
+        probes: random masks. expected_rows: rows on which the model says what words it expects. layers_at_once: whose three-bit
+        damage is measured together. steps: buffered cuts. training: recovery; the longer, the smaller the peak rate.
         validation_bytes, test_bytes: text measured on.
     """
 
@@ -58,6 +49,8 @@ class Effort:
     fisher_rows: int
     probe_rows: int
     probes: int
+    expected_rows: int
+    layers_at_once: int
     steps: int
     training: DistilConfig
     validation_bytes: int
@@ -65,9 +58,9 @@ class Effort:
 
 
 EFFORTS: dict[str, Effort] = {
-    "quick": Effort(32, 16, 4, 33, 1, DistilConfig(110.0, 5e-4, checks=3), 12_288, 32_768),
-    "standard": Effort(64, 32, 8, 66, 2, DistilConfig(720.0, 3e-4), 24_576, 98_304),
-    "thorough": Effort(192, 96, 16, 264, 5, DistilConfig(4200.0, 2e-4), 32_768, 196_608),
+    "quick": Effort(32, 16, 4, 33, 64, 5, 1, DistilConfig(110.0, 5e-4, checks=3), 12_288, 32_768),
+    "standard": Effort(64, 32, 8, 66, 192, 1, 2, DistilConfig(720.0, 3e-4), 24_576, 98_304),
+    "thorough": Effort(192, 96, 16, 264, 512, 1, 5, DistilConfig(4200.0, 2e-4), 32_768, 196_608),
 }
 
 
@@ -145,48 +138,46 @@ def make_plan(
 
     user = probed(user_prior, probe_rows[0], 0.25, "user text")
     generic = probed(generic_prior, probe_rows[1], 0.55, "generic text")
-    counts = count_tokens(tokenizer, texts.generic_train)
-    measured = _measure_choices(
-        dense, tokenizer, texts, units, user, generic, counts, probe_rows[0], budget, bytes_of, tell
-    )
+    told = lambda share, note: tell("decide", share, note)  # noqa: E731
+    reference = top_of(dense, probe_rows[0])
+    listed = whole(anatomy(dense).vocab)
+    if can_trim(tokenizer):
+        told(0.0, "words the model expects of the user")
+        expected = expected_use(dense, sample(user_rows, e.expected_rows, seed))
+        windows = cut_windows(texts.probe, probe_rows[0].numel() * 4)
+        listed = words(dense, tokenizer, texts.train, expected, windows, told)
+    kinds = _damage_of_bits(dense, tokenizer, probe_rows[0], reference, budget, bytes_of, told)
+    poorer = poorer_damage(
+        dense, user_moments, kinds[1][DOWN, BASE], probe_rows[0], reference, e.layers_at_once,
+        lambda share, note: told(0.7 + 0.3 * share, note),
+    )  # fmt: skip
+    measured = Measured(units, user, generic, listed, *kinds, poorer)
     return decide(dense, tokenizer, measured, budget, bytes_of, sha256, rho, seed)
 
 
-def _measure_choices(
+def _damage_of_bits(
     dense: Any,
     tokenizer: Any,
-    texts: Texts,
-    units: Units,
-    user: Probed,
-    generic: Probed,
-    counts: Counter[int],
     rows: Tensor,
+    reference: tuple[Tensor, Tensor],
     budget: int,
     bytes_of: Bytes,
-    tell: Tell,
-) -> Measured:
-    """Damage of the other ladders: vocabulary, bits of the embedding, and bits of each kind where there is room for more."""
+    told: Callable[[float, str], None],
+) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
+    """Damage of the embedding on each grid, and of each kind of linear on BASE and, where there is room for more, on richer grids."""
     a = anatomy(dense)
-    order, base = (
-        rank_vocabulary(tokenizer, texts.train, counts) if can_trim(tokenizer) else (list(range(a.vocab)), a.vocab)
-    )
-    windows = cut_windows(texts.probe, rows.numel() * 4)
-    sizes, lost = [a.vocab], [0.0]
-    if can_trim(tokenizer):
-        sizes, lost = vocabulary_damage(dense, tokenizer, order, base, windows, lambda s, n: tell("decide", 0.6 * s, n))
     embeddings = embeddings_of(a)
-    reference = teach(dense, rows)
-    tell("decide", 0.7, "bits of the embedding")
+    told(0.45, "bits of the embedding")
     of_embedding = {g: grid_damage(dense, embeddings, g, rows, reference) for g in (BASE, *RICHER)}
     all_base = {n: BASE for names in kinds_of(dense).values() for n in names} | dict.fromkeys(embeddings, BASE)
     of_kind: dict[tuple[str, str], float] = {}
     tried = (*reversed(RICHER), BASE) if bytes_of(a, tokenizer, all_base) <= budget else (BASE,)
     for n, (kind, names) in enumerate(kinds_of(dense).items()):
-        tell("decide", 0.75 + 0.03 * n, f"bits of {kind}")
+        told(0.5 + 0.03 * n, f"bits of {kind}")
         least = 0.0
         for g in tried:  # more bits never do more damage; what a few rows say against that is noise
             least = of_kind[kind, g] = max(least, grid_damage(dense, names, g, rows, reference))
-    return Measured(units, user, generic, order, base, sizes, lost, of_embedding, of_kind)
+    return of_embedding, of_kind
 
 
 def apply_plan(
@@ -219,7 +210,7 @@ def apply_plan(
     clock.lap("trim")
     steps: list[dict[str, float]] = []
     if saved is None:
-        small, steps = prune(small, plan, rows, validation, e.steps, e.rows, lambda s, n: tell("prune", s, n))
+        steps = prune_(small, plan, rows, validation, e.steps, e.rows, lambda s, n: tell("prune", s, n))
         clock.lap("prune")
         latents = _quantized(small, rows, plan, e, tell)
         clock.lap("quantize")
@@ -235,7 +226,7 @@ def apply_plan(
     seed = plan.seed + (saved is not None)  # a resumed training does not see its first rows again
     trained = recover(student, latents, teacher, rows, validation, config, seed, tell, keep)
     clock.lap("recover")
-    return Compressed(student, fitted, trained.latents if trained else latents, plan, trained, clock.seconds, steps)
+    return Compressed(student, fitted, latents, plan, trained, clock.seconds, steps)
 
 
 def _quantized(small: Any, rows: tuple[Tensor, Tensor], plan: Plan, e: Effort, tell: Tell) -> Latents:
@@ -295,12 +286,10 @@ def own_rows(full: Any, small: Any, plan: Plan, texts: Texts) -> Tensor:
     share of words spelled in pieces is then the share of new words (Good 1953).
     """
     own = [*texts.train, *texts.probe]
-    if plan.vocabulary is None:
+    if plan.vocabulary is None or plan.seen_again is None:
         return training_rows(own, small)
     kept = from_mask(plan.vocabulary)
-    without, _ = rank_vocabulary(full, texts.train, count_tokens(full, texts.generic_train), discount=1)
-    both = sorted(set(kept) & set(without[: len(kept)]))
-    fewer, old = trim_tokenizer(full, both)
+    fewer, old = trim_tokenizer(full, from_mask(plan.seen_again))
     place = {o: n for n, o in enumerate(sorted(kept))}
     return torch.tensor([place[int(o)] for o in old])[training_rows(own, fewer)]
 

@@ -103,7 +103,7 @@ class Plan:
 
     Attributes:
         model_sha256: of the model it was made for. budget_bytes, predicted_bytes: of the file. vocabulary: mask of the
-        kept tokens, or None for all. grids: parameter name -> grid. order: FFN channels from least to most important,
+        kept tokens, or None for all. seen_again: mask of those that would be kept had they occurred once less. grids: parameter name -> grid. order: FFN channels from least to most important,
         per layer, for the buffered steps. predicted_damage: nats per token before recovery. ladders: the step taken on
         each ladder. probing: worth of the recovery. rho: share of generic second moments.
     """
@@ -113,6 +113,7 @@ class Plan:
     budget_bytes: int
     predicted_bytes: int
     vocabulary: str | None
+    seen_again: str | None
     layers: tuple[LayerPlan, ...]
     grids: dict[str, str]
     predicted_damage: float
@@ -121,7 +122,7 @@ class Plan:
     probing: dict[str, float]
     rho: float
     seed: int
-    version: int = 1
+    version: int = 2
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sartor.errors import OutputError, SourceError
 from sartor.model.network import empty_like
-from sartor.numerics.grids import GRIDS, encode
+from sartor.numerics.grids import GRIDS, decode_scales, encode
 from sartor.plan import Plan
 from sartor.stages.distil import Latents
 
@@ -136,11 +136,8 @@ def latents_of(folder: Path, plan: Plan) -> Latents:
             latents.masters[name] = tensor
             continue
         raw = tensor.numpy()
-        blocks = raw.reshape(raw.shape[0], -1, GRIDS[grid].block_bytes)
         latents.masters[name] = torch.from_numpy(np.array(dequantize(raw, GGMLQuantizationType[grid])))
-        latents.scales[name] = torch.from_numpy(
-            np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
-        )
+        latents.scales[name] = decode_scales(raw, GRIDS[grid])
         latents.grids[name] = GRIDS[grid]
     return latents
 
@@ -173,9 +170,7 @@ class Checkpoint:
         first = not (self.folder / "latents.safetensors").exists()
         if first:
             self._began = time.monotonic()
-        tensors = {n: t.contiguous() for n, t in latents.masters.items()} | {
-            f"scales:{n}": t for n, t in latents.scales.items()
-        }
+        tensors = latents.halved() | {f"scales:{n}": t for n, t in latents.scales.items()}
         part = self.folder / "latents.part"
         save_file(tensors, part)
         part.replace(self.folder / "latents.safetensors")
@@ -193,7 +188,7 @@ class Checkpoint:
         if not file.exists():
             return None
         raw = load_file(file)
-        masters = {n: t for n, t in raw.items() if not n.startswith("scales:")}
+        masters = {n: t.float() for n, t in raw.items() if not n.startswith("scales:")}
         scales = {n.removeprefix("scales:"): t for n, t in raw.items() if n.startswith("scales:")}
         return Latents(masters, scales, {n: GRIDS[plan.grids[n]] for n in scales})
 

@@ -1,6 +1,6 @@
 """Error-feedback quantization onto a grid (GPTQ, Frantar et al. 2022, arXiv:2210.17323).
 
-Departures: scales are searched per block of 32 at the moment the sweep reaches it, on the already corrected weights
+Departures: scales are searched per block of the file at the moment the sweep reaches it, on the already corrected weights
 and weighted by the second moments; and besides the rounded weights the *latent* ones are returned, the values just
 before rounding. Training that goes on from the latents starts exactly at the GPTQ solution, yet no weight sits in
 the dead middle of its cell.
@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sartor.numerics.grids import BLOCK, Grid, nearest_index, search_scales
+from sartor.numerics.grids import Grid, nearest_index, search_scales
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """latent (out, in): values just before rounding; scales (out, in / 32); loss: tr(E C E^T), E the weight error."""
+    """latent (out, in): values just before rounding; scales (out, in / block); loss: tr(E C E^T), E the weight error."""
 
     latent: Tensor
     scales: Tensor
@@ -52,7 +52,7 @@ def gptq(
     """Quantize w so that the outputs on inputs with second moments C change least.
 
     Args:
-        w: weights, `inn` a multiple of 32. c: E[z z^T] of its inputs. grid: target. damp: share of mean(diag C).
+        w: weights, `inn` a multiple of grid.weights. c: E[z z^T] of its inputs. grid: target. damp: share of mean(diag C).
     Returns:
         Quantized; `snap(latent, scales, grid)` are the rounded weights.
     """
@@ -62,22 +62,22 @@ def gptq(
     importance = c.diagonal()
     levels = torch.tensor(grid.levels, dtype=w.dtype)
     latent = torch.empty_like(w)
-    scales = torch.empty(out, inn // BLOCK)
+    scales = torch.empty(out, inn // grid.block)
     loss = 0.0
-    for start in range(0, inn, BLOCK):
-        end = start + BLOCK
+    for start in range(0, inn, grid.weights):
+        end = start + grid.weights
         block = w[:, start:end]
         scale = search_scales(block, importance[start:end], grid, candidates=8)
-        scales[:, start // BLOCK] = scale[:, 0]
-        safe = torch.where(scale == 0, torch.ones_like(scale), scale)[:, 0]
-        errors = torch.empty(out, BLOCK)
+        scales[:, start // grid.block : end // grid.block] = scale
+        safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+        errors = torch.empty(out, grid.weights)
         local = upper[start:end, start:end]
-        for j in range(BLOCK):
-            column = block[:, j]
+        for j in range(grid.weights):
+            column, at = block[:, j], j // grid.block
             latent[:, start + j] = column
-            rounded = levels[nearest_index(column / safe, grid).int()] * scale[:, 0]
+            rounded = levels[nearest_index(column / safe[:, at], grid).int()] * scale[:, at]
             errors[:, j] = (column - rounded) / local[j, j]
-            if j + 1 < BLOCK:
+            if j + 1 < grid.weights:
                 block[:, j + 1 :] -= errors[:, j : j + 1] * local[j : j + 1, j + 1 :]
         loss += float((errors**2).sum())
         w[:, end:] -= errors @ upper[start:end, end:]

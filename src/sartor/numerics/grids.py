@@ -1,8 +1,10 @@
 """The quantization grids that llama.cpp can load: levels, scales, bytes.
 
-Every grid here is symmetric in form: a block of 32 weights shares one fp16 scale d, and a weight is
-d * levels[q]. Q4_0 has the levels -8..7, Q5_0 -16..15, Q8_0 -127..127, IQ4_NL sixteen unevenly spaced ones.
-Byte layouts follow ggml's block structs (ggml-common.h).
+Every grid here is symmetric in form: a block of weights shares one scale, and a weight is scale * levels[q]. Q4_0 has the
+levels -8..7, Q5_0 -16..15, Q8_0 -127..127, IQ4_NL sixteen unevenly spaced ones; their blocks are 32 weights, their scales
+fp16. Q3_K (levels -4..3, 16 weights a scale) and IQ4_XS (IQ4_NL's levels, 32 weights a scale) store the scales of 256
+weights as six-bit multiples of one fp16 number, and need rows that 256 divides. Byte layouts follow ggml's block structs
+(ggml-common.h).
 """
 
 from __future__ import annotations
@@ -15,9 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BLOCK = 32
-
 IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+SHARED_STEPS = (-32, 31)  # six-bit multiples of the fp16 number that the scales of a shared block have in common
 
 
 @dataclass(frozen=True)
@@ -27,26 +28,45 @@ class Grid:
     Attributes:
         name: ggml's name of the type.
         levels: ascending integer levels; a weight is scale * level.
-        block_bytes: bytes of one block of 32 weights in the file.
-        pack: levels' indices (rows, blocks, 32) and fp16 scales (rows, blocks) -> bytes (rows, blocks, block_bytes).
+        block_bytes: bytes of one block in the file.
+        pack: levels' indices (rows, blocks, weights) and scales (rows, blocks, scales) -> bytes (rows, blocks, block_bytes).
+        unpack_scales: such bytes -> scales (rows, blocks, scales).
+        block: weights that share a scale. scales: how many scales one block in the file holds.
     """
 
     name: str
     levels: tuple[int, ...]
     block_bytes: int
     pack: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    unpack_scales: Callable[[np.ndarray], np.ndarray]
+    block: int = 32
+    scales: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Weights of one block in the file; it divides the length of a row."""
+        return self.block * self.scales
 
     @property
     def bits_per_weight(self) -> float:
-        return self.block_bytes * 8 / BLOCK
+        return self.block_bytes * 8 / self.weights
 
     @property
     def uniform(self) -> bool:
         return len(set(np.diff(self.levels).tolist())) == 1
 
 
-def _scale_bytes(scales: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(scales.astype(np.float16))[..., None].view(np.uint8)
+def _half_bytes(d: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(d.astype(np.float16))[..., None].view(np.uint8)
+
+
+def _halves(raw: np.ndarray) -> np.ndarray:
+    """fp16 numbers out of pairs of bytes (..., 2)."""
+    return np.ascontiguousarray(raw).view(np.float16)[..., 0].astype(np.float32)
+
+
+def _own_scale(raw: np.ndarray) -> np.ndarray:
+    return _halves(raw[..., :2])[..., None]
 
 
 def _nibbles(q: np.ndarray) -> np.ndarray:
@@ -55,37 +75,96 @@ def _nibbles(q: np.ndarray) -> np.ndarray:
 
 
 def _pack_nibbles(q: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    return np.concatenate([_scale_bytes(scales), _nibbles(q)], axis=-1)
+    return np.concatenate([_half_bytes(scales[..., 0]), _nibbles(q)], axis=-1)
 
 
 def _pack_five(q: np.ndarray, scales: np.ndarray) -> np.ndarray:
     high = np.packbits((q >> 4).astype(np.uint8), axis=-1, bitorder="little")
-    return np.concatenate([_scale_bytes(scales), high, _nibbles(q)], axis=-1)
+    return np.concatenate([_half_bytes(scales[..., 0]), high, _nibbles(q)], axis=-1)
 
 
 def _pack_eight(q: np.ndarray, scales: np.ndarray) -> np.ndarray:
     signed = (q.astype(np.int16) - 127).astype(np.int8).view(np.uint8)
-    return np.concatenate([_scale_bytes(scales), signed], axis=-1)
+    return np.concatenate([_half_bytes(scales[..., 0]), signed], axis=-1)
+
+
+def _shared(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scales that `_share` made, (..., n), back to the fp16 number (...) and the six-bit steps (..., n), plus 32."""
+    extreme = np.abs(scales).max(-1)
+    d, done = np.zeros_like(extreme), extreme == 0
+    for k in (31, 32, *range(30, 0, -1)):
+        tried = (extreme / k).astype(np.float16).astype(np.float32)
+        steps = np.rint(scales / np.where(tried == 0, 1, tried)[..., None])
+        fits = ~done & (steps * tried[..., None] == scales).all(-1)
+        d, done = np.where(fits, tried, d), done | fits
+        if done.all():
+            break
+    if not done.all():
+        raise ValueError("scales of a shared block are not six-bit multiples of one fp16 number")
+    steps = np.rint(scales / np.where(d == 0, 1, d)[..., None])
+    return d, (steps - SHARED_STEPS[0]).astype(np.uint8)
+
+
+def _pack_q3_k(q: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """block_q3_K: the high bits, the low two bits, twelve bytes of sixteen six-bit scales, fp16."""
+    d, s = _shared(scales)
+    lead = q.shape[:-1]
+    high = (((q >> 2) & 1).reshape(*lead, 8, 32) << np.arange(8)[:, None]).sum(-2).astype(np.uint8)
+    low = ((q & 3).reshape(*lead, 2, 4, 32) << np.array([0, 2, 4, 6])[:, None]).sum(-2).astype(np.uint8)
+    bottom = (s[..., :8] & 15) | ((s[..., 8:] & 15) << 4)
+    top = ((s >> 4).reshape(*lead, 4, 4) << np.array([0, 2, 4, 6])[:, None]).sum(-2).astype(np.uint8)
+    return np.concatenate([high, low.reshape(*lead, 64), bottom, top, _half_bytes(d)], axis=-1)
+
+
+def _q3_k_scales(raw: np.ndarray) -> np.ndarray:
+    lead, bottom, top = raw.shape[:-1], raw[..., 96:104], raw[..., 104:108]
+    low = np.concatenate([bottom & 15, bottom >> 4], axis=-1)
+    high = ((top[..., None, :] >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3).reshape(*lead, 16)
+    return _halves(raw[..., 108:])[..., None] * ((low | (high << 4)).astype(np.float32) + SHARED_STEPS[0])
+
+
+def _pack_iq4_xs(q: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """block_iq4_xs: fp16, eight six-bit scales (high bits, then low ones), nibbles of blocks of 32."""
+    d, s = _shared(scales)
+    lead = q.shape[:-1]
+    high = ((s >> 4).astype(np.uint16) << np.arange(0, 16, 2, dtype=np.uint16)).sum(-1).astype(np.uint16)
+    low = (s[..., 0::2] & 15) | ((s[..., 1::2] & 15) << 4)
+    nibbles = _nibbles(q.reshape(*lead, 8, 32)).reshape(*lead, 128)
+    return np.concatenate([_half_bytes(d), high[..., None].view(np.uint8), low, nibbles], axis=-1)
+
+
+def _iq4_xs_scales(raw: np.ndarray) -> np.ndarray:
+    lead = raw.shape[:-1]
+    high = (np.ascontiguousarray(raw[..., 2:4]).view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16)) & 3
+    low = np.stack([raw[..., 4:8] & 15, raw[..., 4:8] >> 4], axis=-1).reshape(*lead, 8)
+    return _halves(raw[..., :2])[..., None] * ((low | (high << 4)).astype(np.float32) + SHARED_STEPS[0])
 
 
 GRIDS: dict[str, Grid] = {
     grid.name: grid
     for grid in (
-        Grid("Q4_0", tuple(range(-8, 8)), 18, _pack_nibbles),
-        Grid("IQ4_NL", IQ4_NL_LEVELS, 18, _pack_nibbles),
-        Grid("Q5_0", tuple(range(-16, 16)), 22, _pack_five),
-        Grid("Q8_0", tuple(range(-127, 128)), 34, _pack_eight),
+        Grid("Q3_K", tuple(range(-4, 4)), 110, _pack_q3_k, _q3_k_scales, block=16, scales=16),
+        Grid("IQ4_XS", IQ4_NL_LEVELS, 136, _pack_iq4_xs, _iq4_xs_scales, scales=8),
+        Grid("Q4_0", tuple(range(-8, 8)), 18, _pack_nibbles, _own_scale),
+        Grid("IQ4_NL", IQ4_NL_LEVELS, 18, _pack_nibbles, _own_scale),
+        Grid("Q5_0", tuple(range(-16, 16)), 22, _pack_five, _own_scale),
+        Grid("Q8_0", tuple(range(-127, 128)), 34, _pack_eight, _own_scale),
     )
 }
 
 
+def fits(grid: str, inn: int) -> bool:
+    """Whether rows of `inn` weights can be written on this grid."""
+    return inn % GRIDS[grid].weights == 0
+
+
 def tensor_bytes(grid: str, shape: tuple[int, int]) -> int:
-    """Bytes of an (out, in) tensor in the file; `in` must be a multiple of 32. Also knows F16 and F32."""
+    """Bytes of an (out, in) tensor in the file; `in` must fit the grid. Also knows F16 and F32."""
     out, inn = shape
     plain = {"F16": 2, "F32": 4}
     if grid in plain:
         return out * inn * plain[grid]
-    return out * (inn // BLOCK) * GRIDS[grid].block_bytes
+    return out * (inn // GRIDS[grid].weights) * GRIDS[grid].block_bytes
 
 
 def nearest_index(x: Float[Tensor, ...], grid: Grid) -> Int[Tensor, ...]:
@@ -113,7 +192,7 @@ def snap(w: Float[Tensor, "out inn"], scales: Float[Tensor, "out blocks"], grid:
     """w rounded to the grid with the given scales: scale * level, the very values the runtime will use."""
     out, inn = w.shape
     d = scales.reshape(out, -1, 1)
-    x = w.reshape(out, -1, BLOCK) / torch.where(d == 0, torch.ones_like(d), d)
+    x = w.reshape(out, -1, grid.block) / torch.where(d == 0, torch.ones_like(d), d)
     if grid.uniform:
         level = torch.floor(x.add_(0.5)).clamp_(grid.levels[0], grid.levels[-1])
     else:
@@ -136,12 +215,12 @@ def search_scales(
     Args:
         w: weights. weights: importance of each input, or None for equal. candidates: shrink factors tried per sign.
     Returns:
-        scales that are exact in fp16.
+        scales as the file can hold them.
     """
     out, inn = w.shape
-    x = w.reshape(out, -1, BLOCK)
+    x = w.reshape(out, -1, grid.block)
     h = torch.ones(inn) if weights is None else weights
-    h = (h / h.mean().clamp_min(1e-20)).reshape(1, -1, BLOCK) + 1e-3
+    h = (h / h.mean().clamp_min(1e-20)).reshape(1, -1, grid.block) + 1e-3
     extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     best = torch.zeros(out, x.shape[1])
     best_error = torch.full_like(best, torch.inf)
@@ -158,7 +237,15 @@ def search_scales(
                 best_error = torch.where(better, e, best_error)
                 if len(grid.levels) > 32:
                     break
-    return best
+    return best if grid.scales == 1 else _share(best, grid)
+
+
+def _share(scales: Float[Tensor, "out blocks"], grid: Grid) -> Float[Tensor, "out blocks"]:
+    """Scales rounded to six-bit multiples of one fp16 number for every block of the file."""
+    by_block = scales.reshape(len(scales), -1, grid.scales)
+    d = _half(by_block.abs().amax(-1, keepdim=True) / SHARED_STEPS[1])
+    steps = (by_block / torch.where(d == 0, torch.ones_like(d), d)).round_().clamp_(*SHARED_STEPS)
+    return steps.mul_(d).reshape(scales.shape)
 
 
 def _half(d: Tensor) -> Tensor:
@@ -175,9 +262,16 @@ def _scale_error(x: Tensor, h: Tensor, d: Tensor, grid: Grid) -> tuple[Tensor, T
 
 
 def encode(w: Float[Tensor, "out inn"], scales: Float[Tensor, "out blocks"], grid: Grid) -> np.ndarray:
-    """Bytes of w in the file, shape (out, inn / 32 * block_bytes), uint8; w is snapped first."""
+    """Bytes of w in the file, shape (out, inn / weights * block_bytes), uint8; w is snapped first."""
     out, inn = w.shape
     d = scales.reshape(out, -1, 1)
-    x = w.reshape(out, -1, BLOCK) / torch.where(d == 0, torch.ones_like(d), d)
-    packed = grid.pack(nearest_index(x, grid).numpy(), scales.numpy())
+    x = w.reshape(out, -1, grid.block) / torch.where(d == 0, torch.ones_like(d), d)
+    levels = nearest_index(x, grid).numpy().reshape(out, -1, grid.weights)
+    packed = grid.pack(levels, scales.numpy().reshape(out, -1, grid.scales))
     return np.ascontiguousarray(packed.reshape(out, -1))
+
+
+def decode_scales(raw: np.ndarray, grid: Grid) -> Float[Tensor, "out blocks"]:
+    """The scales inside the bytes that `encode` made."""
+    blocks = raw.reshape(len(raw), -1, grid.block_bytes)
+    return torch.from_numpy(np.ascontiguousarray(grid.unpack_scales(blocks).reshape(len(raw), -1)))

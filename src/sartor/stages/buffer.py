@@ -1,7 +1,7 @@
 """Step buffering: the plan's cuts in steps, each repaired, measured and committed.
 
 A step removes its share of every layer's channels (query groups go last), on the statistics of the model as it is by
-then, once for every strength of repair; the copy with the least real damage on validation is committed.
+then, and repairs what read them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sartor.stages.measure import score
 from sartor.stages.prune import cut_attention_, cut_mlp_
 from sartor.stages.tokens import Window, sample
 
-LAMBDAS = (0.1, 0.3, 1.0)
+LAMBDA = 0.3  # of the repair; 0.1 and 1.0 end within 0.1% of it (docs/log.md)
 
 
 def mixed_moments(
@@ -30,7 +30,7 @@ def mixed_moments(
     return mix(user, generic, plan.rho)
 
 
-def prune(
+def prune_(
     small: Any,
     plan: Plan,
     rows: tuple[Tensor, Tensor],
@@ -38,11 +38,8 @@ def prune(
     steps_wanted: int,
     sampled: int,
     tell: Callable[[float, str], None],
-) -> tuple[Any, list[dict[str, float]]]:
-    """The plan's cuts in steps: cheapest units first, statistics of the model as it is, repair, the strength that validates best.
-
-    Each step cuts and repairs a copy for every strength and commits the one with the least real damage.
-    """
+) -> list[dict[str, float]]:
+    """The plan's cuts in steps, in place: cheapest units first, statistics of the model as it is, repair; what each step did."""
     steps: list[dict[str, float]] = []
     whole = anatomy(small)
     removing = sum(
@@ -50,30 +47,24 @@ def prune(
         for n, p in enumerate(plan.layers)
     )
     if not removing:
-        return small, steps
+        return steps
     position = [list(range(f)) for f in whole.ffn]
     for k in range(steps_wanted):
         tell(k / steps_wanted, f"step {k + 1} of {steps_wanted}: activations")
         moments = mixed_moments(clone(small, torch.bfloat16), rows, sampled, plan, lambda s: None)
         target = _keep_after(plan, whole, (k + 1) / steps_wanted)
-        tried = []
-        for lam in LAMBDAS:
-            candidate = _cut(small, plan, target, position, moments, lam, last=k + 1 == steps_wanted)
-            tried.append((score(clone(candidate, torch.bfloat16), validation).bits_per_byte, lam, candidate))
-            tried.sort(key=lambda t: t[0])
-            del tried[1:], candidate
-        bpb, lam, small = tried[0]
+        _cut_(small, plan, target, position, moments, last=k + 1 == steps_wanted)
+        bpb = score(clone(small, torch.bfloat16), validation).bits_per_byte
         position = [sorted(set(p) & target[n]) for n, p in enumerate(position)]
         steps.append(
             {
                 "step": k + 1,
                 "channels": float(sum(len(p) for p in position)),
-                "lam": lam,
                 "validation_bits_per_byte": bpb,
             }
         )
         tell((k + 1) / steps_wanted, f"step {k + 1} of {steps_wanted}: validation {bpb:.3f} bits per byte")
-    return small, steps
+    return steps
 
 
 def _keep_after(plan: Plan, whole: Anatomy, share: float) -> list[set[int]]:
@@ -86,13 +77,11 @@ def _keep_after(plan: Plan, whole: Anatomy, share: float) -> list[set[int]]:
     return out
 
 
-def _cut(
-    small: Any, plan: Plan, target: list[set[int]], position: list[list[int]], moments: Moments, lam: float, last: bool
-) -> Any:
-    """A copy with the channels in `target` left (query groups go in the last step), repaired with strength lam."""
-    new = clone(small)
+def _cut_(
+    small: Any, plan: Plan, target: list[set[int]], position: list[list[int]], moments: Moments, last: bool
+) -> None:
+    """Leave the channels in `target` (query groups go in the last step), and repair what read the others, in place."""
     for n, layer in enumerate(plan.layers):
-        cut_mlp_(new, n, [i for i, c in enumerate(position[n]) if c in target[n]], moments, lam)
+        cut_mlp_(small, n, [i for i, c in enumerate(position[n]) if c in target[n]], moments, LAMBDA)
         if last:
-            cut_attention_(new, n, layer.kept_groups(), moments, lam)
-    return new
+            cut_attention_(small, n, layer.kept_groups(), moments, LAMBDA)

@@ -7,32 +7,26 @@ removed at one price per byte; if there is room, kinds of tensors get more bits 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from sartor.errors import BudgetError
-from sartor.model.families import LINEARS, family_of
-from sartor.model.network import BLOCK, Anatomy, anatomy, clone, linear, shrink_vocabulary_
-from sartor.model.vocabulary import can_trim, closed_order, count_tokens, trim_tokenizer
+from sartor.model.families import family_of
+from sartor.model.network import BLOCK, Anatomy, anatomy
+from sartor.model.vocabulary import can_trim, closed_order, trim_tokenizer
 from sartor.numerics.allocate import Choice, Ladder, allocate
-from sartor.numerics.grids import GRIDS, search_scales, snap, tensor_bytes
+from sartor.numerics.grids import fits, tensor_bytes
 from sartor.plan import LayerPlan, Plan, to_mask
-from sartor.stages.measure import score
-from sartor.stages.probe import Probed, Units, damage
-from sartor.stages.tokens import encode_windows
+from sartor.stages.bits import BASE, DOWN, POORER, RICHER, embeddings_of, kinds_of
+from sartor.stages.probe import Probed, Units
+from sartor.stages.words import SIZES, Words
 
-BASE = "IQ4_NL"
-RICHER = ("Q5_0", "Q8_0")
 LEAST_BLOCKS = 4  # FFN blocks that every layer keeps: below it the additive damage means nothing
 ROWS_STEP = 512
 TOKEN_OVERHEAD = 34  # bytes of metadata a token costs in GGUF, about; the plan is checked against the exact size
-VOCABULARY_SIZES = (0.8, 0.65, 0.5, 0.38, 0.28, 0.2, 0.14)
 
 Bytes = Callable[[Anatomy, Any, Mapping[str, str]], int]
 Tell = Callable[[float, str], None]
@@ -40,79 +34,21 @@ Tell = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class Measured:
-    """All that the decision rests on."""
+    """All that the decision rests on; damages in nats per token.
+
+    Attributes:
+        units, user, generic: what probes switch and their effects on either text. words: the vocabulary's ladder.
+        embedding_damage: of the embedding on each grid. kind_damage: of one kind of linear in all layers on each grid. poorer_damage: of
+        every layer's `down_proj` on each grid of POORER, beyond BASE.
+    """
 
     units: Units
     user: Probed
     generic: Probed
-    vocabulary: list[int]
-    vocabulary_base: int
-    sizes: list[int]
-    size_damage: list[float]
+    words: Words
     embedding_damage: dict[str, float]
     kind_damage: dict[tuple[str, str], float]
-
-
-def rank_vocabulary(
-    tokenizer: Any, user: Sequence[str], generic: Counter[int], discount: int = 0
-) -> tuple[list[int], int]:
-    """Tokens by expected use: the user's rate, half the generic rate, and Zipf's law over the tokenizer's own order.
-
-    The last term stands for words that neither text happens to hold. On one user's mails and a third of the vocabulary the
-    three together cost 16% less of the lost bits per byte than the user's counts alone (docs/log.md). `discount` is taken off
-    every count of the user's: with 1, the ranking is the one in which a word that occurs once did not occur.
-    """
-    own = count_tokens(tokenizer, user)
-    total, other, n = max(1, sum(own.values())), max(1, sum(generic.values())), len(tokenizer)
-    zipf = sum(1 / (r + 100) for r in range(n))
-    rate = {i: max(own[i] - discount, 0) / total + 0.5 * generic[i] / other + 0.3 / (i + 100) / zipf for i in range(n)}
-    return closed_order(tokenizer, rate)
-
-
-def vocabulary_damage(
-    model: Any, tokenizer: Any, order: Sequence[int], base: int, windows: list[list[tuple[int, str]]], tell: Tell
-) -> tuple[list[int], list[float]]:
-    """Coding length that smaller vocabularies add to the windows, in nats per original token; entry 0 is the whole."""
-    whole = encode_windows(windows, tokenizer)
-    tokens = sum(p.end - p.start for w in whole for p in w.pieces)
-    nats = sum(score(model, whole).nats)
-    sizes, lost = [len(order)], [0.0]
-    for n, share in enumerate(VOCABULARY_SIZES):
-        size = max(int(len(order) * share), base + 256)
-        if size >= sizes[-1]:
-            break
-        smaller, ids = trim_tokenizer(tokenizer, order[:size])
-        cut = clone(model)
-        shrink_vocabulary_(cut, ids, {})
-        sizes.append(size)
-        lost.append(max(lost[-1], (sum(score(cut, encode_windows(windows, smaller)).nats) - nats) / tokens))
-        tell((n + 1) / len(VOCABULARY_SIZES), f"vocabulary of {size}: +{lost[-1]:.3f} nats per token")
-    return sizes, lost
-
-
-@torch.no_grad()
-def grid_damage(model: Any, names: Sequence[str], grid: str, rows: Tensor, reference: tuple[Tensor, Tensor]) -> float:
-    """KL in nats per token when these parameters alone are rounded to the grid; the model comes back unchanged."""
-    parameters = dict(model.named_parameters())
-    old = {n: parameters[n].data for n in names}
-    try:
-        for n in names:
-            w = old[n].float()
-            parameters[n].data = snap(w, search_scales(w, None, GRIDS[grid], candidates=4), GRIDS[grid]).to(
-                old[n].dtype
-            )
-        return damage(model, rows, reference)
-    finally:
-        for n in names:
-            parameters[n].data = old[n]
-
-
-def kinds_of(model: Any) -> dict[str, list[str]]:
-    """{kind: parameter names}: the same linear in every layer."""
-    a = anatomy(model)
-    return {
-        k: [f"model.layers.{n}.{k}.weight" for n in range(a.layers) if linear(model, n, k) is not None] for k in LINEARS
-    }
+    poorer_damage: dict[str, np.ndarray]
 
 
 def smallest_bytes(model: Any, tokenizer: Any, bytes_of: Bytes) -> int:
@@ -122,17 +58,12 @@ def smallest_bytes(model: Any, tokenizer: Any, bytes_of: Bytes) -> int:
     rows = a.vocab
     if can_trim(tokenizer):
         order, base = closed_order(tokenizer, {})
-        rows = max(int(len(order) * VOCABULARY_SIZES[-1]), base + 256)
+        rows = max(int(len(order) * SIZES[-1]), base + 256)
         tokenizer = trim_tokenizer(tokenizer, order[:rows])[0]
     groups = tuple(0 for _ in a.groups) if flexible else a.groups
     least = replace(a, vocab=rows, groups=groups, ffn=tuple(LEAST_BLOCKS * BLOCK for _ in a.ffn))
     grids = {n: BASE for names in kinds_of(model).values() for n in names if _exists(n, least)}
     return bytes_of(least, tokenizer, grids | dict.fromkeys(embeddings_of(a), BASE))
-
-
-def embeddings_of(a: Anatomy) -> list[str]:
-    """Parameters with a row per token."""
-    return ["model.embed_tokens.weight"] + ([] if a.tied else ["lm_head.weight"])
 
 
 def decide(
@@ -173,25 +104,65 @@ def decide(
     return _plan(a, tokenizer, measured, budget, bytes_of, best, sha256, rho, seed, model.config.model_type)
 
 
+@dataclass(frozen=True)
+class Option:
+    """One way to make MLPs smaller: blocks cut from each, and the grid of what is left of `down_proj`."""
+
+    blocks: int
+    grid: str
+    saved: int
+    damage: float
+
+
+def mlp_options(a: Anatomy, m: Measured, layers: Sequence[int], rho: float) -> list[Option]:
+    """All ways to make these layers' MLPs smaller by the same blocks, the smallest saving first; option 0 changes nothing."""
+    cumulative = np.zeros(1)
+    depth = min(a.ffn[n] for n in layers) // BLOCK - LEAST_BLOCKS
+    for n in layers:
+        blocks = np.maximum.accumulate(_effects(m, rho)[(m.units.layer == n) & (m.units.kind == 1)])[:depth]
+        cumulative = cumulative + np.concatenate([[0.0], np.cumsum(np.maximum(blocks, 0))])
+    whole = sum(_mlp_bytes(a, a.ffn[n], BASE) for n in layers)
+    options = []
+    for b in range(depth + 1):
+        for grid in (BASE, *POORER):
+            if all(fits(grid, a.ffn[n] - b * BLOCK) for n in layers):
+                left = sum(_mlp_bytes(a, a.ffn[n] - b * BLOCK, grid) for n in layers)
+                options.append(Option(b, grid, whole - left, float(cumulative[b] + _coarser(a, m, layers, b, grid))))
+    return sorted((o for o in options if np.isfinite(o.damage)), key=lambda o: (o.saved, o.damage))
+
+
+def _coarser(a: Anatomy, m: Measured, layers: Sequence[int], blocks: int, grid: str) -> float:
+    """Damage of the grid on what is left of `down_proj`, beyond BASE."""
+    return 0.0 if grid == BASE else sum(m.poorer_damage[grid][n] * (1 - blocks * BLOCK / a.ffn[n]) for n in layers)
+
+
+def _mlp_bytes(a: Anatomy, channels: int, down: str) -> int:
+    return 2 * tensor_bytes(BASE, (channels, a.width)) + tensor_bytes(down, (a.width, channels))
+
+
+def _effects(m: Measured, rho: float) -> np.ndarray:
+    return (1 - rho) * m.user.recovered.effects + rho * m.generic.recovered.effects
+
+
+def _mlp_ladders(a: Anatomy, m: Measured, rho: float) -> dict[str, tuple[list[int], list[Option]]]:
+    """{ladder: (its layers, options)}; one for all layers where llama.cpp wants them equal."""
+    if family_of(a.family).gguf_flexible is not None:
+        return {f"mlp.{n}": ([n], mlp_options(a, m, [n], rho)) for n in range(a.layers)}
+    every = list(range(a.layers))
+    return {"mlp.all": (every, mlp_options(a, m, every, rho))}
+
+
 def _ladders(a: Anatomy, tokenizer: Any, m: Measured, grids: Mapping[str, str], rho: float) -> list[Ladder]:
-    effects = (1 - rho) * m.user.recovered.effects + rho * m.generic.recovered.effects
     ladders = [_vocabulary_ladder(a, m, grids["model.embed_tokens.weight"])] if can_trim(tokenizer) else []
-    flexible = family_of(a.family).gguf_flexible is not None
-    per_layer: list[np.ndarray] = []
+    for name, (_, options) in _mlp_ladders(a, m, rho).items():
+        ladders.append(Ladder(name, tuple(o.saved for o in options), tuple(o.damage for o in options)))
+    if family_of(a.family).gguf_flexible is None:
+        return ladders
     for n in range(a.layers):
-        blocks = np.maximum.accumulate(effects[(m.units.layer == n) & (m.units.kind == 1)])[:-LEAST_BLOCKS]
-        per_layer.append(blocks)
-        if flexible:
-            each = 2 * tensor_bytes(BASE, (BLOCK, a.width)) + tensor_bytes(BASE, (a.width, BLOCK))
-            ladders.append(_ladder(f"mlp.{n}", np.full(len(blocks), each), blocks))
-            groups = np.sort(effects[(m.units.layer == n) & (m.units.kind == 0)])
-            size = a.queries_per_group * a.head_dim
-            cost = 2 * tensor_bytes(BASE, (size, a.width)) + 2 * tensor_bytes(BASE, (a.head_dim, a.width))
-            ladders.append(_ladder(f"attention.{n}", np.full(len(groups), cost), groups))
-    if not flexible:  # llama.cpp wants equal layers: one ladder that takes one block from every layer
-        depth = min(len(p) for p in per_layer)
-        each = a.layers * (2 * tensor_bytes(BASE, (BLOCK, a.width)) + tensor_bytes(BASE, (a.width, BLOCK)))
-        ladders.append(_ladder("mlp.all", np.full(depth, each), np.sum([p[:depth] for p in per_layer], axis=0)))
+        groups = np.sort(_effects(m, rho)[(m.units.layer == n) & (m.units.kind == 0)])
+        size = a.queries_per_group * a.head_dim
+        cost = 2 * tensor_bytes(BASE, (size, a.width)) + 2 * tensor_bytes(BASE, (a.head_dim, a.width))
+        ladders.append(_ladder(f"attention.{n}", np.full(len(groups), cost), groups))
     return ladders
 
 
@@ -202,9 +173,9 @@ def _ladder(name: str, saved: np.ndarray, damage_: np.ndarray) -> Ladder:
 def _vocabulary_ladder(a: Anatomy, m: Measured, grid: str) -> Ladder:
     """Rows in steps of 512, damage interpolated between the measured sizes."""
     row = (1 if a.tied else 2) * tensor_bytes(grid, (1, a.width)) + TOKEN_OVERHEAD
-    counts = [m.sizes[0], *range(m.sizes[0] // ROWS_STEP * ROWS_STEP, m.sizes[-1] - 1, -ROWS_STEP)]
+    counts = [m.words.sizes[0], *range(m.words.sizes[0] // ROWS_STEP * ROWS_STEP, m.words.sizes[-1] - 1, -ROWS_STEP)]
     counts = sorted(set(counts), reverse=True)
-    lost = np.interp(counts, m.sizes[::-1], m.size_damage[::-1])
+    lost = np.interp(counts, m.words.sizes[::-1], m.words.lost[::-1])
     return Ladder("vocabulary", tuple((counts[0] - c) * row for c in counts), (0.0, *lost[1:].tolist()))
 
 
@@ -244,11 +215,13 @@ def _plan(
     family: str,
 ) -> Plan:
     total, grids, choice = best
-    layers, groups, ffn = _layer_plans(a, m, choice, rho)
+    blocks, grids = _chosen(a, m, choice, grids, rho)
+    layers, groups, ffn = _layer_plans(a, m, choice, blocks, rho)
     cut = replace(a, groups=tuple(groups), ffn=tuple(ffn))
     grids = {n: g for n, g in grids.items() if _exists(n, cut)}
     rows = _fit_vocabulary(cut, tokenizer, m, choice, budget, bytes_of, grids)
-    kept = m.vocabulary[:rows] if rows < a.vocab else None
+    kept = m.words.order[:rows] if rows < a.vocab else None
+    again = m.words.seen_again(rows) if kept else None
     smaller = tokenizer if kept is None else trim_tokenizer(tokenizer, kept)[0]
     size = bytes_of(replace(cut, vocab=rows), smaller, grids)
     worth = {
@@ -270,6 +243,7 @@ def _plan(
         budget,
         size,
         to_mask(kept, a.vocab) if kept else None,
+        to_mask(again, a.vocab) if again else None,
         layers,
         grids,
         total,
@@ -288,22 +262,35 @@ def _exists(parameter: str, a: Anatomy) -> bool:
     return rest.removesuffix(".weight") in a.linear_shapes(int(layer))
 
 
+def _chosen(
+    a: Anatomy, m: Measured, choice: Choice, grids: Mapping[str, str], rho: float
+) -> tuple[list[int], dict[str, str]]:
+    """Blocks cut from every layer, and the grids with those of `down_proj` as chosen."""
+    blocks, chosen = [0] * a.layers, dict(grids)
+    for name, (layers, options) in _mlp_ladders(a, m, rho).items():
+        option = options[choice.step.get(name, 0)]
+        for n in layers:
+            blocks[n] = option.blocks
+            if option.saved:
+                chosen[f"model.layers.{n}.{DOWN}.weight"] = option.grid
+    return blocks, chosen
+
+
 def _layer_plans(
-    a: Anatomy, m: Measured, choice: Choice, rho: float
+    a: Anatomy, m: Measured, choice: Choice, blocks: Sequence[int], rho: float
 ) -> tuple[tuple[LayerPlan, ...], list[int], list[int]]:
-    effects = (1 - rho) * m.user.recovered.effects + rho * m.generic.recovered.effects
+    effects = _effects(m, rho)
     layers, groups, ffn = [], [], []
     for n in range(a.layers):
-        blocks = choice.step.get(f"mlp.{n}", choice.step.get("mlp.all", 0))
         order = m.units.order[n].tolist()
         of_group = effects[(m.units.layer == n) & (m.units.kind == 0)]
         gone = np.argsort(of_group, kind="stable")[: choice.step.get(f"attention.{n}", 0)].tolist()
         kept = [g for g in range(a.groups[n]) if g not in gone]
         groups.append(len(kept))
-        ffn.append(a.ffn[n] - blocks * BLOCK)
+        ffn.append(a.ffn[n] - blocks[n] * BLOCK)
         user, generic, verdict = _diagnose(m, n)
         layers.append(
-            LayerPlan(to_mask(kept, a.groups[n]), to_mask(order[blocks * BLOCK :], a.ffn[n]), user, generic, verdict)
+            LayerPlan(to_mask(kept, a.groups[n]), to_mask(order[blocks[n] * BLOCK :], a.ffn[n]), user, generic, verdict)
         )
     return tuple(layers), groups, ffn
 
@@ -339,19 +326,19 @@ def _fit_vocabulary(
     if whole <= budget:
         return a.vocab
     row = (1 if a.tied else 2) * tensor_bytes(grids["model.embed_tokens.weight"], (1, a.width)) + TOKEN_OVERHEAD
-    rows = min(len(m.vocabulary), a.vocab - (whole - budget) // row)
+    rows = min(len(m.words.order), a.vocab - (whole - budget) // row)
     for _ in range(20):
-        rows = max(rows, m.vocabulary_base)
-        size = bytes_of(replace(a, vocab=rows), trim_tokenizer(tokenizer, m.vocabulary[:rows])[0], grids)
-        if 0 <= budget - size < 8 * row or (rows == m.vocabulary_base and size <= budget):
+        rows = max(rows, m.words.base)
+        size = bytes_of(replace(a, vocab=rows), trim_tokenizer(tokenizer, m.words.order[:rows])[0], grids)
+        if 0 <= budget - size < 8 * row or (rows == m.words.base and size <= budget):
             return rows
         rows += (budget - size) // row  # floor division: too large a file always loses at least one row
     while size > budget:
         rows -= 16
-        if rows < m.vocabulary_base:
+        if rows < m.words.base:
             raise BudgetError(
                 f"a budget of {budget:,} bytes cannot be reached with the whole alphabet; the nearest is {size:,} bytes",
                 size,
             )
-        size = bytes_of(replace(a, vocab=rows), trim_tokenizer(tokenizer, m.vocabulary[:rows])[0], grids)
+        size = bytes_of(replace(a, vocab=rows), trim_tokenizer(tokenizer, m.words.order[:rows])[0], grids)
     return rows

@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from sartor.numerics.grids import Grid, snap
 from sartor.numerics.schedule import warm_then_cosine
+from sartor.stages.likelihood import cross_entropy, hidden_of, kl_to_top, top_of
 from sartor.stages.measure import score
 from sartor.stages.tokens import Window
 
-TOP = 100  # teacher logits kept per token
 EMBEDDING = "embed_tokens"
 WORSE = 1.02  # while the rate is high validation wanders: only a clear rise counts towards stopping early
-PART = 4  # rows in one forward and backward pass: bounds the memory of activations
+PART = 2  # rows in one forward and backward pass: bounds the memory of activations
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,15 @@ class Latents:
             return snap(self.masters[name], self.scales[name], self.grids[name])
         return self.masters[name]
 
-    def copy(self) -> Latents:
-        return Latents({n: t.clone() for n, t in self.masters.items()}, self.scales, self.grids)
+    def halved(self) -> dict[str, Tensor]:
+        """The masters in fp16 (vectors in fp32): half the room, and a cell of any grid here is far wider than the rounding."""
+        return {n: t.half() if t.ndim > 1 else t.clone() for n, t in self.masters.items()}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training did: the best latents, validation bits per byte over time, tokens seen, seconds."""
+    """What training did: validation bits per byte over time, tokens seen, seconds."""
 
-    latents: Latents
     curve: tuple[tuple[float, float], ...]
     tokens: int
     seconds: float
@@ -92,30 +92,6 @@ def put_(model: Any, latents: Latents) -> None:
     for name, p in model.named_parameters():
         if name in latents.masters:
             p.copy_(latents.value(name))
-
-
-@torch.no_grad()
-def teach(
-    teacher: Any, rows: Int[Tensor, "n t"], batch: int = 8
-) -> tuple[Float[Tensor, "n t k"], Int[Tensor, "n t k"]]:
-    """The teacher's TOP log-probabilities and their ids at every position (fp16 and int32 to keep memory small)."""
-    values, ids = [], []
-    for part in rows.split(batch):
-        logits = teacher(input_ids=part, use_cache=False).logits.float()
-        top = torch.log_softmax(logits, -1).topk(min(TOP, logits.shape[-1]), dim=-1)
-        values.append(top.values.half())
-        ids.append(top.indices.int())
-    return torch.cat(values), torch.cat(ids)
-
-
-def kl_to_top(logits: Float[Tensor, "n v"], values: Float[Tensor, "n k"], ids: Int[Tensor, "n k"]) -> Float[Tensor, ""]:
-    """Mean KL(teacher || student) in nats, over the teacher's top tokens and the rest as one event."""
-    log_student = torch.log_softmax(logits, -1).gather(-1, ids.long())
-    p = values.float().exp()
-    rest = (1 - p.sum(-1)).clamp_min(1e-6)
-    rest_student = (1 - log_student.exp().sum(-1)).clamp_min(1e-6)
-    kl = (p * (values.float() - log_student)).sum(-1) + rest * (rest.log() - rest_student.log())
-    return kl.mean()
 
 
 class Rows:
@@ -147,7 +123,7 @@ def distil_(
     tell: Callable[[float, str], None] = lambda share, note: None,
     keep: Callable[[Latents], None] | None = None,
 ) -> Trained:
-    """Train `model` (bf16) in place for `config.seconds`; the best latents on validation come back.
+    """Train `model` (bf16) and `latents` in place for `config.seconds`; both end as the best on validation.
 
     Args:
         teacher: the dense model in bf16 with the same vocabulary; None trains on the text alone.
@@ -174,19 +150,20 @@ def distil_(
         tell(share, f"step {steps}, loss {loss:.3f}, validation {watch.best_bpb:.3f} bits per byte")
     seconds = time.monotonic() - started
     watch.check(seconds)
-    put_(model, watch.best)
+    watch.restore_()
+    put_(model, latents)
     model.requires_grad_(False)
-    return Trained(watch.best, tuple(watch.curve), tokens, seconds)
+    return Trained(tuple(watch.curve), tokens, seconds)
 
 
 class _Watch:
-    """Validation during training: keeps the best masters and counts checks without gain."""
+    """Validation during training: keeps a copy of the best masters and counts checks without gain."""
 
     def __init__(
         self, model: Any, latents: Latents, validation: Sequence[Window], keep: Callable[[Latents], None] | None
     ) -> None:
         self.model, self.latents, self.validation, self.keep = model, latents, validation, keep
-        self.best, self.best_bpb, self.bad = latents.copy(), score(model, validation).bits_per_byte, 0
+        self.best, self.best_bpb, self.bad = latents.halved(), score(model, validation).bits_per_byte, 0
         self.curve = [(0.0, self.best_bpb)]
 
     def check(self, seconds: float) -> None:
@@ -196,9 +173,14 @@ class _Watch:
         if bpb < self.best_bpb:
             self.best_bpb = bpb
             for name, master in self.latents.masters.items():
-                self.best.masters[name].copy_(master.detach())
+                self.best[name].copy_(master.detach())
             if self.keep:
-                self.keep(self.best)
+                self.keep(self.latents)
+
+    def restore_(self) -> None:
+        """The best masters back in place."""
+        for name, best in self.best.items():
+            self.latents.masters[name] = best.float()
 
 
 class _Full:
@@ -255,16 +237,12 @@ def _backward(model: Any, teacher: Any | None, rows: Tensor, n_user: int, config
 
 def _loss(model: Any, teacher: Any | None, rows: Tensor, kl: float) -> Tensor:
     """(1 - kl) cross entropy + kl KL(teacher || model), in nats per token; cross entropy alone without a teacher."""
-    logits = model(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1).float()
     if teacher is None or kl == 0:
-        return F.cross_entropy(logits, rows[:, 1:].flatten())
-    loss = kl * _kl(teacher, rows, logits)
+        return cross_entropy(model, rows)
+    logits = model.lm_head(hidden_of(model, rows)[:, :-1].flatten(0, 1)).float()
+    values, ids = top_of(teacher, rows)
+    loss = kl * kl_to_top(logits, values[:, :-1].flatten(0, 1), ids[:, :-1].flatten(0, 1))
     return loss if kl == 1 else loss + (1 - kl) * F.cross_entropy(logits, rows[:, 1:].flatten())
-
-
-def _kl(teacher: Any, rows: Tensor, logits: Tensor) -> Tensor:
-    values, ids = teach(teacher, rows)
-    return kl_to_top(logits, values[:, :-1].flatten(0, 1), ids[:, :-1].flatten(0, 1))
 
 
 def _update_(named: dict[str, Any], optimizers: dict[str, _Full | _LowRank], rate: float, factor: float) -> None:

@@ -6,22 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from sartor.numerics.metrics import Score
+from sartor.stages.likelihood import nats_of
 from sartor.stages.tokens import Window, batches, pad
 
 
-@torch.no_grad()
 def token_nats(model: Any, windows: Sequence[Window]) -> list[Float[Tensor, " t"]]:
     """-log p of tokens 1, 2, ... of every window, in nats."""
     out: list[Tensor] = [torch.empty(0)] * len(windows)
     for batch in batches(windows):
-        ids = pad([windows[i] for i in batch])
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        nats = nats_of(model, pad([windows[i] for i in batch]))
         for row, i in enumerate(batch):
             out[i] = nats[row, : len(windows[i].ids) - 1]
     return out

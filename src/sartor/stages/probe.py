@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from sartor.model.network import BLOCK, Anatomy, anatomy, has_attention, has_mlp
 from sartor.numerics.compensate import obs_shrink
 from sartor.numerics.recover import Recovered, partition_design, recover
 from sartor.stages.calibrate import Moments
-from sartor.stages.distil import kl_to_top, teach
+from sartor.stages.likelihood import cross_entropy, kl_of, top_of
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,12 @@ def fisher(model: Any, rows: Int[Tensor, "n t"], batch: int = 2) -> Fisher:
     with _catching(model, caught):
         for part in rows.split(batch):
             inputs = embedding(part).detach().requires_grad_(True)
-            hidden = model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, :-1]
-            F.cross_entropy(
-                model.lm_head(hidden).flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum"
-            ).backward()
+            cross_entropy(model, part, inputs).backward()
+            predicted = part.numel() - len(part)  # the loss is a mean over them
             for (layer, site), z in caught.items():
                 if z.grad is None:
                     continue
-                product = (z.detach().float() * z.grad.float()).flatten(0, 1)
+                product = (z.detach().float() * z.grad.float()).flatten(0, 1) * predicted
                 if site == "down":
                     channel[layer] = channel.get(layer, 0) + 0.5 * (product**2).sum(0)
                 else:
@@ -147,20 +144,6 @@ def block_effects(units: Units, scores: Fisher, moments: Moments) -> np.ndarray:
     return np.array(out)
 
 
-def damage(model: Any, rows: Int[Tensor, "n t"], reference: tuple[Tensor, Tensor]) -> float:
-    """KL(dense || model) in nats per token, against cached teacher log-probabilities."""
-    values, ids = reference
-    total = 0.0
-    with torch.no_grad():
-        for start in range(0, len(rows), 8):
-            logits = model(input_ids=rows[start : start + 8], use_cache=False).logits.float()
-            part = slice(start, start + 8)
-            total += float(kl_to_top(logits.flatten(0, 1), values[part].flatten(0, 1), ids[part].flatten(0, 1))) * len(
-                logits
-            )
-    return total / len(rows)
-
-
 def probe(
     model: Any,
     units: Units,
@@ -173,11 +156,11 @@ def probe(
 ) -> Probed:
     """Random masks over the units, measured on `rows`, recovered towards the prior."""
     design = partition_design(units.factor, share, max(1, round(probes * share)), seed)[:probes]
-    reference = teach(model, rows)
+    reference = top_of(model, rows)
     y = np.empty(len(design))
     for i, removed in enumerate(design):
         with masked(model, *_masks(model, units, removed)):
-            y[i] = damage(model, rows, reference)
+            y[i] = kl_of(model, rows, reference)
         tell((i + 1) / len(design), f"probe {i + 1}/{len(design)}, damage {y[i]:.3f} nats per token")
     return Probed(recover(design, y, prior, units.factor, seed=seed), len(design), rows.numel())
 
