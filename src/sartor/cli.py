@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import shlex
@@ -146,6 +147,8 @@ def _add_eval(e: argparse.ArgumentParser) -> None:
 def do_compress(a: argparse.Namespace) -> None:
     """Run the job and print its table."""
     from sartor.api import compress
+
+    _keep_freed_memory()
     from sartor.report.text import table
 
     _no_bars()
@@ -227,6 +230,7 @@ def do_inspect(a: argparse.Namespace) -> None:
     print(plan.to_json() if a.json else inspection(json.loads((a.folder / "report.json").read_text())))
 
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 EXTRAS = {
     "torch": "pip install torch==2.13.0",
     "transformers": "pip install transformers==5.23.0",
@@ -283,6 +287,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep the memory of freed tensors for the next ones.
+
+    Else every large tensor is fetched from the system and zeroed again, four million page faults in six training steps; without them
+    a step takes an eighth less time. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _quiet() -> None:

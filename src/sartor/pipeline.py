@@ -59,7 +59,7 @@ class Effort:
 
 EFFORTS: dict[str, Effort] = {
     "quick": Effort(32, 16, 4, 33, 64, 5, 1, DistilConfig(110.0, 5e-4, checks=3), 12_288, 32_768),
-    "standard": Effort(64, 32, 8, 66, 192, 1, 2, DistilConfig(720.0, 3e-4), 24_576, 98_304),
+    "standard": Effort(64, 32, 8, 66, 192, 3, 2, DistilConfig(720.0, 3e-4, checks=6), 24_576, 98_304),
     "thorough": Effort(192, 96, 16, 264, 512, 1, 5, DistilConfig(4200.0, 2e-4), 32_768, 196_608),
 }
 
@@ -144,8 +144,8 @@ def make_plan(
     if can_trim(tokenizer):
         told(0.0, "words the model expects of the user")
         expected = expected_use(dense, sample(user_rows, e.expected_rows, seed))
-        windows = cut_windows(texts.probe, probe_rows[0].numel() * 4)
-        listed = words(dense, tokenizer, texts.train, expected, windows, told)
+        said = lambda share, note: told(0.45 * share, note)  # noqa: E731
+        listed = words(dense, tokenizer, texts.train, expected, texts.probe, e.validation_bytes, said)
     kinds = _damage_of_bits(dense, tokenizer, probe_rows[0], reference, budget, bytes_of, told)
     poorer = poorer_damage(
         dense, user_moments, kinds[1][DOWN, BASE], probe_rows[0], reference, e.layers_at_once,

@@ -1,4 +1,4 @@
-"""Every tensor onto its grid: error feedback for what has second moments, a weighted scale search for the embedding."""
+"""Every tensor onto its grid with error feedback, on the second moments of what it reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sartor.numerics.gptq import gptq
-from sartor.numerics.grids import GRIDS, Grid, search_scales
+from sartor.numerics.grids import GRIDS, Grid
 from sartor.stages.calibrate import SITE_OF, Moments
 from sartor.stages.distil import Latents
 
@@ -28,20 +28,16 @@ def quantize(
         Latents whose `value(name)` are the weights of the artifact.
     """
     latents = Latents({})
-    together: dict[tuple[tuple[int, str], str], list[str]] = {}
+    together: dict[tuple[tuple[int, str] | None, str], list[str]] = {}
     parameters = {n: p.detach().float() for n, p in model.named_parameters()}
     for name, w in parameters.items():
-        place = _place(name) if name in grids else None
-        if place is not None:
-            together.setdefault((place, grids[name]), []).append(name)
-            continue
-        latents.masters[name] = w.clone()
         if name in grids:
-            latents.grids[name] = GRIDS[grids[name]]
-            latents.scales[name] = search_scales(w, moments.head.diagonal(), GRIDS[grids[name]])
+            together.setdefault((_place(name), grids[name]), []).append(name)
+        else:
+            latents.masters[name] = w.clone()
     for n, ((place, grid), names) in enumerate(together.items()):
-        _quantize_together_(latents, parameters, names, moments.c[place], GRIDS[grid])
-        tell((n + 1) / len(together), f"layer {place[0]}, {place[1]}")
+        _quantize_together_(latents, parameters, names, moments.c[place] if place else moments.head, GRIDS[grid])
+        tell((n + 1) / len(together), f"layer {place[0]}, {place[1]}" if place else "vocabulary")
     latents.masters = {n: latents.masters[n] for n in parameters}
     return latents
 
@@ -57,7 +53,7 @@ def _quantize_together_(
 
 
 def _place(name: str) -> tuple[int, str] | None:
-    """(layer, site) of a linear's weight, or None for the embedding and the head."""
+    """(layer, site) of a linear's weight, or None for the embedding and the head: a tied embedding is the head above all."""
     parts = name.split(".")
     if parts[:2] != ["model", "layers"]:
         return None

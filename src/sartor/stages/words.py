@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
 from sartor.model.network import clone, shrink_vocabulary_
 from sartor.model.vocabulary import closed_order, count_tokens, trim_tokenizer
 from sartor.stages.measure import score
-from sartor.stages.tokens import encode_windows
+from sartor.stages.tokens import cut_windows, encode_windows
 
-SIZES = (0.9, 0.8, 0.65, 0.5, 0.38, 0.28, 0.2, 0.14)
+SIZES = (
+    0.95,
+    0.9,
+    0.85,
+    0.8,
+    0.75,
+    0.7,
+    0.65,
+    0.6,
+    0.55,
+    0.5,
+    0.44,
+    0.38,
+    0.33,
+    0.28,
+    0.24,
+    0.2,
+    0.17,
+    0.14,
+)  # shares kept
+MEASURED = (0.65, 0.3)  # where the price of a missing token is measured
+USUAL_PRICE = 7.0  # nats, of a token that must be spelled in pieces; counts as much as USUAL_EVENTS measured ones
+USUAL_EVENTS = 10
 
 
 @dataclass(frozen=True)
@@ -48,17 +72,19 @@ def words(
     tokenizer: Any,
     user: Sequence[str],
     expected: Float[Tensor, " v"],
-    windows: list[list[tuple[int, str]]],
+    held_out: Sequence[str],
+    max_bytes: int,
     tell: Callable[[float, str], None],
 ) -> Words:
     """Rank the tokens and measure the ladder.
 
     Args:
-        user: training texts. expected: from `expected_use` on them. windows: of texts that the ranking has not seen.
+        user: training texts. expected: from `expected_use` on them. held_out: texts that the ranking has not seen, to count on;
+        prices are measured on `max_bytes` of them.
     """
     order, base = rank(tokenizer, user, expected)
     without_one, _ = rank(tokenizer, user, expected, discount=1)
-    sizes, lost = _damage(model, tokenizer, order, base, windows, tell)
+    sizes, lost = _damage(model, tokenizer, order, base, held_out, max_bytes, tell)
     return Words(order, base, without_one, sizes, lost)
 
 
@@ -84,22 +110,29 @@ def _damage(
     tokenizer: Any,
     order: Sequence[int],
     base: int,
-    windows: list[list[tuple[int, str]]],
+    held_out: Sequence[str],
+    max_bytes: int,
     tell: Callable[[float, str], None],
 ) -> tuple[list[int], list[float]]:
-    """Coding length that smaller vocabularies add to the windows, in nats per original token; entry 0 is the whole."""
+    """Coding length that smaller vocabularies add, in nats per original token; entry 0 is the whole.
+
+    Nearly all of it comes from the tokens that are missing (docs/log.md), so it is their share, which counting alone gives
+    exactly, times the price of one, which the model is asked for at two sizes.
+    """
+    windows = cut_windows(held_out, max_bytes)
     encoded = encode_windows(windows, tokenizer)
-    tokens = sum(p.end - p.start for w in encoded for p in w.pieces)
+    here, all_ = Counter(i for w in encoded for i in w.ids), count_tokens(tokenizer, held_out)
     nats = sum(score(model, encoded).nats)
-    sizes, lost = [len(order)], [0.0]
-    for n, share in enumerate(SIZES):
-        size = max(int(len(order) * share), base + 256)
-        if size >= sizes[-1]:
-            break
+    sizes = [k for share in SIZES if (k := int(len(order) * share)) >= base + 256] or [base + 256]
+    at, prices = [], []
+    for n, size in enumerate(sorted({min(sizes, key=lambda k: abs(k - share * len(order))) for share in MEASURED})):
         smaller, ids = trim_tokenizer(tokenizer, order[:size])
         cut = clone(model)
         shrink_vocabulary_(cut, ids, {})
-        sizes.append(size)
-        lost.append(max(lost[-1], (sum(score(cut, encode_windows(windows, smaller)).nats) - nats) / tokens))
-        tell((n + 1) / len(SIZES), f"vocabulary of {size}: +{lost[-1]:.3f} nats per token")
-    return sizes, lost
+        lost = sum(score(cut, encode_windows(windows, smaller)).nats) - nats
+        at.append(size)
+        prices.append((lost + USUAL_EVENTS * USUAL_PRICE) / (sum(here[i] for i in order[size:]) + USUAL_EVENTS))
+        tell((n + 1) / len(MEASURED), f"vocabulary of {size}: {prices[-1]:.1f} nats for every token that is missing")
+    missing = [sum(all_[i] for i in order[k:]) / max(1, sum(all_.values())) for k in sizes]
+    losses = np.maximum.accumulate(np.maximum(np.array(missing) * np.interp(sizes, at, prices), 0.0))
+    return [len(order), *sizes], [0.0, *losses.tolist()]
