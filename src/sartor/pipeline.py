@@ -279,11 +279,9 @@ def trim(model: Any, tokenizer: Any, plan: Plan) -> tuple[Any, Any]:
 
 
 def own_rows(full: Any, small: Any, plan: Plan, texts: Texts) -> Tensor:
-    """Rows of the user's own text, as the trimmed model will meet *new* text.
+    """Rows of the user's own text, as the trimmed model will meet *new* text: as many of its words are spelled in pieces.
 
-    Every word of the training text is in the kept vocabulary, new words are not: they are spelled in pieces the model
-    never saw together. So a token is left out here when it would not have been kept without one of its occurrences; the
-    share of words spelled in pieces is then the share of new words (Good 1953).
+    Which ones the plan says (`Words.seen_again`).
     """
     own = [*texts.train, *texts.probe]
     if plan.vocabulary is None or plan.seen_again is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,29 +16,11 @@ from sartor.model.vocabulary import closed_order, count_tokens, trim_tokenizer
 from sartor.stages.measure import score
 from sartor.stages.tokens import cut_windows, encode_windows
 
-SIZES = (
-    0.95,
-    0.9,
-    0.85,
-    0.8,
-    0.75,
-    0.7,
-    0.65,
-    0.6,
-    0.55,
-    0.5,
-    0.44,
-    0.38,
-    0.33,
-    0.28,
-    0.24,
-    0.2,
-    0.17,
-    0.14,
-)  # shares kept
+SIZES = (*(share / 100 for share in range(95, 45, -5)), 0.44, 0.38, 0.33, 0.28, 0.24, 0.2, 0.17, 0.14)  # shares kept
 MEASURED = (0.65, 0.3)  # where the price of a missing token is measured
 USUAL_PRICE = 7.0  # nats, of a token that must be spelled in pieces; counts as much as USUAL_EVENTS measured ones
 USUAL_EVENTS = 10
+FEWER = (1, 2, 3, 5, 8, 12, 20)  # occurrences taken off every token, to make the training text as strange as new text
 
 
 @dataclass(frozen=True)
@@ -47,24 +29,38 @@ class Words:
 
     Attributes:
         order: tokens, the most useful first; its prefixes of at least `base` tokens are closed under merges.
-        without_one: the order if every token had occurred once less. sizes, lost: tokens kept and what that costs, in nats per original
-        token; entry 0 is the whole vocabulary.
+        fewer: the orders if every token had occurred so many times less as FEWER says. own, held_out: counts of tokens in the training text and
+        in text that the ranking has not seen. sizes, lost: tokens kept and what that costs, in nats per original token; entry 0 is the whole vocabulary.
     """
 
     order: list[int]
     base: int
-    without_one: list[int]
-    sizes: list[int]
-    lost: list[float]
+    fewer: list[list[int]] = field(default_factory=list)
+    own: Counter[int] = field(default_factory=Counter)
+    held_out: Counter[int] = field(default_factory=Counter)
+    sizes: list[int] = field(default_factory=list)
+    lost: list[float] = field(default_factory=list)
 
     def seen_again(self, kept: int) -> list[int]:
-        """The kept tokens that would be kept if they had occurred once less, ascending."""
-        return sorted(set(self.order[:kept]) & set(self.without_one[:kept]))
+        """The kept tokens to spell the training text with, ascending, so that it lacks as many words as new text does.
+
+        Nearly every word of the training text is kept, because it helped to choose; in new text some are missing. So every token is
+        counted a few times less, as many as make the share of missing tokens equal to that in held-out text.
+        """
+        missing = share_of(self.held_out, self.order[kept:])
+        candidates = [set(self.order[:kept]) & set(order[:kept]) for order in self.fewer]
+        without = [1 - share_of(self.own, c) for c in candidates]
+        return sorted(candidates[min(range(len(without)), key=lambda i: abs(without[i] - missing))])
+
+
+def share_of(counts: Counter[int], tokens: Iterable[int]) -> float:
+    """The share of all occurrences that these tokens have."""
+    return sum(counts[t] for t in tokens) / max(1, sum(counts.values()))
 
 
 def whole(vocab: int) -> Words:
     """The ladder of a vocabulary that cannot be trimmed."""
-    return Words(list(range(vocab)), vocab, list(range(vocab)), [vocab], [0.0])
+    return Words(list(range(vocab)), vocab, sizes=[vocab], lost=[0.0])
 
 
 def words(
@@ -82,22 +78,20 @@ def words(
         user: training texts. expected: from `expected_use` on them. held_out: texts that the ranking has not seen, to count on;
         prices are measured on `max_bytes` of them.
     """
-    order, base = rank(tokenizer, user, expected)
-    without_one, _ = rank(tokenizer, user, expected, discount=1)
-    sizes, lost = _damage(model, tokenizer, order, base, held_out, max_bytes, tell)
-    return Words(order, base, without_one, sizes, lost)
+    own, unseen = count_tokens(tokenizer, user), count_tokens(tokenizer, held_out)
+    order, base = rank(tokenizer, own, expected)
+    fewer = [rank(tokenizer, own, expected, discount)[0] for discount in FEWER]
+    sizes, lost = _damage(model, tokenizer, order, base, cut_windows(held_out, max_bytes), unseen, tell)
+    return Words(order, base, fewer, own, unseen, sizes, lost)
 
 
-def rank(
-    tokenizer: Any, user: Sequence[str], expected: Float[Tensor, " v"], discount: int = 0
-) -> tuple[list[int], int]:
+def rank(tokenizer: Any, own: Counter[int], expected: Float[Tensor, " v"], discount: int = 0) -> tuple[list[int], int]:
     """Tokens by expected use: the user's rate, twice the rate the dense model expects on that text, a tenth of Zipf's law.
 
     Words that the text happens not to hold are most of what a trimmed vocabulary costs, and the model knows best which of
     them belong there: of the tokens in held-out mails 1.25% are missing from 32,000 kept ones against 1.65% when generic counts
     stand for them; in held-out code 0.04% against 0.87% (docs/log.md).
     """
-    own = count_tokens(tokenizer, user)
     total, n = max(1, sum(own.values())), len(tokenizer)
     zipf = sum(1 / (r + 100) for r in range(n))
     use = expected.tolist()
@@ -110,8 +104,8 @@ def _damage(
     tokenizer: Any,
     order: Sequence[int],
     base: int,
-    held_out: Sequence[str],
-    max_bytes: int,
+    windows: list[list[tuple[int, str]]],
+    unseen: Counter[int],
     tell: Callable[[float, str], None],
 ) -> tuple[list[int], list[float]]:
     """Coding length that smaller vocabularies add, in nats per original token; entry 0 is the whole.
@@ -119,9 +113,8 @@ def _damage(
     Nearly all of it comes from the tokens that are missing (docs/log.md), so it is their share, which counting alone gives
     exactly, times the price of one, which the model is asked for at two sizes.
     """
-    windows = cut_windows(held_out, max_bytes)
     encoded = encode_windows(windows, tokenizer)
-    here, all_ = Counter(i for w in encoded for i in w.ids), count_tokens(tokenizer, held_out)
+    here = Counter(i for w in encoded for i in w.ids)
     nats = sum(score(model, encoded).nats)
     sizes = [k for share in SIZES if (k := int(len(order) * share)) >= base + 256] or [base + 256]
     at, prices = [], []
@@ -133,6 +126,6 @@ def _damage(
         at.append(size)
         prices.append((lost + USUAL_EVENTS * USUAL_PRICE) / (sum(here[i] for i in order[size:]) + USUAL_EVENTS))
         tell((n + 1) / len(MEASURED), f"vocabulary of {size}: {prices[-1]:.1f} nats for every token that is missing")
-    missing = [sum(all_[i] for i in order[k:]) / max(1, sum(all_.values())) for k in sizes]
+    missing = [share_of(unseen, order[k:]) for k in sizes]
     losses = np.maximum.accumulate(np.maximum(np.array(missing) * np.interp(sizes, at, prices), 0.0))
     return [len(order), *sizes], [0.0, *losses.tolist()]
