@@ -20,7 +20,7 @@ from sartor.stages.bits import BASE, DOWN, RICHER, embeddings_of, grid_damage, k
 from sartor.stages.buffer import mixed_moments, prune_
 from sartor.stages.calibrate import second_moments
 from sartor.stages.decide import Bytes, Measured, decide, smallest_bytes
-from sartor.stages.distil import DistilConfig, Latents, Trained, distil_, put_
+from sartor.stages.distil import Anchor, DistilConfig, Latents, Trained, anchor, distil_, put_
 from sartor.stages.likelihood import expected_use, top_of
 from sartor.stages.probe import Probed, block_effects, fisher, order_units, probe
 from sartor.stages.quantize import quantize
@@ -39,7 +39,7 @@ class Effort:
     """How much work each stage does; one row an effort level.
 
     Attributes:
-        rows: rows of 256 tokens for second moments. fisher_rows, probe_rows: for the two probing measurements.
+        rows: rows of 256 tokens for second moments, and generic ones in training. fisher_rows, probe_rows: for the two probing measurements.
         probes: random masks. expected_rows: rows on which the model says what words it expects. layers_at_once: whose three-bit
         damage is measured together. steps: buffered cuts. training: recovery; the longer, the smaller the peak rate.
         validation_bytes, test_bytes: text measured on.
@@ -205,7 +205,9 @@ def apply_plan(
     small, fitted = trim(_given(model), tokenizer, plan)
     rows = own_rows(tokenizer, fitted, plan, texts), training_rows(texts.generic_train, fitted)
     validation = encode_windows(cut_windows(texts.validation, e.validation_bytes), fitted)
-    teacher = clone(small, torch.bfloat16) if config.kl or config.user_share < 1 else None
+    generic = None
+    if config.seconds > 0 and config.user_share < 1:
+        generic = anchor(clone(small, torch.bfloat16), sample(rows[1], e.rows, plan.seed))
     keep = (lambda latents: checkpoint(latents, fitted)) if checkpoint else None
     clock.lap("trim")
     steps: list[dict[str, float]] = []
@@ -224,7 +226,7 @@ def apply_plan(
     gc.collect()
     put_(student, latents)
     seed = plan.seed + (saved is not None)  # a resumed training does not see its first rows again
-    trained = recover(student, latents, teacher, rows, validation, config, seed, tell, keep)
+    trained = recover(student, latents, rows[0], generic, validation, config, seed, tell, keep)
     clock.lap("recover")
     return Compressed(student, fitted, latents, plan, trained, clock.seconds, steps)
 
@@ -251,8 +253,8 @@ def _given(model: Any) -> Any:
 def recover(
     student: Any,
     latents: Latents,
-    teacher: Any | None,
-    rows: tuple[Tensor, Tensor],
+    own: Tensor,
+    generic: Anchor | None,
     validation: Sequence[Window],
     config: DistilConfig,
     seed: int,
@@ -262,9 +264,8 @@ def recover(
     """Distil unless told not to."""
     if config.seconds <= 0:
         return None
-    return distil_(
-        student, latents, teacher, rows[0], rows[1], validation, config, seed, lambda s, n: tell("recover", s, n), keep
-    )
+    told = lambda share, note: tell("recover", share, note)  # noqa: E731
+    return distil_(student, latents, own, generic, validation, config, seed, told, keep)
 
 
 def trim(model: Any, tokenizer: Any, plan: Plan) -> tuple[Any, Any]:

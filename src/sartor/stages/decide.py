@@ -22,7 +22,7 @@ from sartor.numerics.grids import fits, tensor_bytes
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.bits import BASE, DOWN, POORER, RICHER, embeddings_of, kinds_of
 from sartor.stages.probe import Probed, Units
-from sartor.stages.words import SIZES, Words
+from sartor.stages.words import Words, least_size
 
 LEAST_BLOCKS = 4  # FFN blocks that every layer keeps: below it the additive damage means nothing
 ROWS_STEP = 512
@@ -58,7 +58,7 @@ def smallest_bytes(model: Any, tokenizer: Any, bytes_of: Bytes) -> int:
     rows = a.vocab
     if can_trim(tokenizer):
         order, base = closed_order(tokenizer, {})
-        rows = max(int(len(order) * SIZES[-1]), base + 256)
+        rows = least_size(len(order), base)
         tokenizer = trim_tokenizer(tokenizer, order[:rows])[0]
     groups = tuple(0 for _ in a.groups) if flexible else a.groups
     least = replace(a, vocab=rows, groups=groups, ffn=tuple(LEAST_BLOCKS * BLOCK for _ in a.ffn))

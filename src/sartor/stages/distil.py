@@ -5,20 +5,20 @@ bf16 gradients at the snapped weights, applies them to the masters, and snaps ag
 (Bengio et al. 2013, arXiv:1308.3432) at no extra cost in the graph. Scales stay as the quantizer chose them, masters
 start at GPTQ's latent weights, so that training starts at the GPTQ solution.
 
-On the user's rows the loss is cross entropy on the text mixed with KL to the dense model; on generic rows KL alone,
-which is what keeps the model from forgetting. The best masters on validation are kept.
+On the user's rows the loss is cross entropy, on a few generic rows KL to the dense model, which is what keeps the model from
+forgetting. What the dense model says of them is known before training: it takes no part, and no memory. The best masters
+on validation are kept. (KL on own text, low-rank updates and other rates for the embedding were measured: no gain, docs/log.md.)
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sartor.numerics.grids import Grid, snap
@@ -27,7 +27,6 @@ from sartor.stages.likelihood import cross_entropy, hidden_of, kl_to_top, top_of
 from sartor.stages.measure import score
 from sartor.stages.tokens import Window
 
-EMBEDDING = "embed_tokens"
 WORSE = 1.02  # while the rate is high validation wanders: only a clear rise counts towards stopping early
 PART = 2  # rows in one forward and backward pass: bounds the memory of activations
 
@@ -38,24 +37,33 @@ class DistilConfig:
 
     Attributes:
         seconds: wall-clock budget. rate: peak learning rate of AdamW. batch_rows: rows a step. user_share: share of user
-        rows in a batch. rank: of the update, 0 for full. embedding_factor: the embedding's rate over the others'. kl: weight of KL to the dense model on user rows (1 - kl is the weight of the text itself).
-        checks: how often validation is measured. patience: checks in a row clearly above the best before stopping.
+        rows in a batch. checks: how often validation is measured. patience: checks in a row clearly above the best before stopping.
     """
 
     seconds: float = 300.0
     rate: float = 5e-4
     batch_rows: int = 8
     user_share: float = 0.875
-    kl: float = 0.0
     checks: int = 8
     patience: int = 3
-    decay: float = 0.01  # of low-rank factors; full weights are not decayed
-    rank: int = 0
-    embedding_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.seconds < 0 or not 0 <= self.user_share <= 1 or not 0 <= self.kl <= 1 or self.batch_rows < 1:
+        if self.seconds < 0 or not 0 <= self.user_share <= 1 or self.batch_rows < 1:
             raise ValueError(f"not a valid training: {self}")
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Generic rows and what the dense model says of them (`top_of`): log-probabilities and tokens at every position."""
+
+    rows: Int[Tensor, "n t"]
+    values: Float[Tensor, "n t k"]
+    ids: Int[Tensor, "n t k"]
+
+
+def anchor(teacher: Any, rows: Int[Tensor, "n t"]) -> Anchor:
+    """Args: teacher: the dense model with the student's vocabulary."""
+    return Anchor(rows, *top_of(teacher, rows))
 
 
 @dataclass
@@ -114,9 +122,8 @@ class Rows:
 def distil_(
     model: Any,
     latents: Latents,
-    teacher: Any | None,
     user: Int[Tensor, "n t"],
-    generic: Int[Tensor, "m t"],
+    generic: Anchor | None,
     validation: Sequence[Window],
     config: DistilConfig,
     seed: int = 0,
@@ -126,25 +133,22 @@ def distil_(
     """Train `model` (bf16) and `latents` in place for `config.seconds`; both end as the best on validation.
 
     Args:
-        teacher: the dense model in bf16 with the same vocabulary; None trains on the text alone.
-        user, generic: training rows. validation: windows of the user's validation documents.
+        user: training rows. generic: rows that hold the model back from forgetting; None trains on own text alone. validation: windows of the user's validation documents.
         tell: called with the share done and a note. keep: called with the latents whenever validation improves.
     """
     started = time.monotonic()
     put_(model, latents)
     named = {n: p.requires_grad_(True) for n, p in model.named_parameters() if n in latents.masters}
-    generator = torch.Generator().manual_seed(seed)
-    optimizers = {n: _optimizer(latents.masters[n], config, generator) for n in named}
-    own, other = Rows(len(user), seed), Rows(len(generic), seed + 1)
-    n_user = round(config.batch_rows * config.user_share)
+    optimizers = {n: _Adam(latents.masters[n], config.rate) for n in named}
+    n_user = round(config.batch_rows * config.user_share) if generic else config.batch_rows
+    own, other = Rows(len(user), seed), Rows(len(generic.rows) if generic else 0, seed + 1)
     watch = _Watch(model, latents, validation, keep)
     tokens = steps = 0
     while (share := (time.monotonic() - started) / max(config.seconds, 1e-9)) < 1 and watch.bad < config.patience:
-        rows = torch.cat([user[own.deal(n_user)], generic[other.deal(config.batch_rows - n_user)]])
-        loss = _backward(model, teacher, rows, n_user, config)
-        _update_(named, optimizers, config.rate * warm_then_cosine(share), config.embedding_factor)
+        loss = _backward(model, user[own.deal(n_user)], generic, other.deal(config.batch_rows - n_user))
+        _update_(named, optimizers, config.rate * warm_then_cosine(share))
         put_(model, latents)
-        steps, tokens = steps + 1, tokens + rows.numel()
+        steps, tokens = steps + 1, tokens + config.batch_rows * user.shape[1]
         if share * config.checks >= len(watch.curve):
             watch.check(time.monotonic() - started)
         tell(share, f"step {steps}, loss {loss:.3f}, validation {watch.best_bpb:.3f} bits per byte")
@@ -183,12 +187,12 @@ class _Watch:
             self.latents.masters[name] = best.float()
 
 
-class _Full:
-    """One optimizer a tensor, so that only one fp32 gradient exists at a time."""
+class _Adam:
+    """AdamW, one a tensor, so that only one fp32 gradient exists at a time."""
 
-    def __init__(self, master: Tensor, config: DistilConfig) -> None:
+    def __init__(self, master: Tensor, rate: float) -> None:
         self.master = master
-        self.optimizer = torch.optim.AdamW([master], lr=config.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW([master], lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
     def step(self, gradient: Tensor, rate: float) -> None:
         self.optimizer.param_groups[0]["lr"] = rate
@@ -197,58 +201,35 @@ class _Full:
         self.master.grad = None
 
 
-class _LowRank:
-    """master = base + SCALE B A, B (out, r) from zero, A (r, in) from noise (LoRA, Hu et al. 2021, arXiv:2106.09685).
-
-    The product is part of the latent weights, so it is folded in and snapped to the grid at every step.
-    """
-
-    SCALE = 2.0
-
-    def __init__(self, master: Tensor, config: DistilConfig, generator: torch.Generator) -> None:
-        self.master, self.base = master, master.clone()
-        self.a = torch.randn(config.rank, master.shape[1], generator=generator) / master.shape[1] ** 0.5
-        self.b = torch.zeros(master.shape[0], config.rank)
-        self.optimizer = torch.optim.AdamW(
-            [self.a, self.b], lr=config.rate, betas=(0.9, 0.98), weight_decay=config.decay, fused=True
-        )
-
-    def step(self, gradient: Tensor, rate: float) -> None:
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.a.grad, self.b.grad = self.SCALE * (self.b.T @ gradient), self.SCALE * (gradient @ self.a.T)
-        self.optimizer.step()
-        torch.addmm(self.base, self.b, self.a, alpha=self.SCALE, out=self.master)
-
-
-def _optimizer(master: Tensor, config: DistilConfig, generator: torch.Generator) -> _Full | _LowRank:
-    return _LowRank(master, config, generator) if master.ndim > 1 and config.rank else _Full(master, config)
-
-
-def _backward(model: Any, teacher: Any | None, rows: Tensor, n_user: int, config: DistilConfig) -> float:
-    """One batch in parts of PART rows, forward and backward; returns the loss."""
-    total = 0.0
-    for mine, chunk in ((True, rows[:n_user]), (False, rows[n_user:])):
-        for part in chunk.split(PART) if len(chunk) else ():
-            loss = _loss(model, teacher, part, config.kl if mine else 1.0) * (len(part) / len(rows))
-            loss.backward()
-            total += float(loss.detach())
+def _backward(model: Any, own: Int[Tensor, "n t"], generic: Anchor | None, dealt: Int[Tensor, " m"]) -> float:
+    """One batch, part by part forward and backward; returns the loss."""
+    total, count = 0.0, len(own) + len(dealt)
+    for size, mean in _losses(model, own, generic, dealt):
+        loss = mean * (size / count)
+        loss.backward()
+        total += float(loss.detach())
     return total
 
 
-def _loss(model: Any, teacher: Any | None, rows: Tensor, kl: float) -> Tensor:
-    """(1 - kl) cross entropy + kl KL(teacher || model), in nats per token; cross entropy alone without a teacher."""
-    if teacher is None or kl == 0:
-        return cross_entropy(model, rows)
-    logits = model.lm_head(hidden_of(model, rows)[:, :-1].flatten(0, 1)).float()
-    values, ids = top_of(teacher, rows)
-    loss = kl * kl_to_top(logits, values[:, :-1].flatten(0, 1), ids[:, :-1].flatten(0, 1))
-    return loss if kl == 1 else loss + (1 - kl) * F.cross_entropy(logits, rows[:, 1:].flatten())
+def _losses(model: Any, own: Tensor, generic: Anchor | None, dealt: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(rows, mean loss) of parts of PART rows, each computed when it is asked for."""
+    for part in own.split(PART):
+        yield len(part), cross_entropy(model, part)
+    if generic is not None and len(dealt):
+        for part in dealt.split(PART):
+            yield len(part), _held_back(model, generic, part)
 
 
-def _update_(named: dict[str, Any], optimizers: dict[str, _Full | _LowRank], rate: float, factor: float) -> None:
+def _held_back(model: Any, generic: Anchor, dealt: Int[Tensor, " m"]) -> Float[Tensor, ""]:
+    """KL(dense || model) in nats per token of some generic rows."""
+    logits = model.lm_head(hidden_of(model, generic.rows[dealt]).flatten(0, 1)).float()
+    return kl_to_top(logits, generic.values[dealt].flatten(0, 1), generic.ids[dealt].flatten(0, 1))
+
+
+def _update_(named: dict[str, Any], optimizers: dict[str, _Adam], rate: float) -> None:
     """Gradients of the running network to the masters, clipped to norm 1 over all, and one step."""
-    norm = float(torch.stack([p.grad.float().norm() for p in named.values()]).norm())
+    norm = float(torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in named.values()]).norm())
     clip = min(1.0, 1.0 / max(norm, 1e-12))
     for name, p in named.items():
         gradient, p.grad = p.grad.float().mul_(clip), None
-        optimizers[name].step(gradient, rate * (factor if EMBEDDING in name else 1.0))
+        optimizers[name].step(gradient, rate)

@@ -58,6 +58,11 @@ def share_of(counts: Counter[int], tokens: Iterable[int]) -> float:
     return sum(counts[t] for t in tokens) / max(1, sum(counts.values()))
 
 
+def least_size(vocab: int, base: int) -> int:
+    """The smallest vocabulary worth having: the end of the ladder, or bytes and a quarter of what could be merged, at most 256."""
+    return max(int(vocab * SIZES[-1]), base + min(256, (vocab - base) // 4))
+
+
 def whole(vocab: int) -> Words:
     """The ladder of a vocabulary that cannot be trimmed."""
     return Words(list(range(vocab)), vocab, sizes=[vocab], lost=[0.0])
@@ -116,7 +121,9 @@ def _damage(
     encoded = encode_windows(windows, tokenizer)
     here = Counter(i for w in encoded for i in w.ids)
     nats = sum(score(model, encoded).nats)
-    sizes = [k for share in SIZES if (k := int(len(order) * share)) >= base + 256] or [base + 256]
+    sizes = [k for share in SIZES if (k := int(len(order) * share)) >= least_size(len(order), base)]
+    if not sizes:
+        return [len(order)], [0.0]
     at, prices = [], []
     for n, size in enumerate(sorted({min(sizes, key=lambda k: abs(k - share * len(order))) for share in MEASURED})):
         smaller, ids = trim_tokenizer(tokenizer, order[:size])

@@ -1,0 +1,114 @@
+"""Laws of the stages: likelihoods in pieces, words, bits, and the ways to make an MLP smaller."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sartor.model import network as net
+from sartor.model.vocabulary import count_tokens, trim_tokenizer
+from sartor.stages import likelihood, words
+from sartor.stages.bits import BASE, DOWN, grid_damage, kinds_of, poorer_damage
+from sartor.stages.calibrate import second_moments
+from sartor.stages.tokens import sample, training_rows
+from tests.conftest import make_model, texts
+
+
+@pytest.fixture
+def rows(tokenizer: Any) -> torch.Tensor:
+    return sample(training_rows(texts("cook", 20, 8), tokenizer, 64), 6, 0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_fused_loss_and_its_gradients_are_autograds(tokenizer: Any, rows: torch.Tensor, tied: bool) -> None:
+    model = make_model(len(tokenizer), "llama" if tied else "mistral", tied).requires_grad_(True)
+
+    def gradients(loss: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
+        (3 * loss).backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return float(loss.detach()), found
+
+    logits = model(input_ids=rows).logits[:, :-1].flatten(0, 1)
+    expected, theirs = gradients(F.cross_entropy(logits, rows[:, 1:].flatten()))
+    got, ours = gradients(likelihood.cross_entropy(model, rows))
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        assert torch.allclose(gradient, theirs[name], atol=1e-5), name
+
+
+def test_likelihoods_in_pieces_are_those_of_the_whole(model: Any, rows: torch.Tensor) -> None:
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(input_ids=rows).logits, -1)
+    nats = -log_p[:, :-1].gather(-1, rows[:, 1:, None])[..., 0]
+    assert torch.allclose(likelihood.nats_of(model, rows), nats, atol=1e-4)
+    values, ids = likelihood.top_of(model, rows, batch=4)
+    assert torch.allclose(values.float(), log_p.topk(values.shape[-1]).values, atol=1e-2)
+    assert torch.allclose(log_p.gather(-1, ids.long()), values.float(), atol=1e-2)
+    expected = likelihood.expected_use(model, rows, batch=4)
+    assert torch.allclose(expected, log_p.exp().mean((0, 1)), atol=1e-5)
+
+
+def test_a_model_is_at_no_distance_from_itself_and_at_some_from_another(model: Any, rows: torch.Tensor) -> None:
+    reference = likelihood.top_of(model, rows)
+    assert likelihood.kl_of(model, rows, reference) == pytest.approx(0, abs=1e-5)
+    other = net.clone(model)
+    net.shrink_mlp_(other, 0, torch.arange(32))
+    assert likelihood.kl_of(other, rows, reference) > 2e-5
+
+
+def test_words_the_model_expects_rank_before_words_nobody_expects(model: Any, tokenizer: Any) -> None:
+    n = len(tokenizer)
+    own = count_tokens(tokenizer, texts("cook", 10, 3))
+    unseen = [i for i in range(n) if not own[i]]
+    expected = torch.zeros(n)
+    expected[unseen[-1]] = 0.5
+    order, base = words.rank(tokenizer, own, expected)
+    assert order.index(unseen[-1]) < base + 20
+    plain, _ = words.rank(tokenizer, own, torch.zeros(n))
+    assert plain.index(unseen[-1]) > order.index(unseen[-1])
+    assert sorted(order) == sorted(plain) == list(range(n))
+
+
+def test_training_text_lacks_as_many_words_as_new_text(model: Any, tokenizer: Any) -> None:
+    train, new = texts("cook", 8, 3), [*texts("cook", 6, 9), *texts("sail", 1, 9)]
+    use = likelihood.expected_use(model, training_rows(train, tokenizer, 64))
+    w = words.words(model, tokenizer, train, use, new, 4_000, lambda share, note: None)
+    assert w.sizes == sorted(w.sizes, reverse=True)
+    assert w.lost == sorted(w.lost)
+    assert w.lost[0] == 0 < w.lost[-1]
+    kept = w.sizes[2]
+    again = w.seen_again(kept)
+    assert set(again) <= set(w.order[:kept])
+    trim_tokenizer(tokenizer, again)  # closed under merges, or this fails
+    missing = words.share_of(w.held_out, w.order[kept:])
+    without = [1 - words.share_of(w.own, set(w.order[:kept]) & set(o[:kept])) for o in w.fewer]
+    assert abs(1 - words.share_of(w.own, again) - missing) == min(abs(x - missing) for x in without)
+
+
+def test_shares_are_of_all_occurrences() -> None:
+    assert words.share_of(Counter({1: 3, 2: 1}), [1]) == 0.75
+    assert words.share_of(Counter(), [1]) == 0
+
+
+def test_three_bits_cost_more_than_four_and_leave_the_model_alone(model: Any, rows: torch.Tensor) -> None:
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    reference = likelihood.top_of(model, rows)
+    down = kinds_of(model)[DOWN]
+    base = grid_damage(model, down, BASE, rows, reference)
+    damage = poorer_damage(model, second_moments(model, rows), base, rows, reference, 2, lambda share, note: None)
+    assert damage["Q3_K"].sum() > damage["IQ4_XS"].sum() >= 0
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_grids_that_do_not_fit_are_no_option(model: Any, rows: torch.Tensor) -> None:
+    net.shrink_mlp_(model, 1, torch.arange(96))
+    reference = likelihood.top_of(model, rows)
+    damage = poorer_damage(model, second_moments(model, rows), 0.0, rows, reference, 1, lambda share, note: None)
+    assert np.isinf(damage["Q3_K"]).tolist() == [False, True, False]
