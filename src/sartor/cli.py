@@ -147,10 +147,9 @@ def _add_eval(e: argparse.ArgumentParser) -> None:
 def do_compress(a: argparse.Namespace) -> None:
     """Run the job and print its table."""
     from sartor.api import compress
-
-    _keep_freed_memory()
     from sartor.report.text import table
 
+    _keep_freed_memory()
     _no_bars()
 
     progress = Progress()

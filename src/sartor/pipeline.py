@@ -81,8 +81,8 @@ class Compressed:
 
     Attributes:
         model: the network in bf16 with snapped weights. tokenizer: the trimmed one. latents: masters, scales, grids.
-        plan: what was done. trained: the course of recovery, or None. seconds: per stage. cut_damage: validation bits per byte after each
-        buffered step.
+        plan: what was done. trained: the course of recovery, or None. seconds: per stage. steps: what each buffered step cut, and
+        validation bits per byte after it.
     """
 
     model: Any
@@ -287,9 +287,8 @@ def own_rows(full: Any, small: Any, plan: Plan, texts: Texts) -> Tensor:
     own = [*texts.train, *texts.probe]
     if plan.vocabulary is None or plan.seen_again is None:
         return training_rows(own, small)
-    kept = from_mask(plan.vocabulary)
     fewer, old = trim_tokenizer(full, from_mask(plan.seen_again))
-    place = {o: n for n, o in enumerate(sorted(kept))}
+    place = {o: n for n, o in enumerate(from_mask(plan.vocabulary))}
     return torch.tensor([place[int(o)] for o in old])[training_rows(own, fewer)]
 
 

@@ -95,8 +95,8 @@ def _shared(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for k in (31, 32, *range(30, 0, -1)):
         tried = (extreme / k).astype(np.float16).astype(np.float32)
         steps = np.rint(scales / np.where(tried == 0, 1, tried)[..., None])
-        fits = ~done & (steps * tried[..., None] == scales).all(-1)
-        d, done = np.where(fits, tried, d), done | fits
+        right = ~done & (steps * tried[..., None] == scales).all(-1)
+        d, done = np.where(right, tried, d), done | right
         if done.all():
             break
     if not done.all():

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sartor.model.network import anatomy, has_attention, has_mlp, linear
+from sartor.stages.likelihood import hidden_of
 
 SITE_OF: dict[str, str] = {
     "self_attn.q_proj": "attention",
@@ -51,7 +52,7 @@ def second_moments(
     head: list[Tensor] = []
     with _listening(model, c):
         for n, part in enumerate(rows.split(batch)):
-            hidden = model.model(input_ids=part, use_cache=False).last_hidden_state.flatten(0, 1)
+            hidden = hidden_of(model, part).flatten(0, 1)
             head.append((hidden.T @ hidden).float())
             tell((n + 1) * batch / len(rows))
     tokens = rows.numel()

@@ -29,7 +29,6 @@ ROWS_STEP = 512
 TOKEN_OVERHEAD = 34  # bytes of metadata a token costs in GGUF, about; the plan is checked against the exact size
 
 Bytes = Callable[[Anatomy, Any, Mapping[str, str]], int]
-Tell = Callable[[float, str], None]
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,14 @@ def decide(
     """
     a = anatomy(model)
     embeddings = embeddings_of(a)
+    mlps = _mlp_ladders(a, measured, rho)
+    cuts = _cut_ladders(a, measured, mlps, rho)
     best: tuple[float, dict[str, str], Choice] | None = None
     smallest = None
     for grid in (BASE, *RICHER):
         grids = {n: BASE for names in kinds_of(model).values() for n in names} | dict.fromkeys(embeddings, grid)
         need = bytes_of(a, tokenizer, grids) - budget
-        ladders = _ladders(a, tokenizer, measured, grids, rho)
+        ladders = ([_vocabulary_ladder(a, measured, grid)] if can_trim(tokenizer) else []) + cuts
         if need <= 0:
             grids, extra = _enrich(model, a, grids, measured, -need)
             choice = Choice({ladder.name: 0 for ladder in ladders}, 0, extra, 0.0)
@@ -101,7 +102,7 @@ def decide(
             f"a budget of {budget:,} bytes cannot be reached: the smallest model Sartor would make of this one has about {smallest:,} bytes; ask for that or more",
             smallest,
         )
-    return _plan(a, tokenizer, measured, budget, bytes_of, best, sha256, rho, seed, model.config.model_type)
+    return _plan(a, tokenizer, measured, mlps, budget, bytes_of, best, sha256, rho, seed, model.config.model_type)
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,9 @@ class Option:
     grid: str
     saved: int
     damage: float
+
+
+MlpLadders = dict[str, tuple[list[int], list[Option]]]
 
 
 def mlp_options(a: Anatomy, m: Measured, layers: Sequence[int], rho: float) -> list[Option]:
@@ -144,7 +148,7 @@ def _effects(m: Measured, rho: float) -> np.ndarray:
     return (1 - rho) * m.user.recovered.effects + rho * m.generic.recovered.effects
 
 
-def _mlp_ladders(a: Anatomy, m: Measured, rho: float) -> dict[str, tuple[list[int], list[Option]]]:
+def _mlp_ladders(a: Anatomy, m: Measured, rho: float) -> MlpLadders:
     """{ladder: (its layers, options)}; one for all layers where llama.cpp wants them equal."""
     if family_of(a.family).gguf_flexible is not None:
         return {f"mlp.{n}": ([n], mlp_options(a, m, [n], rho)) for n in range(a.layers)}
@@ -152,10 +156,12 @@ def _mlp_ladders(a: Anatomy, m: Measured, rho: float) -> dict[str, tuple[list[in
     return {"mlp.all": (every, mlp_options(a, m, every, rho))}
 
 
-def _ladders(a: Anatomy, tokenizer: Any, m: Measured, grids: Mapping[str, str], rho: float) -> list[Ladder]:
-    ladders = [_vocabulary_ladder(a, m, grids["model.embed_tokens.weight"])] if can_trim(tokenizer) else []
-    for name, (_, options) in _mlp_ladders(a, m, rho).items():
-        ladders.append(Ladder(name, tuple(o.saved for o in options), tuple(o.damage for o in options)))
+def _cut_ladders(a: Anatomy, m: Measured, mlps: MlpLadders, rho: float) -> list[Ladder]:
+    """Ladders of MLPs and query groups; they are the same whatever grid the embedding has."""
+    ladders = [
+        Ladder(name, tuple(o.saved for o in options), tuple(o.damage for o in options))
+        for name, (_, options) in mlps.items()
+    ]
     if family_of(a.family).gguf_flexible is None:
         return ladders
     for n in range(a.layers):
@@ -206,6 +212,7 @@ def _plan(
     a: Anatomy,
     tokenizer: Any,
     m: Measured,
+    mlps: MlpLadders,
     budget: int,
     bytes_of: Bytes,
     best: tuple[float, dict[str, str], Choice],
@@ -215,7 +222,7 @@ def _plan(
     family: str,
 ) -> Plan:
     total, grids, choice = best
-    blocks, grids = _chosen(a, m, choice, grids, rho)
+    blocks, grids = _chosen(a, mlps, choice, grids)
     layers, groups, ffn = _layer_plans(a, m, choice, blocks, rho)
     cut = replace(a, groups=tuple(groups), ffn=tuple(ffn))
     grids = {n: g for n, g in grids.items() if _exists(n, cut)}
@@ -262,12 +269,10 @@ def _exists(parameter: str, a: Anatomy) -> bool:
     return rest.removesuffix(".weight") in a.linear_shapes(int(layer))
 
 
-def _chosen(
-    a: Anatomy, m: Measured, choice: Choice, grids: Mapping[str, str], rho: float
-) -> tuple[list[int], dict[str, str]]:
+def _chosen(a: Anatomy, mlps: MlpLadders, choice: Choice, grids: Mapping[str, str]) -> tuple[list[int], dict[str, str]]:
     """Blocks cut from every layer, and the grids with those of `down_proj` as chosen."""
     blocks, chosen = [0] * a.layers, dict(grids)
-    for name, (layers, options) in _mlp_ladders(a, m, rho).items():
+    for name, (layers, options) in mlps.items():
         option = options[choice.step.get(name, 0)]
         for n in layers:
             blocks[n] = option.blocks

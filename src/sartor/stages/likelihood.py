@@ -1,12 +1,12 @@
 """From the last hidden state to probabilities, some positions at a time.
 
 Logits are the largest tensor of the whole job (tokens x vocabulary): here they never exist for more than CHUNK positions
-in fp32, which keeps a job within its memory and is a third of the time of a training step faster than through autograd's own
-graph.
+in fp32, which keeps a job within its memory and makes a training step a tenth faster than autograd's own graph (docs/log.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,6 +37,13 @@ def nats_of(model: Any, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n t-1"]:
     return out.reshape(len(ids), -1)
 
 
+def _logits_of(model: Any, ids: Int[Tensor, "n t"], batch: int) -> Iterator[Float[Tensor, "m v"]]:
+    """fp32 logits of all positions in order, at most CHUNK of them at once."""
+    for part in ids.split(batch):
+        for hidden in hidden_of(model, part).flatten(0, 1).split(CHUNK):
+            yield model.lm_head(hidden).float()
+
+
 @torch.no_grad()
 def expected_use(model: Any, rows: Int[Tensor, "n t"], batch: int = 8) -> Float[Tensor, " v"]:
     """Mean probability that the model gives every token on these rows: the rates it would write such text with.
@@ -44,9 +51,8 @@ def expected_use(model: Any, rows: Int[Tensor, "n t"], batch: int = 8) -> Float[
     Counts know only words that occurred; this also knows the ones that could as well have.
     """
     total = torch.zeros(model.lm_head.out_features)
-    for part in rows.split(batch):
-        for hidden in hidden_of(model, part).flatten(0, 1).split(CHUNK):
-            total += torch.softmax(model.lm_head(hidden).float(), -1).sum(0)
+    for logits in _logits_of(model, rows, batch):
+        total += torch.softmax(logits, -1).sum(0)
     return total / rows.numel()
 
 
@@ -54,12 +60,10 @@ def expected_use(model: Any, rows: Int[Tensor, "n t"], batch: int = 8) -> Float[
 def top_of(model: Any, ids: Int[Tensor, "n t"], batch: int = 8) -> tuple[Float[Tensor, "n t k"], Int[Tensor, "n t k"]]:
     """The TOP largest log-probabilities and their tokens at every position (fp16 and int32 to keep memory small)."""
     values, tokens = [], []
-    for part in ids.split(batch):
-        for hidden in hidden_of(model, part).flatten(0, 1).split(CHUNK):
-            logits = model.lm_head(hidden).float()
-            top = logits.topk(min(TOP, logits.shape[-1]), dim=-1)
-            values.append((top.values - logits.logsumexp(-1, keepdim=True)).half())
-            tokens.append(top.indices.int())
+    for logits in _logits_of(model, ids, batch):
+        top = logits.topk(min(TOP, logits.shape[-1]), dim=-1)
+        values.append((top.values - logits.logsumexp(-1, keepdim=True)).half())
+        tokens.append(top.indices.int())
     return torch.cat(values).reshape(*ids.shape, -1), torch.cat(tokens).reshape(*ids.shape, -1)
 
 
@@ -78,11 +82,10 @@ def kl_of(model: Any, ids: Int[Tensor, "n t"], reference: tuple[Tensor, Tensor],
     """Mean KL(teacher || model) in nats per token, against what `top_of` said of the teacher on the same rows."""
     values, tokens = (r.flatten(0, 1) for r in reference)
     total, at = 0.0, 0
-    for part in ids.split(batch):
-        for hidden in hidden_of(model, part).flatten(0, 1).split(CHUNK):
-            here = slice(at, at + len(hidden))
-            total += float(kl_to_top(model.lm_head(hidden).float(), values[here], tokens[here])) * len(hidden)
-            at += len(hidden)
+    for logits in _logits_of(model, ids, batch):
+        here = slice(at, at + len(logits))
+        total += float(kl_to_top(logits, values[here], tokens[here])) * len(logits)
+        at = here.stop
     return total / ids.numel()
 
 
