@@ -53,7 +53,7 @@ WORDS = {
         "chart",
     ],
 }
-TINY = pipeline.Effort(16, 8, 4, 20, 16, 2, 2, DistilConfig(2.0, 1e-3), 8_000, 8_000)
+TINY = pipeline.Effort(16, 16, 8, 4, 20, 16, 2, 2, DistilConfig(2.0, 1e-3), 8_000, 8_000)
 COMMON = [
     "the",
     "a",

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from sartor.model import network as net
 from sartor.model.vocabulary import count_tokens, trim_tokenizer
 from sartor.stages import likelihood, words
-from sartor.stages.bits import BASE, DOWN, grid_damage, kinds_of, poorer_damage
-from sartor.stages.calibrate import second_moments
+from sartor.stages.bits import BASE, DOWN, RICHER, base_damage, damage_by_grid, kinds_of, poorer_damage
+from sartor.stages.calibrate import guided_moments, second_moments
 from sartor.stages.tokens import sample, training_rows
 from tests.conftest import make_model, texts
 
@@ -101,10 +101,23 @@ def test_three_bits_cost_more_than_four_and_leave_the_model_alone(model: Any, ro
     before = {n: p.clone() for n, p in model.named_parameters()}
     reference = likelihood.top_of(model, rows)
     down = kinds_of(model)[DOWN]
-    base = grid_damage(model, down, BASE, rows, reference)
-    damage = poorer_damage(model, second_moments(model, rows), base, rows, reference, 2, lambda share, note: None)
+    moments = second_moments(model, rows)
+    base = base_damage(model, down, rows, reference, moments)
+    damage = poorer_damage(model, moments, base, rows, reference, 2, lambda share, note: None)
     assert damage["Q3_K"].sum() > damage["IQ4_XS"].sum() >= 0
+    finer = damage_by_grid(model, down, base, RICHER)
+    assert base == finer[BASE] > finer["Q5_0"] > finer["Q8_0"] > 0
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_guided_moments_weigh_tokens_and_keep_their_scale(model: Any, rows: torch.Tensor) -> None:
+    plain, guided = second_moments(model, rows), guided_moments(model, rows, batch=2)
+    assert plain.c.keys() == guided.c.keys()
+    assert torch.allclose(plain.head, guided.head, rtol=1e-3, atol=1e-5)
+    for site, c in guided.c.items():
+        assert torch.linalg.eigvalsh(c.double()).min() > -1e-4
+        assert 0.1 < float(c.trace() / plain.c[site].trace()) < 10
+        assert not torch.allclose(c, plain.c[site], rtol=1e-2)
 
 
 def test_grids_that_do_not_fit_are_no_option(model: Any, rows: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ from sartor.export import gguf_file
 from sartor.export.llama_worker import peak_memory
 from sartor.job import Job, Prepared
 from sartor.model.network import Anatomy, anatomy
+from sartor.numerics.metrics import Score
 from sartor.pipeline import EFFORTS, Compressed, Tell, apply_plan, make_plan
 from sartor.plan import Budget, Plan, parse_budget
 from sartor.report.html import page
@@ -92,10 +93,12 @@ def compress(
     started = time.monotonic()
     tell, memory = _watching(tell)
     prepared = Prepared(job, tell)
-    seconds = {"open": time.monotonic() - started}
     point = (
         storage.Checkpoint(folder / "checkpoint", asdict(job) | {"texts": prepared.fingerprint()}) if folder else None
     )
+    if folder:  # written now, while the original is in memory and little else is
+        evaluate.dense_reference(prepared.source, (prepared.model, prepared.tokenizer))
+    seconds = {"open": time.monotonic() - started}
     plan = _plan(prepared, job, point, seconds, tell)
     made = _apply(prepared, job, plan, point, seconds, tell)
     if folder:
@@ -163,7 +166,7 @@ def finish(
     storage.save(made.model, made.tokenizer, made.latents, made.plan, p.source.provenance(), folder)
     shape, kinds, grids = anatomy(made.model), evaluate.layer_bytes(made.model, made.plan.grids), made.plan.grids
     seconds["export"] = time.monotonic() - started
-    report = measure(evaluate.dense_reference(p.source), p.user, p.generic, folder, job.effort, tell)
+    report, fitted = measure(evaluate.dense_reference(p.source), p.user, p.generic, folder, job.effort, tell)
     report["bytes"] |= {"original_fp16": p.original_fp16, "budget": p.budget_bytes, "by_kind": kinds}
     if artifact.stat().st_size > p.budget_bytes:
         raise OutputError(
@@ -196,7 +199,7 @@ def finish(
     }
     write_report(report, folder)
     if job.controls != "none":
-        report["controls"] = control_arms(p, job, seconds, tell)
+        report["controls"] = control_arms(p, job, fitted, seconds, tell)
         report["seconds"] = {k: round(v, 1) for k, v in seconds.items()}
         write_report(report, folder)
     return report
@@ -204,8 +207,12 @@ def finish(
 
 def measure(
     dense: evaluate.Dense, user: Corpus, generic: Corpus, folder: Path, effort: str, tell: Tell
-) -> dict[str, Any]:
-    """Everything that is measured on the artifact itself and on the original, in llama.cpp, in one run."""
+) -> tuple[dict[str, Any], Score]:
+    """Everything that is measured on the artifact itself and on the original, in llama.cpp, in one run.
+
+    Returns:
+        (part of the report, the artifact's coding length of the user's test text).
+    """
     artifact = folder / ARTIFACT
     small, tokenizer, _ = storage.load(folder)
     windows = evaluate.held_out(user.test, generic.test, EFFORTS[effort].test_bytes)
@@ -218,7 +225,7 @@ def measure(
     theirs = evaluate.in_runtime(dense.f16, windows, dense.tokenizer)
     tell("measure", 0.85, "speed and memory")
     speed = evaluate.speeds(artifact, dense.q8_0, evaluate.prompt_ids(windows, tokenizer))
-    return {
+    found = {
         "runtime": "llama.cpp",
         "bytes": {"artifact": artifact.stat().st_size, "dense_q8_0": dense.q8_0.stat().st_size},
         "user": evaluate.figures("user", ours[0], theirs[0]),
@@ -234,6 +241,7 @@ def measure(
         },
         "versions": versions(),
     }
+    return found, ours[0]
 
 
 def _layer_rows(plan: Plan, a: Anatomy) -> list[dict[str, Any]]:
@@ -287,7 +295,7 @@ def evaluate_again(folder: Path, data: Path, generic: Path | None, tell: Tell) -
         )
     dense = dense or evaluate.dense_reference(resolve(spec))
     user = split(read_folder(data), old["seed"])
-    fresh = measure(dense, user, generic_corpus(generic, may_fetch=remote), folder, old["effort"], tell)
+    fresh, _ = measure(dense, user, generic_corpus(generic, may_fetch=remote), folder, old["effort"], tell)
     fresh["bytes"] |= {"original_fp16": old["bytes"]["original_fp16"]}
     return old | fresh | {"controls": [], "seconds": {}}
 

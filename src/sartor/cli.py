@@ -117,7 +117,7 @@ def _add_compress(c: argparse.ArgumentParser) -> None:
         "--controls",
         default="fast",
         choices=["none", "fast", "full"],
-        help="control arms to compare with: fast leaves out their recovery, full doubles the time",
+        help="control arms to compare with: fast leaves out recovery, full trains the generic arm as long as yours and doubles the time",
     )
     c.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
     c.add_argument("--resume", action="store_true", help="go on with an interrupted job in --out")

@@ -3,106 +3,99 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sartor import evaluate
+from sartor.evaluate import HeldOut
+from sartor.export import gguf_file
 from sartor.job import Job, Prepared
 from sartor.model.network import clone, load_dense
-from sartor.pipeline import EFFORTS, Tell, Texts, apply_plan, make_plan
+from sartor.numerics.metrics import Score
+from sartor.pipeline import EFFORTS, Compressed, Tell, Texts, apply_plan, make_plan
 from sartor.stages.calibrate import second_moments
 from sartor.stages.distil import DistilConfig
 from sartor.stages.tokens import sample, training_rows
 
+GENERIC = "same bytes, generic calibration"
+PERSONAL = "same bytes, personal calibration"
 
-def control_arms(p: Prepared, job: Job, seconds: dict[str, float], tell: Tell) -> list[dict[str, Any]]:
-    """The same bytes with generic calibration, and llama.cpp's own quantizer with the user's importance matrix."""
+
+def control_arms(p: Prepared, job: Job, fitted: Score, seconds: dict[str, float], tell: Tell) -> list[dict[str, Any]]:
+    """The same bytes with generic calibration, and llama.cpp's own quantizer with the user's importance matrix.
+
+    Args:
+        fitted: coding length of the user's test text under the artifact, in its runtime.
+    """
     started = time.monotonic()
     windows = evaluate.held_out(p.user.test, p.generic.test, EFFORTS[job.effort].test_bytes)
-    rows = generic_arm(p, job, windows, tell) if job.controls == "full" or job.effort != "quick" else [_quick_note()]
+    if job.controls == "full":
+        rows = trained_arm(p, job, fitted, windows, tell)
+    elif job.effort == "quick":
+        rows = [evaluate.not_measured(GENERIC, "add --controls full, or --effort standard")]
+    else:
+        rows = untrained_arms(p, job, windows, tell)
     dense, tokenizer = load_dense(p.source.folder)
-    f16 = evaluate.dense_reference(p.source).f16
     half = clone(dense, torch.bfloat16)
     del dense
     rows += evaluate.quantizer_controls(
-        f16,
+        evaluate.dense_reference(p.source).f16,
         second_moments(half, sample(training_rows(p.texts.train, tokenizer), 32, job.seed)),
         windows,
         tokenizer,
+        fitted,
         tell,
     )
     seconds["controls"] = time.monotonic() - started
     return rows
 
 
-def _quick_note() -> dict[str, Any]:
-    return {
-        "name": "same bytes, generic calibration",
-        "bytes": None,
-        "user": None,
-        "generic": None,
-        "note": "not measured: add --controls full, or --effort standard",
-    }
+def trained_arm(p: Prepared, job: Job, fitted: Score, windows: HeldOut, tell: Tell) -> list[dict[str, Any]]:
+    """The whole job with generic text in the user's place, measured in the runtime."""
+    made = _made(p, job, _public(p), job.effort, EFFORTS[job.effort].training, _inside(tell, 0.0, 0.8, GENERIC))
+    with tempfile.TemporaryDirectory() as tmp:
+        file = Path(tmp) / "control.gguf"
+        latents = made.latents
+        grids = {n: g.name for n, g in latents.grids.items()}
+        gguf_file.write(file, made.model, made.tokenizer, latents.masters, latents.scales, grids, "control")
+        size, scores = file.stat().st_size, evaluate.in_runtime(file, windows, made.tokenizer)
+    return [evaluate.control(GENERIC, size, *scores, fitted)]
 
 
-def generic_arm(p: Prepared, job: Job, windows: evaluate.HeldOut, tell: Tell) -> list[dict[str, Any]]:
-    """Plan, cut, quantize (and, with controls=full, train) as for the user, but on generic text in the user's place.
-
-    Without training the personal arm is made again without training too, so that like is compared with like.
-    """
-    public = Texts(
-        p.generic.probe,
-        p.generic_rest,
-        p.generic.validation,
-        p.generic.probe,
-        p.generic_train,
-    )
-    full = job.controls == "full"
-    arms = [("same bytes, generic calibration" + ("" if full else ", before recovery"), public)] + (
-        [] if full else [("same bytes, personal calibration, before recovery", p.texts)]
-    )
-    rows = []
-    for name, texts in arms:
-        p.model, tokenizer = load_dense(p.source.folder)
-        plan = make_plan(
-            p.model,
-            tokenizer,
-            texts,
-            p.budget_bytes,
-            p.bytes_of,
-            p.source.sha256,
-            "quick",
-            job.rho,
-            job.seed,
-            tell=_inside(tell, 0.0, 0.3, name),
-        )
-        config = EFFORTS[job.effort].training if full else DistilConfig(seconds=0.0)
-        made = apply_plan(
-            p.release,
-            tokenizer,
-            plan,
-            texts,
-            job.effort if full else "quick",
-            config,
-            _inside(tell, 0.3, 0.5, name),
-        )
-        user, generic = evaluate.torch_scores(made.model, windows, made.tokenizer)
-        rows.append(
-            {
-                "name": name,
-                "bytes": plan.predicted_bytes,
-                "user": user,
-                "generic": generic,
-                "note": "measured in PyTorch",
-            }
-        )
+def untrained_arms(p: Prepared, job: Job, windows: HeldOut, tell: Tell) -> list[dict[str, Any]]:
+    """Both kinds of calibration without recovery, planned with less effort, in PyTorch: like compared with like."""
+    scores: dict[str, tuple[int, Score, Score]] = {}
+    for n, (name, texts) in enumerate(((PERSONAL, p.texts), (GENERIC, _public(p)))):
+        made = _made(p, job, texts, "quick", DistilConfig(seconds=0.0), _inside(tell, 0.4 * n, 0.4, name))
+        scores[name] = made.plan.predicted_bytes, *evaluate.torch_scores(made.model, windows, made.tokenizer)
         del made
         gc.collect()
-    return rows
+    note = "before recovery, in PyTorch"
+    return [
+        evaluate.control(f"{GENERIC}, before recovery", *scores[GENERIC], scores[PERSONAL][1], note),
+        evaluate.control(f"{PERSONAL}, before recovery", *scores[PERSONAL], None, note),
+    ]
+
+
+def _public(p: Prepared) -> Texts:
+    """Generic text in the user's place."""
+    return Texts(p.generic.probe, p.generic_rest, p.generic.validation, p.generic.probe, p.generic_train)
+
+
+def _made(p: Prepared, job: Job, texts: Texts, effort: str, config: DistilConfig, tell: Tell) -> Compressed:
+    """The pipeline once more, for the same bytes, on other texts."""
+    p.model, tokenizer = load_dense(p.source.folder)
+    plan = make_plan(
+        p.model, tokenizer, texts, p.budget_bytes, p.bytes_of, p.source.sha256, effort, job.rho, job.seed,
+        _inside(tell, 0.0, 0.4, ""),
+    )  # fmt: skip
+    return apply_plan(p.release, tokenizer, plan, texts, effort, config, _inside(tell, 0.4, 0.6, ""))
 
 
 def _inside(tell: Tell, start: float, width: float, name: str) -> Tell:
     """Progress of another pipeline as part of the controls' own."""
-    return lambda stage, share, note: tell("controls", start + width * share, f"{name}: {note}")
+    return lambda stage, share, note: tell("controls", start + width * share, f"{name}: {note}" if name else note)

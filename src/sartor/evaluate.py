@@ -43,19 +43,27 @@ class Dense:
     tokenizer: Any
 
 
-def dense_reference(source: Source) -> Dense:
-    """The original as GGUF files in the cache, written once per model."""
-    folder = _dense_folder(source.sha256)
-    if not (folder / "tokenizer").exists():
-        model, tokenizer = load_dense(source.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for kind in ("F16", "Q8_0"):
-            _write_dense(folder / f"{kind}.gguf", model, tokenizer, kind)
-        tokenizer.save_pretrained(folder / "tokenizer")
+def dense_reference(source: Source, loaded: tuple[Any, Any] | None = None) -> Dense:
+    """The original as GGUF files in the cache, written once per model.
+
+    Args:
+        loaded: the original's model and tokenizer where they are in memory anyway.
+    """
     found = cached_dense(source.sha256)
     if found is None:
-        raise OutputError(f"the cache '{folder}' cannot be read back: delete it and try again")
+        _write_reference(source, *(loaded or load_dense(source.folder)))
+        found = cached_dense(source.sha256)
+    if found is None:
+        raise OutputError(f"the cache '{_dense_folder(source.sha256)}' cannot be read back: delete it and try again")
     return found
+
+
+def _write_reference(source: Source, model: Any, tokenizer: Any) -> None:
+    folder = _dense_folder(source.sha256)
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in ("F16", "Q8_0"):
+        _write_dense(folder / f"{kind}.gguf", model, tokenizer, kind)
+    tokenizer.save_pretrained(folder / "tokenizer")
 
 
 def cached_dense(sha256: str) -> Dense | None:
@@ -127,48 +135,60 @@ def prompt_ids(windows: HeldOut, tokenizer: Any, n: int = 256) -> list[int]:
     return (ids * (n // max(1, len(ids)) + 1))[:n]
 
 
+def control(
+    name: str, size: int, user: Score, generic: Score, ours: Score | None = None, note: str = ""
+) -> dict[str, Any]:
+    """A control arm's row; `change` is our model against it on the user's text (below zero: ours is better), paired by document."""
+    return {
+        "name": name,
+        "bytes": size,
+        "user": user.bits_per_byte,
+        "generic": generic.bits_per_byte,
+        "change": ours.bits_per_byte / user.bits_per_byte - 1 if ours else None,
+        "change_ci95": list(interval(ours, user)) if ours else None,
+        "note": note,
+    }
+
+
+def not_measured(name: str, way_out: str) -> dict[str, Any]:
+    """The row of a control arm that is missing, and how to get it."""
+    return dict.fromkeys(("bytes", "user", "generic", "change", "change_ci95")) | {
+        "name": name,
+        "note": f"not measured: {way_out}",
+    }
+
+
 def quantizer_controls(
     source_gguf: Path,
     moments: Moments,
     windows: HeldOut,
     tokenizer: Any,
+    ours: Score | None,
     tell: Any,
     kinds: Sequence[str] = CONTROL_KINDS,
 ) -> list[dict[str, Any]]:
-    """llama.cpp's own files with an importance matrix from the user's text, or one row that says why not."""
+    """llama.cpp's own files with an importance matrix from the user's text, or one row that says why not.
+
+    Args:
+        ours: coding length of the user's test text under the artifact, to compare with.
+    """
     if not llama_quantizer.available():
-        return [
-            {
-                "name": "llama.cpp quantizer with importance matrix",
-                "bytes": None,
-                "user": None,
-                "generic": None,
-                "note": f"not measured: {llama_quantizer.PIP}",
-            }
-        ]
+        return [not_measured("llama.cpp quantizer with importance matrix", llama_quantizer.PIP)]
     matrix = llama_quantizer.importance(moments)
     rows = []
     for n, kind in enumerate(kinds):
-        tell("controls", n / len(kinds), f"llama.cpp {kind} with importance matrix")
+        tell("controls", 0.8 + 0.2 * n / len(kinds), f"llama.cpp {kind} with importance matrix")
         with tempfile.TemporaryDirectory() as tmp:
             file = Path(tmp) / "control.gguf"
             size = llama_quantizer.quantize(source_gguf, file, kind, matrix)
-            user, generic = in_runtime(file, windows, tokenizer)
-        rows.append(
-            {
-                "name": f"llama.cpp {kind}, importance matrix from the user's text",
-                "bytes": size,
-                "user": user.bits_per_byte,
-                "generic": generic.bits_per_byte,
-                "note": "",
-            }
-        )
+            scores = in_runtime(file, windows, tokenizer)
+        rows.append(control(f"llama.cpp {kind}, importance matrix from the user's text", size, *scores, ours))
     return rows
 
 
-def torch_scores(model: Any, windows: HeldOut, tokenizer: Any) -> tuple[float, float]:
-    """Bits per byte (user, generic) in PyTorch, for arms that are compared with each other before recovery."""
-    user, generic = (score(model, encode_windows(w, tokenizer)).bits_per_byte for w in (windows.user, windows.generic))
+def torch_scores(model: Any, windows: HeldOut, tokenizer: Any) -> tuple[Score, Score]:
+    """(user, generic) in PyTorch, for arms that are compared with each other before recovery."""
+    user, generic = (score(model, encode_windows(w, tokenizer)) for w in (windows.user, windows.generic))
     return user, generic
 
 

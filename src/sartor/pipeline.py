@@ -13,12 +13,23 @@ import torch
 from torch import Tensor
 
 from sartor.errors import BudgetError
+from sartor.model.families import ATTENTION
 from sartor.model.network import anatomy, clone, shrink_attention_, shrink_mlp_, shrink_vocabulary_
 from sartor.model.vocabulary import can_trim, trim_tokenizer
 from sartor.plan import Plan, from_mask
-from sartor.stages.bits import BASE, DOWN, RICHER, embeddings_of, grid_damage, kinds_of, poorer_damage
+from sartor.stages.bits import (
+    BASE,
+    DOWN,
+    RICHER,
+    all_on_base,
+    base_damage,
+    damage_by_grid,
+    embeddings_of,
+    kinds_of,
+    poorer_damage,
+)
 from sartor.stages.buffer import mixed_moments, prune_
-from sartor.stages.calibrate import second_moments
+from sartor.stages.calibrate import Moments, guided_moments, second_moments
 from sartor.stages.decide import Bytes, Measured, decide, smallest_bytes
 from sartor.stages.distil import Anchor, DistilConfig, Latents, Trained, anchor, distil_, put_
 from sartor.stages.likelihood import expected_use, top_of
@@ -39,13 +50,14 @@ class Effort:
     """How much work each stage does; one row an effort level.
 
     Attributes:
-        rows: rows of 256 tokens for second moments, and generic ones in training. fisher_rows, probe_rows: for the two probing measurements.
+        rows: rows of 256 tokens for second moments, and generic ones in training. guided_rows: for those of error feedback. fisher_rows, probe_rows: for the two probing measurements.
         probes: random masks. expected_rows: rows on which the model says what words it expects. layers_at_once: whose three-bit
         damage is measured together. steps: buffered cuts. training: recovery; the longer, the smaller the peak rate.
         validation_bytes, test_bytes: text measured on.
     """
 
     rows: int
+    guided_rows: int
     fisher_rows: int
     probe_rows: int
     probes: int
@@ -58,9 +70,9 @@ class Effort:
 
 
 EFFORTS: dict[str, Effort] = {
-    "quick": Effort(32, 16, 4, 33, 64, 5, 1, DistilConfig(110.0, 5e-4, checks=3), 12_288, 32_768),
-    "standard": Effort(64, 32, 8, 66, 192, 3, 2, DistilConfig(720.0, 3e-4, checks=6), 24_576, 98_304),
-    "thorough": Effort(192, 96, 16, 264, 512, 1, 5, DistilConfig(4200.0, 2e-4), 32_768, 196_608),
+    "quick": Effort(32, 48, 16, 4, 33, 64, 5, 1, DistilConfig(110.0, 5e-4, checks=3), 12_288, 32_768),
+    "standard": Effort(64, 128, 32, 8, 66, 96, 3, 2, DistilConfig(720.0, 3e-4, checks=6), 24_576, 98_304),
+    "thorough": Effort(192, 384, 96, 16, 264, 512, 1, 5, DistilConfig(4200.0, 2e-4), 32_768, 196_608),
 }
 
 
@@ -146,7 +158,7 @@ def make_plan(
         expected = expected_use(dense, sample(user_rows, e.expected_rows, seed))
         said = lambda share, note: told(0.45 * share, note)  # noqa: E731
         listed = words(dense, tokenizer, texts.train, expected, texts.probe, e.validation_bytes, said)
-    kinds = _damage_of_bits(dense, tokenizer, probe_rows[0], reference, budget, bytes_of, told)
+    kinds = _damage_of_bits(dense, tokenizer, user_moments, probe_rows[0], reference, budget, bytes_of, told)
     poorer = poorer_damage(
         dense, user_moments, kinds[1][DOWN, BASE], probe_rows[0], reference, e.layers_at_once,
         lambda share, note: told(0.7 + 0.3 * share, note),
@@ -158,25 +170,27 @@ def make_plan(
 def _damage_of_bits(
     dense: Any,
     tokenizer: Any,
+    moments: Moments,
     rows: Tensor,
     reference: tuple[Tensor, Tensor],
     budget: int,
     bytes_of: Bytes,
     told: Callable[[float, str], None],
 ) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
-    """Damage of the embedding on each grid, and of each kind of linear on BASE and, where there is room for more, on richer grids."""
-    a = anatomy(dense)
-    embeddings = embeddings_of(a)
+    """Damage of the embedding on each grid, and of each kind of linear on BASE and, where they may be worth it, on richer grids.
+
+    They may in attention, whose matrices are small, and everywhere once all of BASE is within the budget.
+    """
     told(0.45, "bits of the embedding")
-    of_embedding = {g: grid_damage(dense, embeddings, g, rows, reference) for g in (BASE, *RICHER)}
-    all_base = {n: BASE for names in kinds_of(dense).values() for n in names} | dict.fromkeys(embeddings, BASE)
+    embeddings = embeddings_of(anatomy(dense))
+    measured = lambda names: base_damage(dense, names, rows, reference, moments)  # noqa: E731
+    of_embedding = damage_by_grid(dense, embeddings, measured(embeddings), RICHER)
+    room = bytes_of(anatomy(dense), tokenizer, all_on_base(dense)) <= budget
     of_kind: dict[tuple[str, str], float] = {}
-    tried = (*reversed(RICHER), BASE) if bytes_of(a, tokenizer, all_base) <= budget else (BASE,)
     for n, (kind, names) in enumerate(kinds_of(dense).items()):
         told(0.5 + 0.03 * n, f"bits of {kind}")
-        least = 0.0
-        for g in tried:  # more bits never do more damage; what a few rows say against that is noise
-            least = of_kind[kind, g] = max(least, grid_damage(dense, names, g, rows, reference))
+        grids = RICHER if room or kind in ATTENTION else ()
+        of_kind |= {(kind, g): d for g, d in damage_by_grid(dense, names, measured(names), grids).items()}
     return of_embedding, of_kind
 
 
@@ -233,10 +247,9 @@ def apply_plan(
 
 def _quantized(small: Any, rows: tuple[Tensor, Tensor], plan: Plan, e: Effort, tell: Tell) -> Latents:
     """The pruned model on the plan's grids, with second moments of the model as it is now."""
-    moments = mixed_moments(
-        clone(small, torch.bfloat16), rows, e.rows, plan, lambda s: tell("quantize", 0.3 * s, "activations")
-    )
-    return quantize(small, moments, plan.grids, lambda s, n: tell("quantize", 0.3 + 0.7 * s, n))
+    told = lambda s: tell("quantize", 0.4 * s, "activations and gradients")  # noqa: E731
+    moments = mixed_moments(clone(small, torch.bfloat16), rows, e.guided_rows, plan, told, guided_moments)
+    return quantize(small, moments, plan.grids, lambda s, n: tell("quantize", 0.4 + 0.6 * s, n))
 
 
 def _shrink_(small: Any, plan: Plan) -> None:

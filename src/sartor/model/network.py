@@ -135,7 +135,7 @@ def load_dense(folder: Path) -> tuple[Any, Any]:
         ) from error
     if not config.hidden_size % BLOCK == 0:
         raise SourceError(f"the model's width is {config.hidden_size}: Sartor needs a multiple of {BLOCK}")
-    return model.eval(), tokenizer
+    return model.eval().requires_grad_(False), tokenizer  # whoever trains asks for gradients
 
 
 def clone(model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -119,12 +119,15 @@ def _controls(r: dict[str, Any]) -> str:
             mb(c["bytes"]),
             "not measured" if c["user"] is None else f"{c['user']:.3f}",
             "" if c["generic"] is None else f"{c['generic']:.3f}",
+            ""
+            if c["change"] is None
+            else f"{c['change']:+.1%} [{c['change_ci95'][0]:+.1%}, {c['change_ci95'][1]:+.1%}]",
             c["note"],
         )
         for c in r["controls"]
     ]
     return "<h2>What else you could have picked</h2>" + _table(
-        ("control arm", "bytes", "your text", "generic text", "note"), body
+        ("control arm", "bytes", "your text", "generic text", "ours against it, your text", "note"), body
     )
 
 

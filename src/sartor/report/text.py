@@ -52,6 +52,14 @@ def rows(r: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return out
 
 
+def against(control: dict[str, Any]) -> str:
+    """Our model against a control arm on the user's text, where it was compared."""
+    if control.get("change") is None:
+        return f"generic {control['generic']:.3f}"
+    low, high = control["change_ci95"]
+    return f"generic {control['generic']:.3f}; ours {control['change']:+.1%} [{low:+.1%}, {high:+.1%}]"
+
+
 def table(r: dict[str, Any]) -> str:
     """The summary as aligned text; lower bits per byte is better."""
     body = [("", "original", "fitted", "change"), *rows(r)]
@@ -59,9 +67,7 @@ def table(r: dict[str, Any]) -> str:
         if control["user"] is None:
             body.append((control["name"], "", "not measured", control["note"].removeprefix("not measured: ")))
         else:
-            body.append(
-                (control["name"], mb(control["bytes"]), f"{control['user']:.3f}", f"generic {control['generic']:.3f}")
-            )
+            body.append((control["name"], mb(control["bytes"]), f"{control['user']:.3f}", against(control)))
     widths = [max(len(row[i]) for row in body) for i in range(3)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3]]).rstrip()
@@ -96,6 +102,6 @@ def inspection(r: dict[str, Any]) -> str:
     p = r["plan"]
     lines += [
         "",
-        f"vocabulary {p['vocabulary']} tokens; grids {', '.join(p['grids'])}; predicted damage {p['predicted_damage']:.3f} nats per token before repair; price {p['price'] * 1e6:.4f} nats per MB",
+        f"vocabulary {p['vocabulary']} tokens; grids {', '.join(p['grids'])}; predicted damage {p['predicted_damage']:.3f} nats per token after recovery; price {p['price'] * 1e6:.4f} nats per MB",
     ]
     return "\n".join(lines)

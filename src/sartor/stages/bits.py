@@ -19,6 +19,7 @@ from sartor.stages.likelihood import kl_of
 
 BASE = "IQ4_NL"
 RICHER = ("Q5_0", "Q8_0")
+SAMPLED = 64  # rows of a tensor on which grids are compared
 POORER = ("IQ4_XS", "Q3_K")  # need rows that 256 divides, which in small models only down_proj has
 DOWN = "mlp.down_proj"
 
@@ -36,6 +37,12 @@ def embeddings_of(a: Anatomy) -> list[str]:
     return ["model.embed_tokens.weight"] + ([] if a.tied else ["lm_head.weight"])
 
 
+def all_on_base(model: Any) -> dict[str, str]:
+    """{parameter: BASE}: the whole model at four bits."""
+    names = [n for names in kinds_of(model).values() for n in names]
+    return dict.fromkeys([*names, *embeddings_of(anatomy(model))], BASE)
+
+
 @contextmanager
 def _exchanged(parameters: Mapping[str, Any], new: Mapping[str, Tensor]) -> Iterator[None]:
     """Other weights in some places; undone on the way out."""
@@ -50,15 +57,33 @@ def _exchanged(parameters: Mapping[str, Any], new: Mapping[str, Tensor]) -> Iter
 
 
 @torch.no_grad()
-def grid_damage(model: Any, names: Sequence[str], grid: str, rows: Tensor, reference: tuple[Tensor, Tensor]) -> float:
-    """KL in nats per token when these parameters alone are rounded to the grid; the model comes back unchanged."""
+def base_damage(
+    model: Any, names: Sequence[str], rows: Tensor, reference: tuple[Tensor, Tensor], moments: Moments
+) -> float:
+    """KL in nats per token when these parameters alone are rounded to BASE with error feedback, as the real thing will be.
+
+    Plain rounding would cost two to six times as much (docs/log.md). The model comes back unchanged.
+    """
     parameters = dict(model.named_parameters())
-    rounded = {}
-    for n in names:
-        w = parameters[n].data.float()
-        rounded[n] = snap(w, search_scales(w, None, GRIDS[grid], candidates=4), GRIDS[grid])
+    rounded = {n: _rounded(parameters[n].data.float(), BASE, moments.of(n)) for n in names}
     with _exchanged(parameters, rounded):
         return kl_of(model, rows, reference)
+
+
+@torch.no_grad()
+def damage_by_grid(model: Any, names: Sequence[str], base: float, grids: Sequence[str]) -> dict[str, float]:
+    """Damage on other grids: `base`, that on BASE, in proportion to the squared rounding error of some rows."""
+    parameters = dict(model.named_parameters())
+    some = [w[:: max(1, len(w) // SAMPLED)].float() for w in (parameters[n].data for n in names)]
+    error = {g: sum(float((_rounded(w, g, None) - w).square().sum()) for w in some) for g in (BASE, *grids)}
+    return {BASE: base} | {g: base * error[g] / max(error[BASE], 1e-30) for g in grids}
+
+
+def _rounded(w: Tensor, grid: str, c: Tensor | None) -> Tensor:
+    if c is None:
+        return snap(w, search_scales(w, None, GRIDS[grid]), GRIDS[grid])
+    q = gptq(w, c, GRIDS[grid])
+    return snap(q.latent, q.scales, GRIDS[grid])
 
 
 @torch.no_grad()
@@ -73,11 +98,11 @@ def poorer_damage(
 ) -> dict[str, np.ndarray]:
     """KL in nats per token of every layer's `down_proj` on each grid of POORER, beyond BASE; infinite where it does not fit.
 
-    Q3_K after error feedback, `at_once` neighbouring layers together (their damage is shared out evenly); IQ4_XS, which
-    differs from BASE by the rounding of its scales alone, in all layers together.
+    Q3_K `at_once` neighbouring layers together (their damage is shared out evenly); IQ4_XS, which differs from BASE by the
+    rounding of its scales alone, in all layers together.
 
     Args:
-        moments: of the user's text. base: KL of all of them on BASE.
+        moments: of the user's text. base: KL of all of them on BASE, after error feedback too.
     """
     parameters = dict(model.named_parameters())
     names = {int(name.split(".")[2]): name for name in kinds_of(model)[DOWN]}
@@ -86,14 +111,13 @@ def poorer_damage(
     if not layers:
         return damage
     share = base / len(names)
-    whole = grid_damage(model, [names[n] for n in layers], "IQ4_XS", rows, reference)
-    damage["IQ4_XS"][layers] = max(0.0, whole / len(layers) - share)
+    whole = damage_by_grid(model, [names[n] for n in layers], share, ("IQ4_XS",))["IQ4_XS"]
+    damage["IQ4_XS"][layers] = max(0.0, whole - share)
     for start in range(0, len(layers), at_once):
         some = layers[start : start + at_once]
         new = {}
         for n in some:
-            q = gptq(parameters[names[n]].data.float(), moments.c[n, "down"], GRIDS["Q3_K"])
-            new[names[n]] = snap(q.latent, q.scales, GRIDS["Q3_K"])
+            new[names[n]] = _rounded(parameters[names[n]].data.float(), "Q3_K", moments.c[n, "down"])
         with _exchanged(parameters, new):
             damage["Q3_K"][some] = max(0.0, kl_of(model, rows, reference) / len(some) - share)
         tell((start + len(some)) / len(layers), f"three bits for down_proj up to layer {some[-1]}")

@@ -23,10 +23,16 @@ LAMBDA = 0.3  # of the repair; 0.1 and 1.0 end within 0.1% of it (docs/log.md)
 
 
 def mixed_moments(
-    model: Any, rows: tuple[Tensor, Tensor], n: int, plan: Plan, tell: Callable[[float], None]
+    model: Any,
+    rows: tuple[Tensor, Tensor],
+    n: int,
+    plan: Plan,
+    tell: Callable[[float], None],
+    collect: Callable[..., Moments] = second_moments,
 ) -> Moments:
-    user = second_moments(model, sample(rows[0], n // 2, plan.seed), tell=lambda s: tell(0.5 * s))
-    generic = second_moments(model, sample(rows[1], n // 2, plan.seed), tell=lambda s: tell(0.5 + 0.5 * s))
+    """Moments of the user's text and, to the plan's share, of generic text, from n rows in all."""
+    user = collect(model, sample(rows[0], n // 2, plan.seed), tell=lambda s: tell(0.5 * s))
+    generic = collect(model, sample(rows[1], n // 2, plan.seed), tell=lambda s: tell(0.5 + 0.5 * s))
     return mix(user, generic, plan.rho)
 
 

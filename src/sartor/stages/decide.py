@@ -1,8 +1,9 @@
 """The decision: from measurements on the user's and on generic text to a `Plan` within the budget.
 
 Bits first, then vocabulary, channels and query groups: four bits everywhere cost less damage per byte than any cut
-that goes deeper. If the model at four bits is still too large, vocabulary rows, FFN blocks and query groups are
-removed at one price per byte; if there is room, kinds of tensors get more bits at one price per byte.
+that goes deeper. If the model at four bits is still too large, vocabulary rows, FFN blocks, query groups and the bits
+of attention beyond four are given up at one price per byte; if there is room, kinds of tensors get more bits at one price per
+byte. What counts is the damage that recovery will leave (LEFT).
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from sartor.model.vocabulary import can_trim, closed_order, trim_tokenizer
 from sartor.numerics.allocate import Choice, Ladder, allocate
 from sartor.numerics.grids import fits, tensor_bytes
 from sartor.plan import LayerPlan, Plan, to_mask
-from sartor.stages.bits import BASE, DOWN, POORER, RICHER, embeddings_of, kinds_of
+from sartor.stages.bits import BASE, DOWN, POORER, RICHER, all_on_base, embeddings_of, kinds_of
 from sartor.stages.probe import Probed, Units
 from sartor.stages.words import Words, least_size
 
 LEAST_BLOCKS = 4  # FFN blocks that every layer keeps: below it the additive damage means nothing
 ROWS_STEP = 512
 TOKEN_OVERHEAD = 34  # bytes of metadata a token costs in GGUF, about; the plan is checked against the exact size
+# Share of the damage before recovery that is left after it, from arms that cut one thing alone and trained on 67k tokens (docs/log.md):
+# a word that is spelled in pieces stays a stranger, channels that are gone are made up for by those that stay.
+LEFT = {"words": 0.88, "bits": 0.83, "channels": 0.5}
+FINEST_FIRST = (*reversed(RICHER), BASE)
 
 Bytes = Callable[[Anatomy, Any, Mapping[str, str]], int]
 
@@ -76,25 +81,26 @@ def decide(
         BudgetError: the smallest model that makes sense is still larger.
     """
     a = anatomy(model)
-    embeddings = embeddings_of(a)
     mlps = _mlp_ladders(a, measured, rho)
     cuts = _cut_ladders(a, measured, mlps, rho)
+    kinds = kinds_of(model)
+    rich = {k: names for k, names in kinds.items() if (k, FINEST_FIRST[0]) in measured.kind_damage}
+    rounding = LEFT["bits"] * sum(measured.kind_damage[k, FINEST_FIRST[0] if k in rich else BASE] for k in kinds)
+    bits = _bits_ladders(a, measured, rich)
     best: tuple[float, dict[str, str], Choice] | None = None
     smallest = None
     for grid in (BASE, *RICHER):
-        grids = {n: BASE for names in kinds_of(model).values() for n in names} | dict.fromkeys(embeddings, grid)
-        need = bytes_of(a, tokenizer, grids) - budget
-        ladders = ([_vocabulary_ladder(a, measured, grid)] if can_trim(tokenizer) else []) + cuts
-        if need <= 0:
-            grids, extra = _enrich(model, a, grids, measured, -need)
-            choice = Choice({ladder.name: 0 for ladder in ladders}, 0, extra, 0.0)
-        else:
-            choice = allocate(ladders, need)
-            if choice.saved < need:
-                smallest = min(smallest or 1 << 60, budget + need - choice.saved)
-                continue
-            choice = replace(choice, damage=choice.damage + sum(measured.kind_damage[k, BASE] for k in kinds_of(model)))
-        total = choice.damage + measured.embedding_damage[grid]
+        grids = all_on_base(model) | dict.fromkeys(embeddings_of(a), grid)
+        room = budget - bytes_of(a, tokenizer, grids)
+        vocabulary = [_vocabulary_ladder(a, measured, grid)] if can_trim(tokenizer) else []
+        ladders = [*bits, *cuts, *vocabulary] if room < 0 else bits
+        need = sum(ladder.saved[-1] for ladder in bits) - room
+        choice = allocate(ladders, need)
+        if choice.saved < need:
+            smallest = min(smallest or 1 << 60, budget + need - choice.saved)
+            continue
+        grids |= {n: FINEST_FIRST[choice.step[k]] for k, names in rich.items() for n in names}
+        total = choice.damage + rounding + LEFT["bits"] * measured.embedding_damage[grid]
         if best is None or total < best[0]:
             best = (total, grids, choice)
     if best is None:
@@ -137,7 +143,9 @@ def mlp_options(a: Anatomy, m: Measured, layers: Sequence[int], rho: float) -> l
 
 def _coarser(a: Anatomy, m: Measured, layers: Sequence[int], blocks: int, grid: str) -> float:
     """Damage of the grid on what is left of `down_proj`, beyond BASE."""
-    return 0.0 if grid == BASE else sum(m.poorer_damage[grid][n] * (1 - blocks * BLOCK / a.ffn[n]) for n in layers)
+    if grid == BASE:
+        return 0.0
+    return LEFT["channels"] * sum(m.poorer_damage[grid][n] * (1 - blocks * BLOCK / a.ffn[n]) for n in layers)
 
 
 def _mlp_bytes(a: Anatomy, channels: int, down: str) -> int:
@@ -145,7 +153,8 @@ def _mlp_bytes(a: Anatomy, channels: int, down: str) -> int:
 
 
 def _effects(m: Measured, rho: float) -> np.ndarray:
-    return (1 - rho) * m.user.recovered.effects + rho * m.generic.recovered.effects
+    """Of every unit on the user's and generic text together, after recovery."""
+    return LEFT["channels"] * ((1 - rho) * m.user.recovered.effects + rho * m.generic.recovered.effects)
 
 
 def _mlp_ladders(a: Anatomy, m: Measured, rho: float) -> MlpLadders:
@@ -182,30 +191,20 @@ def _vocabulary_ladder(a: Anatomy, m: Measured, grid: str) -> Ladder:
     counts = [m.words.sizes[0], *range(m.words.sizes[0] // ROWS_STEP * ROWS_STEP, m.words.sizes[-1] - 1, -ROWS_STEP)]
     counts = sorted(set(counts), reverse=True)
     lost = np.interp(counts, m.words.sizes[::-1], m.words.lost[::-1])
-    return Ladder("vocabulary", tuple((counts[0] - c) * row for c in counts), (0.0, *lost[1:].tolist()))
+    return Ladder(
+        "vocabulary", tuple((counts[0] - c) * row for c in counts), (0.0, *(LEFT["words"] * lost[1:]).tolist())
+    )
 
 
-def _enrich(model: Any, a: Anatomy, grids: dict[str, str], m: Measured, room: int) -> tuple[dict[str, str], float]:
-    """Spend spare bytes on kinds of tensors: the ladder from eight bits down, at one price."""
-    kinds = kinds_of(model)
-    shapes = {k: [a.linear_shapes(n)[k] for n in range(a.layers)] for k in kinds}
-    size = {(k, g): sum(tensor_bytes(g, s) for s in shapes[k]) for k in kinds for g in (BASE, *RICHER)}
-    ladders, top = [], 0
+def _bits_ladders(a: Anatomy, m: Measured, kinds: Mapping[str, Sequence[str]]) -> list[Ladder]:
+    """The bits of kinds of linears, from eight down to BASE."""
+    ladders = []
     for k in kinds:
-        steps = ("Q8_0", "Q5_0", BASE)
-        top += size[k, "Q8_0"]
-        ladders.append(
-            Ladder(
-                k,
-                tuple(size[k, "Q8_0"] - size[k, g] for g in steps),
-                tuple(m.kind_damage[k, g] - m.kind_damage[k, "Q8_0"] for g in steps),
-            )
-        )
-    base = sum(size[k, BASE] for k in kinds)
-    choice = allocate(ladders, top - base - room)
-    chosen = {k: ("Q8_0", "Q5_0", BASE)[choice.step[k]] for k in kinds}
-    damaged = sum(m.kind_damage[k, g] for k, g in chosen.items())
-    return grids | {n: chosen[k] for k in kinds for n in kinds[k]}, damaged
+        shapes = [s[k] for n in range(a.layers) if k in (s := a.linear_shapes(n))]
+        size = [sum(tensor_bytes(g, s) for s in shapes) for g in FINEST_FIRST]
+        damage = [LEFT["bits"] * m.kind_damage[k, g] for g in FINEST_FIRST]
+        ladders.append(Ladder(k, tuple(size[0] - s for s in size), tuple(d - damage[0] for d in damage)))
+    return ladders
 
 
 def _plan(

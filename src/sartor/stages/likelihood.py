@@ -115,6 +115,10 @@ def cross_entropy(
     model: Any, ids: Int[Tensor, "n t"], embedded: Float[Tensor, "n t w"] | None = None
 ) -> Float[Tensor, ""]:
     """Mean -log p of every token but the first, with gradients (no family here has a bias in its head)."""
-    hidden = hidden_of(model, ids, embedded)[:, :-1].flatten(0, 1)
-    loss: Tensor = _HeadLoss.apply(hidden, model.lm_head.weight, ids[:, 1:].flatten())
+    return loss_of(model, hidden_of(model, ids, embedded), ids)
+
+
+def loss_of(model: Any, hidden: Float[Tensor, "n t w"], ids: Int[Tensor, "n t"]) -> Float[Tensor, ""]:
+    """The same from the last hidden states."""
+    loss: Tensor = _HeadLoss.apply(hidden[:, :-1].flatten(0, 1), model.lm_head.weight, ids[:, 1:].flatten())
     return loss

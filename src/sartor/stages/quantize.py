@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sartor.numerics.gptq import gptq
 from sartor.numerics.grids import GRIDS, Grid
-from sartor.stages.calibrate import SITE_OF, Moments
+from sartor.stages.calibrate import Moments, Site, site_of
 from sartor.stages.distil import Latents
 
 
@@ -28,16 +28,16 @@ def quantize(
         Latents whose `value(name)` are the weights of the artifact.
     """
     latents = Latents({})
-    together: dict[tuple[tuple[int, str] | None, str], list[str]] = {}
+    together: dict[tuple[Site | None, str], list[str]] = {}
     parameters = {n: p.detach().float() for n, p in model.named_parameters()}
     for name, w in parameters.items():
         if name in grids:
-            together.setdefault((_place(name), grids[name]), []).append(name)
+            together.setdefault((site_of(name), grids[name]), []).append(name)
         else:
             latents.masters[name] = w.clone()
-    for n, ((place, grid), names) in enumerate(together.items()):
-        _quantize_together_(latents, parameters, names, moments.c[place] if place else moments.head, GRIDS[grid])
-        tell((n + 1) / len(together), f"layer {place[0]}, {place[1]}" if place else "vocabulary")
+    for n, ((site, grid), names) in enumerate(together.items()):
+        _quantize_together_(latents, parameters, names, moments.of(names[0]), GRIDS[grid])
+        tell((n + 1) / len(together), f"layer {site[0]}, {site[1]}" if site else "vocabulary")
     latents.masters = {n: latents.masters[n] for n in parameters}
     return latents
 
@@ -50,11 +50,3 @@ def _quantize_together_(
     sizes = [len(parameters[n]) for n in names]
     for name, latent, scales in zip(names, q.latent.split(sizes), q.scales.split(sizes), strict=True):
         latents.masters[name], latents.scales[name], latents.grids[name] = latent.clone(), scales.clone(), grid
-
-
-def _place(name: str) -> tuple[int, str] | None:
-    """(layer, site) of a linear's weight, or None for the embedding and the head: a tied embedding is the head above all."""
-    parts = name.split(".")
-    if parts[:2] != ["model", "layers"]:
-        return None
-    return int(parts[2]), SITE_OF[".".join(parts[3:-1])]
