@@ -73,7 +73,7 @@ def score(file: Path, windows: Sequence[Window]) -> Score:
     return score_of(windows, nats(file, windows))
 
 
-def speed(file: Path, ids: Sequence[int], generate: int = 64, repeats: int = 3) -> dict[str, float]:
+def speed(file: Path, ids: Sequence[int], generate: int = 64, repeats: int = 2) -> dict[str, float]:
     """Tokens per second and peak memory of the process that runs the file (the Python around it included)."""
     return run_job(file, "speed", ids=list(ids), generate=generate, repeats=repeats)
 

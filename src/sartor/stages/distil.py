@@ -13,7 +13,7 @@ on validation are kept. (KL on own text, low-rank updates and other rates for th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sartor.numerics.grids import Grid, snap
 from sartor.numerics.schedule import warm_then_cosine
-from sartor.stages.likelihood import cross_entropy, hidden_of, kl_to_top, top_of
+from sartor.stages.likelihood import hidden_of, kl_to_top, loss_of, top_of
 from sartor.stages.measure import score
 from sartor.stages.tokens import Window
 
@@ -202,27 +202,28 @@ class _Adam:
 
 
 def _backward(model: Any, own: Int[Tensor, "n t"], generic: Anchor | None, dealt: Int[Tensor, " m"]) -> float:
-    """One batch, part by part forward and backward; returns the loss."""
-    total, count = 0.0, len(own) + len(dealt)
-    for size, mean in _losses(model, own, generic, dealt):
-        loss = mean * (size / count)
+    """One batch, PART rows at a time forward and backward; own and generic rows may share a pass. Returns the loss."""
+    rows = torch.cat([own, generic.rows[dealt]]) if generic else own
+    total = 0.0
+    for start in range(0, len(rows), PART):
+        part = rows[start : start + PART]
+        mine = min(max(len(own) - start, 0), len(part))
+        hidden = hidden_of(model, part)
+        losses = [loss_of(model, hidden[:mine], part[:mine]) * mine] if mine else []
+        if generic and mine < len(part):
+            at = dealt[start + mine - len(own) : start + len(part) - len(own)]
+            losses.append(_held_back(model, hidden[mine:], generic, at) * len(at))
+        loss = torch.stack(losses).sum() / len(rows)
         loss.backward()
         total += float(loss.detach())
     return total
 
 
-def _losses(model: Any, own: Tensor, generic: Anchor | None, dealt: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(rows, mean loss) of parts of PART rows, each computed when it is asked for."""
-    for part in own.split(PART):
-        yield len(part), cross_entropy(model, part)
-    if generic is not None and len(dealt):
-        for part in dealt.split(PART):
-            yield len(part), _held_back(model, generic, part)
-
-
-def _held_back(model: Any, generic: Anchor, dealt: Int[Tensor, " m"]) -> Float[Tensor, ""]:
+def _held_back(
+    model: Any, hidden: Float[Tensor, "m t w"], generic: Anchor, dealt: Int[Tensor, " m"]
+) -> Float[Tensor, ""]:
     """KL(dense || model) in nats per token of some generic rows."""
-    logits = model.lm_head(hidden_of(model, generic.rows[dealt]).flatten(0, 1)).float()
+    logits = model.lm_head(hidden.flatten(0, 1)).float()
     return kl_to_top(logits, generic.values[dealt].flatten(0, 1), generic.ids[dealt].flatten(0, 1))
 
 
