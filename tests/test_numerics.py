@@ -16,7 +16,7 @@ from sartor.numerics.gptq import gptq
 from sartor.numerics.grids import GRIDS, decode_scales, encode, nearest_index, search_scales, snap, tensor_bytes
 from sartor.numerics.metrics import Score, interval
 from sartor.numerics.recover import partition_design, recover
-from sartor.numerics.schedule import cubic, progress
+from sartor.numerics.schedule import warm_then_cosine
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -162,12 +162,13 @@ def test_every_unit_is_off_exactly_once_a_permutation() -> None:
     assert design.shape[0] == 30
 
 
-@pytest.mark.parametrize("schedule", [progress, cubic])
-def test_schedules_run_from_zero_to_one_and_never_fall(schedule: object) -> None:
-    values = [schedule(s, 20) for s in range(20)]  # type: ignore[operator]
-    assert values[0] == 0
-    assert values[-1] == 1
-    assert values == sorted(values)
+def test_the_rate_rises_to_one_and_falls_to_its_floor() -> None:
+    rate = [warm_then_cosine(n / 100, warm=0.1, floor=0.05) for n in range(101)]
+    assert rate[:11] == sorted(rate[:11])
+    assert rate[10:] == sorted(rate[10:], reverse=True)
+    assert 0 < rate[0] < 0.2
+    assert rate[10] == 1.0
+    assert rate[-1] == pytest.approx(0.05)
 
 
 def test_the_interval_holds_the_value_and_pairing_narrows_it() -> None:

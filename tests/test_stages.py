@@ -111,13 +111,35 @@ def test_three_bits_cost_more_than_four_and_leave_the_model_alone(model: Any, ro
 
 
 def test_guided_moments_weigh_tokens_and_keep_their_scale(model: Any, rows: torch.Tensor) -> None:
-    plain, guided = second_moments(model, rows), guided_moments(model, rows, batch=2)
+    plain, guided = second_moments(model, rows), guided_moments(model, rows)
     assert plain.c.keys() == guided.c.keys()
     assert torch.allclose(plain.head, guided.head, rtol=1e-3, atol=1e-5)
     for site, c in guided.c.items():
         assert torch.linalg.eigvalsh(c.double()).min() > -1e-4
         assert 0.1 < float(c.trace() / plain.c[site].trace()) < 10
         assert not torch.allclose(c, plain.c[site], rtol=1e-2)
+
+
+def test_moments_of_two_texts_are_mixed_by_share(model: Any, rows: torch.Tensor) -> None:
+    a, b, both = (second_moments(model, *r) for r in ((rows[:2],), (rows[2:],), (rows[:2], rows[2:], 0.3)))
+    for site in both.c:
+        assert torch.allclose(both.c[site], 0.7 * a.c[site] + 0.3 * b.c[site], rtol=1e-4, atol=1e-6)
+    assert both.tokens == rows.numel()
+
+
+def test_moments_skip_what_a_layer_has_lost(model: Any, rows: torch.Tensor) -> None:
+    net.shrink_attention_(model, 0, [])
+    net.shrink_mlp_(model, 1, torch.tensor([], dtype=torch.long))
+    for moments in (second_moments(model, rows), guided_moments(model, rows)):
+        assert {(0, "attention"), (0, "output"), (1, "mlp"), (1, "down")}.isdisjoint(moments.c)
+        assert {(0, "mlp"), (1, "output"), (2, "down")} <= moments.c.keys()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_untied_embedding_is_only_looked_up(tokenizer: Any, rows: torch.Tensor, tied: bool) -> None:
+    moments = second_moments(make_model(len(tokenizer), "llama" if tied else "mistral", tied), rows)
+    assert torch.equal(moments.of("lm_head.weight"), moments.head)
+    assert torch.equal(moments.of("model.embed_tokens.weight"), moments.head) == tied
 
 
 def test_grids_that_do_not_fit_are_no_option(model: Any, rows: torch.Tensor) -> None:

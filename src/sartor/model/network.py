@@ -19,10 +19,10 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from sartor.errors import SourceError
-from sartor.model.families import family_of
+from sartor.model.families import ATTENTION, LINEARS, family_of
 
-ATTENTION = (
-    "eager"  # on rows of 256 tokens 12% faster a training step than torch's fused one, and truer in bf16 (docs/log.md)
+KERNEL = (
+    "eager"  # on rows of 256 tokens a step is 12% faster than with torch's fused attention, and truer (docs/log.md)
 )
 BLOCK = 32  # FFN channels that are kept or removed together: one quantization block of the matrix that reads them
 
@@ -88,6 +88,14 @@ def linear(model: nn.Module, layer: int, name: str) -> nn.Linear:
     return layers_of(model)[layer].get_submodule(name)
 
 
+def linears_of(model: nn.Module) -> Iterator[tuple[int, str, nn.Linear]]:
+    """(layer, name, module) of every linear that is there: layers may have lost their attention or MLP."""
+    for layer in range(len(layers_of(model))):
+        for name in LINEARS:
+            if has_attention(model, layer) if name in ATTENTION else has_mlp(model, layer):
+                yield layer, name, linear(model, layer, name)
+
+
 def has_attention(model: nn.Module, layer: int) -> bool:
     return not isinstance(layers_of(model)[layer].self_attn, NoAttention)
 
@@ -125,7 +133,7 @@ def load_dense(folder: Path) -> tuple[Any, Any]:
         family_of(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation=ATTENTION
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation=KERNEL
         )
     except SourceError:
         raise

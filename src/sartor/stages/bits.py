@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sartor.model.families import LINEARS
-from sartor.model.network import Anatomy, anatomy, linear
+from sartor.model.network import Anatomy, anatomy, linears_of
 from sartor.numerics.gptq import gptq
 from sartor.numerics.grids import GRIDS, fits, search_scales, snap
 from sartor.stages.calibrate import Moments
@@ -26,10 +26,10 @@ DOWN = "mlp.down_proj"
 
 def kinds_of(model: Any) -> dict[str, list[str]]:
     """{kind: parameter names}: the same linear in every layer."""
-    a = anatomy(model)
-    return {
-        k: [f"model.layers.{n}.{k}.weight" for n in range(a.layers) if linear(model, n, k) is not None] for k in LINEARS
-    }
+    found: dict[str, list[str]] = {k: [] for k in LINEARS}
+    for layer, name, _ in linears_of(model):
+        found[name].append(f"model.layers.{layer}.{name}.weight")
+    return found
 
 
 def embeddings_of(a: Anatomy) -> list[str]:

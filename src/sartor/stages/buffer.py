@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sartor.model.network import Anatomy, anatomy, clone
 from sartor.plan import Plan
-from sartor.stages.calibrate import Moments, mix, second_moments
+from sartor.stages.calibrate import Moments, second_moments
 from sartor.stages.measure import score
 from sartor.stages.prune import cut_attention_, cut_mlp_
 from sartor.stages.tokens import Window, sample
@@ -31,9 +31,8 @@ def mixed_moments(
     collect: Callable[..., Moments] = second_moments,
 ) -> Moments:
     """Moments of the user's text and, to the plan's share, of generic text, from n rows in all."""
-    user = collect(model, sample(rows[0], n // 2, plan.seed), tell=lambda s: tell(0.5 * s))
-    generic = collect(model, sample(rows[1], n // 2, plan.seed), tell=lambda s: tell(0.5 + 0.5 * s))
-    return mix(user, generic, plan.rho)
+    own, generic = (sample(r, n // 2, plan.seed) for r in rows)
+    return collect(model, own, generic, plan.rho, tell)
 
 
 def prune_(

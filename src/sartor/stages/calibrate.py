@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sartor.model.network import anatomy, has_attention, has_mlp, linear
+from sartor.model.network import anatomy, linears_of
 from sartor.stages.likelihood import hidden_of, loss_of
 
 SITE_OF: dict[str, str] = {
@@ -34,20 +35,24 @@ READER = {
 }
 MOST = 10.0  # times the mean weight that one token may have
 Site = tuple[int, str]
+HEAD: Site = (-1, "head")  # where the last hidden state is read, while collecting
 
 
 @dataclass(frozen=True)
 class Moments:
-    """C = E[z z^T] per (layer, site) and of the last hidden state, over `tokens` tokens."""
+    """C = E[z z^T] per (layer, site) and of the last hidden state, over `tokens` tokens; `tied`: the embedding is the head too."""
 
     c: dict[Site, Tensor]
     head: Tensor
     tokens: int
+    tied: bool
 
     def of(self, parameter: str) -> Tensor:
-        """C of what this matrix reads; a tied embedding is the head above all."""
+        """C of what this matrix reads; a tied embedding is the head above all, an untied one is only looked up."""
         site = site_of(parameter)
-        return self.c[site] if site else self.head
+        if site:
+            return self.c[site]
+        return self.head if self.tied or parameter == "lm_head.weight" else torch.eye(len(self.head))
 
 
 def site_of(parameter: str) -> Site | None:
@@ -58,62 +63,89 @@ def site_of(parameter: str) -> Site | None:
     return int(layer), SITE_OF[name.removesuffix(".weight")]
 
 
-@torch.no_grad()
 def second_moments(
-    model: Any, rows: Int[Tensor, "n t"], batch: int = 8, tell: Callable[[float], None] = lambda share: None
+    model: Any,
+    rows: Int[Tensor, "n t"],
+    other: Int[Tensor, "m t"] | None = None,
+    rho: float = 0.0,
+    tell: Callable[[float], None] = lambda share: None,
 ) -> Moments:
-    """Run the rows through the model and collect every C, in fp32."""
-    c: dict[Site, Tensor] = {}
-    head: list[Tensor] = []
-    with _listening(model, lambda site, z: _add_(c, site, z)):
-        for n, part in enumerate(rows.split(batch)):
-            hidden = hidden_of(model, part).flatten(0, 1)
-            head.append((hidden.T @ hidden).float())
-            tell((n + 1) * batch / len(rows))
-    tokens = rows.numel()
-    return Moments({k: v / tokens for k, v in c.items()}, torch.stack(head).sum(0) / tokens, tokens)
+    """Run the rows through the model and collect every C, in fp32: (1 - rho) C(rows) + rho C(other).
+
+    With few tokens of one's own a mixture with generic text beats own text alone, and it guards the rest.
+    """
+    return _collected(model, rows, other, rho, 8, _plain, tell)
 
 
 def guided_moments(
-    model: Any, rows: Int[Tensor, "n t"], batch: int = 4, tell: Callable[[float], None] = lambda share: None
+    model: Any,
+    rows: Int[Tensor, "n t"],
+    other: Int[Tensor, "m t"] | None = None,
+    rho: float = 0.0,
+    tell: Callable[[float], None] = lambda share: None,
 ) -> Moments:
-    """C with every token weighed by how much the loss feels what its linears say: the norm of the gradient at their outputs.
+    """The same with every token weighed by how much the loss feels what its linears say: the gradient's norm at their outputs.
 
     After GuidedQuant (arXiv:2505.07004), whose weights are squared and apart for groups of outputs; here one weight a token
     and site, to the first power, at most MOST times the mean: heavier tails would leave few tokens to estimate C from.
     An error where nobody listens is free, so error feedback puts it there. C of the last hidden state stays plain.
     """
+    return _collected(model, rows, other, rho, 2, _guided, tell)
+
+
+Hear = Callable[[Site, Tensor], None]
+
+
+def _collected(
+    model: Any,
+    rows: Tensor,
+    other: Tensor | None,
+    rho: float,
+    batch: int,
+    run: Callable[[Any, Tensor, Hear], Tensor],
+    tell: Callable[[float], None],
+) -> Moments:
+    """One set of matrices for both texts: they are the largest thing in memory beside the model."""
+    texts = [(rows, 1.0)] if other is None else [(rows, 1 - rho), (other, rho)]
     c: dict[Site, Tensor] = {}
-    weights: dict[Site, float] = {}
-    head: list[Tensor] = []
-    for n, part in enumerate(rows.split(batch)):
-        z: dict[Site, Tensor] = {}
-        felt: dict[Site, Tensor] = {}
-        with _listening(model, z.__setitem__), _feeling(model, felt):
-            inputs = model.model.embed_tokens(part).detach().requires_grad_(True)
-            hidden = hidden_of(model, part, inputs)
-            loss_of(model, hidden, part).backward()
-        for site, squared in felt.items():
-            norm = squared.sqrt().flatten()
-            weight = (norm / norm.mean().clamp_min(1e-30)).clamp_max(MOST)
-            _add_(c, site, z[site].detach() * weight.sqrt().reshape(*part.shape, 1).to(z[site].dtype))
-            weights[site] = weights.get(site, 0.0) + float(weight.sum())
-        plain = hidden.detach().flatten(0, 1)
-        head.append((plain.T @ plain).float())
-        tell((n + 1) * batch / len(rows))
-    tokens = rows.numel()
-    return Moments({k: v / weights[k] for k, v in c.items()}, torch.stack(head).sum(0) / tokens, tokens)
+    done, all_rows = 0, sum(len(text) for text, _ in texts)
+    for text, share in texts:
+        add = partial(_add_, c, share / text.numel())
+        for part in text.split(batch):
+            add(HEAD, run(model, part, add))
+            done += len(part)
+            tell(done / all_rows)
+    return Moments(c, c.pop(HEAD), sum(text.numel() for text, _ in texts), anatomy(model).tied)
+
+
+@torch.no_grad()
+def _plain(model: Any, part: Tensor, hear: Hear) -> Tensor:
+    with _listening(model, hear):
+        return hidden_of(model, part)
+
+
+def _guided(model: Any, part: Tensor, hear: Hear) -> Tensor:
+    z: dict[Site, Tensor] = {}
+    felt: dict[Site, Tensor] = {}
+    with _listening(model, z.__setitem__), _feeling(model, felt):
+        hidden = hidden_of(model, part, model.model.embed_tokens(part).detach().requires_grad_(True))
+        loss_of(model, hidden, part).backward()
+    for site, squared in felt.items():
+        norm = squared.sqrt()
+        weight = (norm / norm.mean().clamp_min(1e-30)).clamp_max(MOST)
+        weight = (weight / weight.mean().clamp_min(1e-30)).sqrt()
+        hear(site, z.pop(site).detach() * weight[..., None].to(hidden.dtype))
+    return hidden.detach()
 
 
 @contextmanager
-def _listening(model: Any, hear: Callable[[Site, Tensor], None]) -> Iterator[None]:
+def _listening(model: Any, hear: Hear) -> Iterator[None]:
     """`hear` is told what is read at every site."""
     handles = []
-    for layer in range(anatomy(model).layers):
-        for site, name in READER.items():
-            if has_attention(model, layer) if name.startswith("self_attn") else has_mlp(model, layer):
-                told = lambda _, args, key=(layer, site): hear(key, args[0])  # noqa: E731
-                handles.append(linear(model, layer, name).register_forward_pre_hook(told))
+    for layer, name, module in linears_of(model):
+        if READER[SITE_OF[name]] == name:
+            told = lambda _, args, key=(layer, SITE_OF[name]): hear(key, args[0])  # noqa: E731
+            handles.append(module.register_forward_pre_hook(told))
     try:
         yield
     finally:
@@ -132,12 +164,7 @@ def _feeling(model: Any, felt: dict[Site, Tensor]) -> Iterator[None]:
 
         return lambda _, args, out: out.register_hook(add) and None
 
-    handles = []
-    for layer in range(anatomy(model).layers):
-        for name, site in SITE_OF.items():
-            module = linear(model, layer, name)
-            if module is not None:
-                handles.append(module.register_forward_hook(watch((layer, site))))
+    handles = [module.register_forward_hook(watch((layer, SITE_OF[name]))) for layer, name, module in linears_of(model)]
     try:
         yield
     finally:
@@ -145,23 +172,10 @@ def _feeling(model: Any, felt: dict[Site, Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def _add_(c: dict[Site, Tensor], site: Site, z: Float[Tensor, "b t n"]) -> None:
+def _add_(c: dict[Site, Tensor], scale: float, site: Site, z: Float[Tensor, "b t n"]) -> None:
     z = z.flatten(0, 1)
-    gram = (z.T @ z).float()
+    gram = (z.T @ z).float().mul_(scale)
     if site in c:
         c[site] += gram
     else:
         c[site] = gram
-
-
-def mix(user: Moments, generic: Moments, rho: float) -> Moments:
-    """(1 - rho) C_user + rho C_generic: with few tokens a mixture beats own text alone, and it guards the rest.
-
-    Takes the generic moments apart as it goes, so that never three sets are in memory.
-    """
-    blend: Callable[[Float[Tensor, "n n"], Float[Tensor, "n n"]], Tensor] = lambda a, b: (1 - rho) * a + rho * b  # noqa: E731
-    return Moments(
-        {k: blend(user.c.pop(k), generic.c.pop(k)) for k in list(user.c)},
-        blend(user.head, generic.head),
-        user.tokens + generic.tokens,
-    )

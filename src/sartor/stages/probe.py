@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sartor.model.network import BLOCK, Anatomy, anatomy, has_attention, has_mlp, linear, masked
+from sartor.model.network import BLOCK, Anatomy, anatomy, linears_of, masked
 from sartor.numerics.compensate import obs_shrink
 from sartor.numerics.recover import Recovered, partition_design, recover
 from sartor.stages.calibrate import Moments
@@ -90,11 +90,11 @@ def fisher(model: Any, rows: Int[Tensor, "n t"], batch: int = 2) -> Fisher:
 
 @contextmanager
 def _catching(model: Any, caught: dict[tuple[int, str], Tensor]) -> Iterator[None]:
-    handles = []
-    for layer in range(anatomy(model).layers):
-        for site, name, there in (("output", "self_attn.o_proj", has_attention), ("down", "mlp.down_proj", has_mlp)):
-            if there(model, layer):
-                handles.append(linear(model, layer, name).register_forward_pre_hook(_keep(caught, (layer, site))))
+    handles = [
+        module.register_forward_pre_hook(_keep(caught, (layer, SITE_OF[name])))
+        for layer, name, module in linears_of(model)
+        if SITE_OF[name] in ("output", "down")
+    ]
     try:
         yield
     finally:
