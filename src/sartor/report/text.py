@@ -102,6 +102,6 @@ def inspection(r: dict[str, Any]) -> str:
     p = r["plan"]
     lines += [
         "",
-        f"vocabulary {p['vocabulary']} tokens; grids {', '.join(p['grids'])}; predicted damage {p['predicted_damage']:.3f} nats per token after recovery; price {p['price'] * 1e6:.4f} nats per MB",
+        f"vocabulary {p['vocabulary']} tokens; grids {', '.join(p['grids'])}; predicted damage {p['predicted_damage']:.3f} nats per token before recovery; price {p['price'] * 1e6:.4f} nats per MB",
     ]
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 Bits first, then vocabulary, channels and query groups: four bits everywhere cost less damage per byte than any cut
 that goes deeper. If the model at four bits is still too large, vocabulary rows, FFN blocks, query groups and the bits
 of attention beyond four are given up at one price per byte; if there is room, kinds of tensors get more bits at one price per
-byte. What counts is the damage that recovery will leave (LEFT).
+byte.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ from sartor.stages.words import Words, least_size
 LEAST_BLOCKS = 4  # FFN blocks that every layer keeps: below it the additive damage means nothing
 ROWS_STEP = 512
 TOKEN_OVERHEAD = 34  # bytes of metadata a token costs in GGUF, about; the plan is checked against the exact size
-# Share of the damage before recovery that is left after it, from arms that cut one thing alone and trained on 67k tokens (docs/log.md):
-# a word that is spelled in pieces stays a stranger, channels that are gone are made up for by those that stay.
-LEFT = {"words": 0.88, "bits": 0.83, "channels": 0.5}
 FINEST_FIRST = (*reversed(RICHER), BASE)
 
 Bytes = Callable[[Anatomy, Any, Mapping[str, str]], int]
@@ -85,7 +82,7 @@ def decide(
     cuts = _cut_ladders(a, measured, mlps, rho)
     kinds = kinds_of(model)
     rich = {k: names for k, names in kinds.items() if (k, FINEST_FIRST[0]) in measured.kind_damage}
-    rounding = LEFT["bits"] * sum(measured.kind_damage[k, FINEST_FIRST[0] if k in rich else BASE] for k in kinds)
+    rounding = sum(measured.kind_damage[k, FINEST_FIRST[0] if k in rich else BASE] for k in kinds)
     bits = _bits_ladders(a, measured, rich)
     best: tuple[float, dict[str, str], Choice] | None = None
     smallest = None
@@ -100,7 +97,7 @@ def decide(
             smallest = min(smallest or 1 << 60, budget + need - choice.saved)
             continue
         grids |= {n: FINEST_FIRST[choice.step[k]] for k, names in rich.items() for n in names}
-        total = choice.damage + rounding + LEFT["bits"] * measured.embedding_damage[grid]
+        total = choice.damage + rounding + measured.embedding_damage[grid]
         if best is None or total < best[0]:
             best = (total, grids, choice)
     if best is None:
@@ -145,7 +142,7 @@ def _coarser(a: Anatomy, m: Measured, layers: Sequence[int], blocks: int, grid: 
     """Damage of the grid on what is left of `down_proj`, beyond BASE."""
     if grid == BASE:
         return 0.0
-    return LEFT["channels"] * sum(m.poorer_damage[grid][n] * (1 - blocks * BLOCK / a.ffn[n]) for n in layers)
+    return sum(m.poorer_damage[grid][n] * (1 - blocks * BLOCK / a.ffn[n]) for n in layers)
 
 
 def _mlp_bytes(a: Anatomy, channels: int, down: str) -> int:
@@ -153,8 +150,8 @@ def _mlp_bytes(a: Anatomy, channels: int, down: str) -> int:
 
 
 def _effects(m: Measured, rho: float) -> np.ndarray:
-    """Of every unit on the user's and generic text together, after recovery."""
-    return LEFT["channels"] * ((1 - rho) * m.user.recovered.effects + rho * m.generic.recovered.effects)
+    """Of every unit on the user's and generic text together."""
+    return (1 - rho) * m.user.recovered.effects + rho * m.generic.recovered.effects
 
 
 def _mlp_ladders(a: Anatomy, m: Measured, rho: float) -> MlpLadders:
@@ -191,9 +188,7 @@ def _vocabulary_ladder(a: Anatomy, m: Measured, grid: str) -> Ladder:
     counts = [m.words.sizes[0], *range(m.words.sizes[0] // ROWS_STEP * ROWS_STEP, m.words.sizes[-1] - 1, -ROWS_STEP)]
     counts = sorted(set(counts), reverse=True)
     lost = np.interp(counts, m.words.sizes[::-1], m.words.lost[::-1])
-    return Ladder(
-        "vocabulary", tuple((counts[0] - c) * row for c in counts), (0.0, *(LEFT["words"] * lost[1:]).tolist())
-    )
+    return Ladder("vocabulary", tuple((counts[0] - c) * row for c in counts), (0.0, *lost[1:].tolist()))
 
 
 def _bits_ladders(a: Anatomy, m: Measured, kinds: Mapping[str, Sequence[str]]) -> list[Ladder]:
@@ -202,7 +197,7 @@ def _bits_ladders(a: Anatomy, m: Measured, kinds: Mapping[str, Sequence[str]]) -
     for k in kinds:
         shapes = [s[k] for n in range(a.layers) if k in (s := a.linear_shapes(n))]
         size = [sum(tensor_bytes(g, s) for s in shapes) for g in FINEST_FIRST]
-        damage = [LEFT["bits"] * m.kind_damage[k, g] for g in FINEST_FIRST]
+        damage = [m.kind_damage[k, g] for g in FINEST_FIRST]
         ladders.append(Ladder(k, tuple(size[0] - s for s in size), tuple(d - damage[0] for d in damage)))
     return ladders
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from sartor.model.network import BLOCK, Anatomy, anatomy, linears_of, masked
 from sartor.numerics.compensate import obs_shrink
 from sartor.numerics.recover import Recovered, partition_design, recover
-from sartor.stages.calibrate import Moments
+from sartor.stages.calibrate import SITE_OF, Moments
 from sartor.stages.likelihood import cross_entropy, kl_of, top_of
 
 
