@@ -113,6 +113,9 @@ def _bytes(r: dict[str, Any]) -> str:
 
 
 def _controls(r: dict[str, Any]) -> str:
+    heading = "<h2>What else you could have picked</h2>"
+    if not r["controls"]:
+        return heading + "<p>Not measured: the job ran with <code>--controls none</code>.</p>"
     body = [
         (
             c["name"],
@@ -126,7 +129,7 @@ def _controls(r: dict[str, Any]) -> str:
         )
         for c in r["controls"]
     ]
-    return "<h2>What else you could have picked</h2>" + _table(
+    return heading + _table(
         ("control arm", "bytes", "your text", "generic text", "ours against it, your text", "note"), body
     )
 
