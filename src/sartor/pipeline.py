@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -237,7 +236,7 @@ def apply_plan(
         latents = saved
     student = small.to(torch.bfloat16)
     del small
-    gc.collect()
+    tell("recover", 0.0, "the first step")
     put_(student, latents)
     seed = plan.seed + (saved is not None)  # a resumed training does not see its first rows again
     trained = recover(student, latents, rows[0], generic, validation, config, seed, tell, keep)
