@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 from sartor import evaluate
 from sartor.api import ARTIFACT
 from sartor.controls import trained_arm
+from sartor.effort import EFFORTS
 from sartor.job import Job, Prepared
-from sartor.pipeline import EFFORTS
 from sartor.report.text import against
 
 

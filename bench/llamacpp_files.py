@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 
 from sartor import evaluate
 from sartor.api import ARTIFACT
+from sartor.effort import EFFORTS
 from sartor.export.llama_quantizer import FTYPES
 from sartor.job import Job, Prepared
-from sartor.pipeline import EFFORTS
 from sartor.report.text import against
 from sartor.stages.calibrate import second_moments
 from sartor.stages.tokens import sample, training_rows

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from sartor import pipeline
+from sartor import effort
 from sartor.stages.distil import DistilConfig
 
 WORDS = {
@@ -53,7 +53,8 @@ WORDS = {
         "chart",
     ],
 }
-TINY = pipeline.Effort(16, 16, 8, 4, 20, 16, 2, 2, DistilConfig(2.0, 1e-3), 8_000, 8_000)
+TRAINING = effort.Training(DistilConfig(1.0, 1e-3, checks=2), DistilConfig(1.0, 2e-4, checks=2), 16)
+TINY = effort.Effort(16, 16, 8, 4, 20, 16, 2, 2, TRAINING, 8_000, 8_000)
 COMMON = [
     "the",
     "a",
@@ -102,10 +103,10 @@ def make_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 
 
-def make_model(vocab: int, model_type: str = "llama", tied: bool = True, layers: int = 3) -> Any:
+def make_model(vocab: int, model_type: str = "llama", tied: bool = True, layers: int = 3, seed: int = 0) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(
         model_type,
         vocab_size=vocab,
@@ -159,10 +160,13 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str,
     return found
 
 
+def make_efforts_tiny(patch: pytest.MonkeyPatch) -> None:
+    for name in effort.EFFORTS:
+        patch.setitem(effort.EFFORTS, name, TINY)
+
+
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Efforts that fit a pico model, and a cache of its own."""
-    monkeypatch.setattr(pipeline, "EFFORTS", dict.fromkeys(pipeline.EFFORTS, TINY))
-    for module in ("sartor.api", "sartor.controls"):
-        monkeypatch.setattr(f"{module}.EFFORTS", pipeline.EFFORTS)
+    make_efforts_tiny(monkeypatch)
     monkeypatch.setenv("SARTOR_CACHE", str(tmp_path / "cache"))

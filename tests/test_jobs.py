@@ -21,7 +21,7 @@ from sartor.numerics.grids import GRIDS, fits, search_scales
 from sartor.stages.distil import Latents, put_
 from sartor.stages.measure import token_nats
 from sartor.stages.tokens import cut_windows, encode_windows
-from tests.conftest import TINY, make_model, texts
+from tests.conftest import make_efforts_tiny, make_model, texts
 
 
 def on_grid(model: Any, grid: str | None) -> Latents:
@@ -79,11 +79,7 @@ def test_llama_cpp_tokenizes_as_we_do(model: Any, tokenizer: Any, tmp_path: Path
 def fitted(place: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One finished job, shared by the tests that only look at it."""
     with pytest.MonkeyPatch.context() as patch:
-        from sartor import pipeline
-
-        efforts = dict.fromkeys(pipeline.EFFORTS, TINY)
-        for module in ("sartor.pipeline", "sartor.api", "sartor.controls"):
-            patch.setattr(f"{module}.EFFORTS", efforts)
+        make_efforts_tiny(patch)
         root = tmp_path_factory.mktemp("out")
         patch.setenv("SARTOR_CACHE", str(root / "cache"))
         out = root / "fitted"
@@ -119,8 +115,9 @@ def test_the_file_keeps_the_budget_and_the_report_tells_its_bytes(fitted: Path) 
     ]
 
 
-def test_recovery_helps_the_user_on_validation(fitted: Path) -> None:
-    curve = json.loads((fitted / "report.json").read_text())["recovery"]
+@pytest.mark.parametrize("training", ["adaptation", "recovery"])
+def test_both_trainings_help_the_user_on_validation(training: str, fitted: Path) -> None:
+    curve = json.loads((fitted / "report.json").read_text())[training]["curve"]
     assert min(b for _, b in curve) < curve[0][1]
 
 
@@ -174,7 +171,7 @@ def test_the_commands_speak_json_and_text(
     assert "xllamacpp" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", ["quantize", "recover"])
+@pytest.mark.parametrize("stage", ["adapt", "quantize", "recover"])
 def test_an_interrupted_job_resumes(stage: str, place: dict[str, Path], tmp_path: Path, tiny: None) -> None:
     def stop(now: str, share: float, note: str) -> None:
         if now == stage and share > 0.3:
@@ -188,6 +185,8 @@ def test_an_interrupted_job_resumes(stage: str, place: dict[str, Path], tmp_path
     seen: list[str] = []
     sartor.compress(*ask, generic=place["generic"], controls="none", resume=True, tell=lambda s, f, n: seen.append(s))
     assert "probe" not in seen
+    assert "recover" in seen
+    assert ("quantize" in seen) == (stage != "recover")
     assert (tmp_path / "out" / "plan.json").read_text() == plan
     assert not (tmp_path / "out" / "checkpoint").exists()
     assert (tmp_path / "out" / "model.gguf").stat().st_size <= json.loads(plan)["budget_bytes"]

@@ -25,8 +25,12 @@ def rows(tokenizer: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_fused_loss_and_its_gradients_are_autograds(tokenizer: Any, rows: torch.Tensor, tied: bool) -> None:
+@pytest.mark.parametrize("target", ["truth", "teacher"])
+def test_the_fused_losses_and_their_gradients_are_autograds(
+    tokenizer: Any, rows: torch.Tensor, tied: bool, target: str
+) -> None:
     model = make_model(len(tokenizer), "llama" if tied else "mistral", tied).requires_grad_(True)
+    values, ids = likelihood.top_of(make_model(len(tokenizer), "llama", tied, seed=1), rows)
 
     def gradients(loss: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
         (3 * loss).backward()
@@ -34,9 +38,14 @@ def test_the_fused_loss_and_its_gradients_are_autograds(tokenizer: Any, rows: to
         model.zero_grad()
         return float(loss.detach()), found
 
-    logits = model(input_ids=rows).logits[:, :-1].flatten(0, 1)
-    expected, theirs = gradients(F.cross_entropy(logits, rows[:, 1:].flatten()))
-    got, ours = gradients(likelihood.cross_entropy(model, rows))
+    logits = model(input_ids=rows).logits
+    if target == "truth":
+        expected, theirs = gradients(F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()))
+        got, ours = gradients(likelihood.cross_entropy(model, rows))
+    else:
+        top = values.flatten(0, 1), ids.flatten(0, 1)
+        expected, theirs = gradients(likelihood.kl_to_top(logits.flatten(0, 1), *top))
+        got, ours = gradients(likelihood.loss_to_top(model, likelihood.hidden_of(model, rows), values, ids))
     assert got == pytest.approx(expected, rel=1e-5)
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sartor.controls import control_arms
 from sartor.data.generic import generic_corpus
 from sartor.data.readers import read_folder
 from sartor.data.split import Corpus, split
+from sartor.effort import EFFORTS
 from sartor.errors import BudgetError, InputError, OutputError
 from sartor.export import gguf_file
 from sartor.export.llama_worker import peak_memory
@@ -25,11 +26,11 @@ from sartor.job import Job, Prepared
 from sartor.memory import hand_back
 from sartor.model.network import Anatomy, anatomy
 from sartor.numerics.metrics import Score
-from sartor.pipeline import EFFORTS, Compressed, Tell, apply_plan, make_plan
+from sartor.pipeline import Compressed, Tell, apply_plan, make_plan
 from sartor.plan import Budget, Plan, parse_budget
 from sartor.report.html import page
 from sartor.sources import resolve
-from sartor.stages.distil import Latents
+from sartor.stages.distil import Latents, Trained
 from sartor.stages.tokens import encode_windows, training_rows
 
 ARTIFACT = "model.gguf"
@@ -149,12 +150,7 @@ def _apply(
     p: Prepared, job: Job, plan: Plan, point: storage.Checkpoint | None, seconds: dict[str, float], tell: Tell
 ) -> Compressed:
     """Act on the plan, from the last checkpoint where there is one."""
-    config = EFFORTS[job.effort].training
-    latents = point.latents(plan) if point else None
-    if latents is not None and point is not None:
-        config = replace(config, seconds=max(0.0, config.seconds - point.elapsed()))
-    keep = point.save_latents if point else None
-    made = apply_plan(p.release, p.tokenizer, plan, p.texts, job.effort, config, tell, keep, latents)
+    made = apply_plan(p.release, p.tokenizer, plan, p.texts, job.effort, None, tell, point)
     seconds |= made.seconds
     return made
 
@@ -189,10 +185,8 @@ def finish(
             "vocabulary": shape.vocab,
             "grids": sorted(set(grids.values())),
         },
-        "recovery": [list(x) for x in made.trained.curve] if made.trained else [],
-        "training": {"tokens": made.trained.tokens, "tokens_per_s": made.trained.tokens / made.trained.seconds}
-        if made.trained
-        else {},
+        "adaptation": _course(made.adapted),
+        "recovery": _course(made.trained),
         "steps": made.steps,
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
         "seed": job.seed,
@@ -245,6 +239,11 @@ def measure(
         "versions": versions(),
     }
     return found, ours[0]
+
+
+def _course(t: Trained | None) -> dict[str, Any]:
+    """How a training went: validation bits per byte over seconds, tokens, throughput."""
+    return {"curve": [list(x) for x in t.curve], "tokens": t.tokens, "tokens_per_s": t.tokens / t.seconds} if t else {}
 
 
 def _layer_rows(plan: Plan, a: Anatomy) -> list[dict[str, Any]]:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from sartor import evaluate
+from sartor.effort import EFFORTS, UNTRAINED, Training
 from sartor.evaluate import HeldOut
 from sartor.export import gguf_file
 from sartor.job import Job, Prepared
 from sartor.model.network import clone, load_dense
 from sartor.numerics.metrics import Score
-from sartor.pipeline import EFFORTS, Compressed, Tell, Texts, apply_plan, make_plan
+from sartor.pipeline import Compressed, Tell, Texts, apply_plan, make_plan
 from sartor.stages.calibrate import second_moments
-from sartor.stages.distil import DistilConfig
 from sartor.stages.tokens import sample, training_rows
 
 GENERIC = "same bytes, generic calibration"
@@ -70,7 +70,7 @@ def untrained_arms(p: Prepared, job: Job, windows: HeldOut, tell: Tell) -> list[
     """Both kinds of calibration without recovery, planned with less effort, in PyTorch: like compared with like."""
     scores: dict[str, tuple[int, Score, Score]] = {}
     for n, (name, texts) in enumerate(((PERSONAL, p.texts), (GENERIC, _public(p)))):
-        made = _made(p, job, texts, "quick", DistilConfig(seconds=0.0), _inside(tell, 0.4 * n, 0.4, name))
+        made = _made(p, job, texts, "quick", UNTRAINED, _inside(tell, 0.4 * n, 0.4, name))
         scores[name] = made.plan.predicted_bytes, *evaluate.torch_scores(made.model, windows, made.tokenizer)
         del made
         gc.collect()
@@ -86,14 +86,14 @@ def _public(p: Prepared) -> Texts:
     return Texts(p.generic.probe, p.generic_rest, p.generic.validation, p.generic.probe, p.generic_train)
 
 
-def _made(p: Prepared, job: Job, texts: Texts, effort: str, config: DistilConfig, tell: Tell) -> Compressed:
+def _made(p: Prepared, job: Job, texts: Texts, effort: str, training: Training, tell: Tell) -> Compressed:
     """The pipeline once more, for the same bytes, on other texts."""
     p.model, tokenizer = load_dense(p.source.folder)
     plan = make_plan(
         p.model, tokenizer, texts, p.budget_bytes, p.bytes_of, p.source.sha256, effort, job.rho, job.seed,
         _inside(tell, 0.0, 0.4, ""),
     )  # fmt: skip
-    return apply_plan(p.release, tokenizer, plan, texts, effort, config, _inside(tell, 0.4, 0.6, ""))
+    return apply_plan(p.release, tokenizer, plan, texts, effort, training, _inside(tell, 0.4, 0.6, ""))
 
 
 def _inside(tell: Tell, start: float, width: float, name: str) -> Tell:

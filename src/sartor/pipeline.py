@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sartor.effort import EFFORTS, Effort, Training
 from sartor.errors import BudgetError
 from sartor.model.families import ATTENTION
 from sartor.model.network import anatomy, clone, shrink_attention_, shrink_mlp_, shrink_vocabulary_
@@ -30,7 +31,7 @@ from sartor.stages.bits import (
 from sartor.stages.buffer import mixed_moments, prune_
 from sartor.stages.calibrate import Moments, guided_moments, second_moments
 from sartor.stages.decide import Bytes, Measured, decide, smallest_bytes
-from sartor.stages.distil import Anchor, DistilConfig, Latents, Trained, anchor, distil_, put_
+from sartor.stages.distil import Anchor, DistilConfig, Latents, Trained, anchor, distil_, joined, put_
 from sartor.stages.likelihood import expected_use, top_of
 from sartor.stages.probe import Probed, block_effects, fisher, order_units, probe
 from sartor.stages.quantize import quantize
@@ -42,37 +43,6 @@ Tell = Callable[[str, float, str], None]
 
 def _silent(stage: str, share: float, note: str) -> None:
     """Progress that nobody wants to see."""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much work each stage does; one row an effort level.
-
-    Attributes:
-        rows: rows of 256 tokens for second moments, and generic ones in training. guided_rows: for those of error feedback. fisher_rows, probe_rows: for the two probing measurements.
-        probes: random masks. expected_rows: rows on which the model says what words it expects. layers_at_once: whose three-bit
-        damage is measured together. steps: buffered cuts. training: recovery; the longer, the smaller the peak rate.
-        validation_bytes, test_bytes: text measured on.
-    """
-
-    rows: int
-    guided_rows: int
-    fisher_rows: int
-    probe_rows: int
-    probes: int
-    expected_rows: int
-    layers_at_once: int
-    steps: int
-    training: DistilConfig
-    validation_bytes: int
-    test_bytes: int
-
-
-EFFORTS: dict[str, Effort] = {
-    "quick": Effort(32, 48, 16, 4, 33, 64, 5, 1, DistilConfig(110.0, 5e-4, checks=3), 12_288, 32_768),
-    "standard": Effort(64, 128, 32, 8, 66, 96, 3, 2, DistilConfig(720.0, 3e-4, checks=6), 24_576, 98_304),
-    "thorough": Effort(192, 384, 96, 16, 264, 512, 1, 5, DistilConfig(4200.0, 2e-4), 32_768, 196_608),
-}
 
 
 @dataclass(frozen=True)
@@ -92,7 +62,7 @@ class Compressed:
 
     Attributes:
         model: the network in bf16 with snapped weights. tokenizer: the trimmed one. latents: masters, scales, grids.
-        plan: what was done. trained: the course of recovery, or None. seconds: per stage. steps: what each buffered step cut, and
+        plan: what was done. adapted, trained: the courses of adaptation and recovery, or None. seconds: per stage. steps: what each buffered step cut, and
         validation bits per byte after it.
     """
 
@@ -100,6 +70,7 @@ class Compressed:
     tokenizer: Any
     latents: Latents
     plan: Plan
+    adapted: Trained | None = None
     trained: Trained | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -193,55 +164,72 @@ def _damage_of_bits(
     return of_embedding, of_kind
 
 
+class Saved(Protocol):
+    """Where an unfinished job keeps the weights of each training, by its stage."""
+
+    def load(self, stage: str) -> tuple[Latents, float] | None:
+        """What was saved, and the seconds it had been trained for."""
+
+    def save(self, stage: str, latents: Latents, seconds: float) -> None:
+        """Keep them instead of what was saved before."""
+
+
+class _Nowhere:
+    """A job that nobody means to resume."""
+
+    def load(self, stage: str) -> tuple[Latents, float] | None:
+        return None
+
+    def save(self, stage: str, latents: Latents, seconds: float) -> None:
+        """Nothing is kept."""
+
+
 def apply_plan(
     model: Any,
     tokenizer: Any,
     plan: Plan,
     texts: Texts,
     effort: str = "standard",
-    config: DistilConfig | None = None,
+    training: Training | None = None,
     tell: Tell = _silent,
-    checkpoint: Callable[[Latents, Any], None] | None = None,
-    saved: Latents | None = None,
+    saved: Saved | None = None,
 ) -> Compressed:
-    """Trim, prune in buffered steps, quantize, recover.
+    """Trim, adapt, prune in buffered steps, quantize, recover.
 
     Args:
         model: dense, fp32; never changed. A function that returns it lets it be freed once it is trimmed (training needs
-        the room). config: how to recover (None: the effort's default; seconds=0: not at all).
-        checkpoint: called with the latents and tokenizer before recovery and whenever validation improves.
-        saved: latents of such a checkpoint; what came before them is not done again.
+        the room). training: None for the effort's own, UNTRAINED for none.
+        saved: weights are kept there before either training and whenever validation improves; what is there already is not done again.
     """
     e = EFFORTS[effort]
-    config = config or e.training
+    training = training or e.training
     clock = _Clock()
     small, fitted = trim(_given(model), tokenizer, plan)
     rows = own_rows(tokenizer, fitted, plan, texts), training_rows(texts.generic_train, fitted)
     validation = encode_windows(cut_windows(texts.validation, e.validation_bytes), fitted)
-    generic = None
-    if config.seconds > 0 and config.user_share < 1:
-        generic = anchor(clone(small, torch.bfloat16), sample(rows[1], e.rows, plan.seed))
-    keep = (lambda latents: checkpoint(latents, fitted)) if checkpoint else None
+    school = _School(validation, plan.seed, tell, saved or _Nowhere())
     clock.lap("trim")
+    said, adapted = None, None
+    if training.recover.seconds > 0:
+        said, adapted = _adapt(small, rows[0], sample(rows[1], e.rows, plan.seed), training, school)
+        clock.lap("adapt")
     steps: list[dict[str, float]] = []
-    if saved is None:
+    latents, before = school.saved.load("recover") or (None, 0.0)
+    if latents is None:
         steps = prune_(small, plan, rows, validation, e.steps, e.rows, lambda s, n: tell("prune", s, n))
         clock.lap("prune")
         latents = _quantized(small, rows, plan, e, tell)
         clock.lap("quantize")
-        if keep:
-            keep(latents)
     else:
         _shrink_(small, plan)
-        latents = saved
     student = small.to(torch.bfloat16)
     del small
-    tell("recover", 0.0, "the first step")
     put_(student, latents)
-    seed = plan.seed + (saved is not None)  # a resumed training does not see its first rows again
-    trained = recover(student, latents, rows[0], generic, validation, config, seed, tell, keep)
-    clock.lap("recover")
-    return Compressed(student, fitted, latents, plan, trained, clock.seconds, steps)
+    trained = None
+    if said is not None:
+        trained = school.train("recover", student, latents, None, said, training.recover, before)
+        clock.lap("recover")
+    return Compressed(student, fitted, latents, plan, adapted, trained, clock.seconds, steps)
 
 
 def _quantized(small: Any, rows: tuple[Tensor, Tensor], plan: Plan, e: Effort, tell: Tell) -> Latents:
@@ -262,22 +250,58 @@ def _given(model: Any) -> Any:
     return model if isinstance(model, torch.nn.Module) else model()
 
 
-def recover(
-    student: Any,
-    latents: Latents,
-    own: Tensor,
-    generic: Anchor | None,
-    validation: Sequence[Window],
-    config: DistilConfig,
-    seed: int,
-    tell: Tell,
-    keep: Callable[[Latents], None] | None,
-) -> Trained | None:
-    """Distil unless told not to."""
-    if config.seconds <= 0:
-        return None
-    told = lambda share, note: tell("recover", share, note)  # noqa: E731
-    return distil_(student, latents, own, generic, validation, config, seed, told, keep)
+@dataclass(frozen=True)
+class _School:
+    """What both trainings share: the text they are judged by, the seed, where they tell and where they save."""
+
+    validation: Sequence[Window]
+    seed: int
+    tell: Tell
+    saved: Saved
+
+    def train(
+        self,
+        stage: str,
+        model: Any,
+        latents: Latents,
+        own: Tensor | None,
+        said: Anchor,
+        config: DistilConfig,
+        before: float,
+    ) -> Trained | None:
+        """Distil for what is left of the time after `before`, the seconds trained ahead of an interruption."""
+        left = config.seconds - before
+        if left <= 0:
+            return None
+        if not before:
+            self.saved.save(stage, latents, 0.0)
+        self.tell(stage, 0.0, "the first step")
+        told = lambda share, note: self.tell(stage, share, note)  # noqa: E731
+        keep = lambda now, seconds: self.saved.save(stage, now, before + seconds)  # noqa: E731
+        seed = self.seed + (before > 0)  # a resumed training does not see its first rows again
+        trained = distil_(model, latents, own, said, self.validation, replace(config, seconds=left), seed, told, keep)
+        self.saved.save(stage, latents, config.seconds)
+        return trained
+
+
+def _adapt(
+    small: Any, own: Tensor, generic: Tensor, training: Training, school: _School
+) -> tuple[Anchor, Trained | None]:
+    """Train the trimmed network on the user's rows, in place.
+
+    Returns:
+        (what the cut network shall learn: the adapted one's words on the user's rows, the dense one's on generic rows; the course).
+    """
+    school.tell("adapt", 0.0, "what the original says of generic text")
+    running = clone(small, torch.bfloat16)
+    dense_said = anchor(running, generic)
+    latents, before = school.saved.load("adapt") or (Latents({n: p.data for n, p in small.named_parameters()}), 0.0)
+    trained = school.train("adapt", running, latents, own, dense_said, training.adapt, before)
+    for name, p in small.named_parameters():
+        p.data = latents.masters[name]
+    put_(running, latents)
+    school.tell("adapt", 1.0, "what the adapted model says of the user's text")
+    return joined(anchor(running, sample(own, training.lessons, school.seed)), dense_said), trained
 
 
 def trim(model: Any, tokenizer: Any, plan: Plan) -> tuple[Any, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +142,10 @@ def latents_of(folder: Path, plan: Plan) -> Latents:
 
 
 class Checkpoint:
-    """An unfinished job on disk: what was asked, the plan, the latest latents. Cleared when the job ends."""
+    """An unfinished job on disk: what was asked, the plan, the latest weights (`pipeline.Saved`). Cleared when the job ends."""
 
     def __init__(self, folder: Path, job: dict[str, Any]) -> None:
-        self.folder, self._began = folder, time.monotonic()
+        self.folder = folder
         folder.mkdir(exist_ok=True)
         asked = json.dumps(job)
         file = folder / "job.json"
@@ -163,34 +162,31 @@ class Checkpoint:
     def save_plan(self, plan: Plan) -> None:
         (self.folder / "plan.json").write_text(plan.to_json())
 
-    def save_latents(self, latents: Latents, _: Any) -> None:
-        """Masters and scales, and how long recovery has gone on."""
+    def save(self, stage: str, latents: Latents, seconds: float) -> None:
+        """Masters, scales, and how long they have been trained."""
         from safetensors.torch import save_file
 
-        first = not (self.folder / "latents.safetensors").exists()
-        if first:
-            self._began = time.monotonic()
         tensors = latents.halved() | {f"scales:{n}": t for n, t in latents.scales.items()}
-        part = self.folder / "latents.part"
-        save_file(tensors, part)
-        part.replace(self.folder / "latents.safetensors")
-        (self.folder / "elapsed.json").write_text(json.dumps(time.monotonic() - self._began))
+        part = self.folder / f"{stage}.part"
+        save_file(tensors, part, {"seconds": str(seconds)})
+        part.replace(self._file(stage))
 
-    def elapsed(self) -> float:
-        """Seconds of recovery that the saved latents have seen."""
-        file = self.folder / "elapsed.json"
-        return float(json.loads(file.read_text())) if file.exists() else 0.0
+    def load(self, stage: str) -> tuple[Latents, float] | None:
+        """What was saved last, on the grids of the saved plan."""
+        from safetensors import safe_open
 
-    def latents(self, plan: Plan) -> Latents | None:
-        from safetensors.torch import load_file
-
-        file = self.folder / "latents.safetensors"
-        if not file.exists():
+        plan, file = self.plan(), self._file(stage)
+        if plan is None or not file.exists():
             return None
-        raw = load_file(file)
+        with safe_open(file, "pt") as weights:
+            raw = {n: weights.get_tensor(n) for n in weights.keys()}  # noqa: SIM118 (not a dict)
+            seconds = float(weights.metadata()["seconds"])
         masters = {n: t.float() for n, t in raw.items() if not n.startswith("scales:")}
         scales = {n.removeprefix("scales:"): t for n, t in raw.items() if n.startswith("scales:")}
-        return Latents(masters, scales, {n: GRIDS[plan.grids[n]] for n in scales})
+        return Latents(masters, scales, {n: GRIDS[plan.grids[n]] for n in scales}), seconds
+
+    def _file(self, stage: str) -> Path:
+        return self.folder / f"{stage}.safetensors"
 
     def clear(self) -> None:
         shutil.rmtree(self.folder)

@@ -135,11 +135,16 @@ def _controls(r: dict[str, Any]) -> str:
 
 
 def _course(r: dict[str, Any]) -> str:
-    if len(r["recovery"]) < 2:
-        return ""
-    return "<h2>Recovery</h2>" + svg.curve(
-        [tuple(p) for p in r["recovery"]], None, "seconds of training", "bits per byte, validation", "recovery"
-    )
+    charts = [
+        f"<h3>{title}</h3>"
+        + svg.curve([tuple(p) for p in course["curve"]], None, "seconds", "bits per byte, validation", title)
+        for title, course in (
+            ("Adaptation of the whole model", r["adaptation"]),
+            ("Recovery after the cuts", r["recovery"]),
+        )
+        if len(course.get("curve", ())) > 1
+    ]
+    return "<h2>Training</h2>" + "".join(charts) if charts else ""
 
 
 def _method(r: dict[str, Any]) -> str:

@@ -1,13 +1,14 @@
-"""Recovery: training on the grid, on own and generic text, towards the truth and the original.
+"""Training: adaptation of the whole network to the user, recovery of the cut one on its grids.
 
 The network that runs is bf16 and holds the *snapped* weights; fp32 master weights live beside it. A step computes
 bf16 gradients at the snapped weights, applies them to the masters, and snaps again: the straight-through estimator
 (Bengio et al. 2013, arXiv:1308.3432) at no extra cost in the graph. Scales stay as the quantizer chose them, masters
 start at GPTQ's latent weights, so that training starts at the GPTQ solution.
 
-On the user's rows the loss is cross entropy, on a few generic rows KL to the dense model, which is what keeps the model from
-forgetting. What the dense model says of them is known before training: it takes no part, and no memory. The best masters
-on validation are kept. (KL on own text, low-rank updates and other rates for the embedding were measured: no gain, docs/log.md.)
+It is used twice (docs/method.md). *Adaptation* trains the trimmed network, still whole and off the grid, on the user's rows with
+cross entropy, and on a few generic rows with KL to the dense model, which keeps it from forgetting. *Recovery* trains the cut and quantized
+network with KL alone: towards what the adapted network says of the user's rows, and the dense one of the generic rows. What is said is
+known before training, so that no teacher takes part, or memory. The best masters on validation are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from sartor.numerics.grids import Grid, snap
 from sartor.numerics.schedule import warm_then_cosine
-from sartor.stages.likelihood import hidden_of, kl_to_top, loss_of, top_of
+from sartor.stages.likelihood import hidden_of, loss_of, loss_to_top, top_of
 from sartor.stages.measure import score
 from sartor.stages.tokens import Window
 
@@ -36,8 +37,8 @@ class DistilConfig:
     """How to train.
 
     Attributes:
-        seconds: wall-clock budget. rate: peak learning rate of AdamW. batch_rows: rows a step. user_share: share of user
-        rows in a batch. checks: how often validation is measured. patience: checks in a row clearly above the best before stopping.
+        seconds: wall-clock budget. rate: peak learning rate of AdamW. batch_rows: rows a step. user_share: share of rows
+        with cross entropy in a batch where there are others. checks: how often validation is measured. patience: checks in a row clearly above the best before stopping.
     """
 
     seconds: float = 300.0
@@ -54,7 +55,7 @@ class DistilConfig:
 
 @dataclass(frozen=True)
 class Anchor:
-    """Generic rows and what the dense model says of them (`top_of`): log-probabilities and tokens at every position."""
+    """Rows and what a teacher says of them (`top_of`): log-probabilities and tokens at every position."""
 
     rows: Int[Tensor, "n t"]
     values: Float[Tensor, "n t k"]
@@ -62,8 +63,14 @@ class Anchor:
 
 
 def anchor(teacher: Any, rows: Int[Tensor, "n t"]) -> Anchor:
-    """Args: teacher: the dense model with the student's vocabulary."""
+    """Args: teacher: with the student's vocabulary."""
     return Anchor(rows, *top_of(teacher, rows))
+
+
+def joined(one: Anchor, other: Anchor) -> Anchor:
+    """The rows of both."""
+    parts = ((one.rows, other.rows), (one.values, other.values), (one.ids, other.ids))
+    return Anchor(*(torch.cat(p) for p in parts))
 
 
 @dataclass
@@ -87,7 +94,7 @@ class Latents:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training did: validation bits per byte over time, tokens seen, seconds."""
+    """What training did: (seconds, validation bits per byte), tokens seen, seconds."""
 
     curve: tuple[tuple[float, float], ...]
     tokens: int
@@ -122,33 +129,38 @@ class Rows:
 def distil_(
     model: Any,
     latents: Latents,
-    user: Int[Tensor, "n t"],
-    generic: Anchor | None,
+    own: Int[Tensor, "n t"] | None,
+    said: Anchor | None,
     validation: Sequence[Window],
     config: DistilConfig,
     seed: int = 0,
     tell: Callable[[float, str], None] = lambda share, note: None,
-    keep: Callable[[Latents], None] | None = None,
+    keep: Callable[[Latents, float], None] | None = None,
 ) -> Trained:
     """Train `model` (bf16) and `latents` in place for `config.seconds`; both end as the best on validation.
 
     Args:
-        user: training rows. generic: rows that hold the model back from forgetting; None trains on own text alone. validation: windows of the user's validation documents.
-        tell: called with the share done and a note. keep: called with the latents whenever validation improves.
+        own: rows to learn from by cross entropy. said: rows to learn from by what a teacher says of them. Either may be None.
+        validation: windows of the user's validation documents.
+        tell: called with the share done and a note. keep: called with the latents and the seconds trained whenever validation improves.
     """
+    example = own if own is not None else said.rows if said else None
+    if example is None:
+        raise ValueError("nothing to learn from: neither rows nor a teacher's words")
     started = time.monotonic()
     put_(model, latents)
     named = {n: p.requires_grad_(True) for n, p in model.named_parameters() if n in latents.masters}
     optimizers = {n: _Adam(latents.masters[n], config.rate) for n in named}
-    n_user = round(config.batch_rows * config.user_share) if generic else config.batch_rows
-    own, other = Rows(len(user), seed), Rows(len(generic.rows) if generic else 0, seed + 1)
+    n_own = 0 if own is None else round(config.batch_rows * config.user_share) if said else config.batch_rows
+    mine, others = Rows(0 if own is None else len(own), seed), Rows(len(said.rows) if said else 0, seed + 1)
     watch = _Watch(model, latents, validation, keep)
     tokens = steps = 0
     while (share := (time.monotonic() - started) / max(config.seconds, 1e-9)) < 1 and watch.bad < config.patience:
-        loss = _backward(model, user[own.deal(n_user)], generic, other.deal(config.batch_rows - n_user))
+        dealt = own[mine.deal(n_own)] if own is not None else None
+        loss = _backward(model, dealt, said, others.deal(config.batch_rows - n_own))
         _update_(named, optimizers, config.rate * warm_then_cosine(share))
         put_(model, latents)
-        steps, tokens = steps + 1, tokens + config.batch_rows * user.shape[1]
+        steps, tokens = steps + 1, tokens + config.batch_rows * example.shape[1]
         if share * config.checks >= len(watch.curve):
             watch.check(time.monotonic() - started)
         tell(share, f"step {steps}, loss {loss:.3f}, validation {watch.best_bpb:.3f} bits per byte")
@@ -164,7 +176,7 @@ class _Watch:
     """Validation during training: keeps a copy of the best masters and counts checks without gain."""
 
     def __init__(
-        self, model: Any, latents: Latents, validation: Sequence[Window], keep: Callable[[Latents], None] | None
+        self, model: Any, latents: Latents, validation: Sequence[Window], keep: Callable[[Latents, float], None] | None
     ) -> None:
         self.model, self.latents, self.validation, self.keep = model, latents, validation, keep
         self.best, self.best_bpb, self.bad = latents.halved(), score(model, validation).bits_per_byte, 0
@@ -179,12 +191,13 @@ class _Watch:
             for name, master in self.latents.masters.items():
                 self.best[name].copy_(master.detach())
             if self.keep:
-                self.keep(self.latents)
+                self.keep(self.latents, seconds)
 
+    @torch.no_grad()
     def restore_(self) -> None:
         """The best masters back in place."""
         for name, best in self.best.items():
-            self.latents.masters[name] = best.float()
+            self.latents.masters[name].copy_(best)
 
 
 class _Adam:
@@ -201,30 +214,23 @@ class _Adam:
         self.master.grad = None
 
 
-def _backward(model: Any, own: Int[Tensor, "n t"], generic: Anchor | None, dealt: Int[Tensor, " m"]) -> float:
-    """One batch, PART rows at a time forward and backward; own and generic rows may share a pass. Returns the loss."""
-    rows = torch.cat([own, generic.rows[dealt]]) if generic else own
+def _backward(model: Any, own: Int[Tensor, "n t"] | None, said: Anchor | None, dealt: Int[Tensor, " m"]) -> float:
+    """One batch, PART rows at a time forward and backward; both kinds of rows may share a pass. Returns the loss."""
+    n_own = 0 if own is None else len(own)
+    rows = torch.cat([r for r in (own, said.rows[dealt] if said else None) if r is not None])
     total = 0.0
     for start in range(0, len(rows), PART):
         part = rows[start : start + PART]
-        mine = min(max(len(own) - start, 0), len(part))
+        mine = min(max(n_own - start, 0), len(part))
         hidden = hidden_of(model, part)
         losses = [loss_of(model, hidden[:mine], part[:mine]) * mine] if mine else []
-        if generic and mine < len(part):
-            at = dealt[start + mine - len(own) : start + len(part) - len(own)]
-            losses.append(_held_back(model, hidden[mine:], generic, at) * len(at))
+        if said and mine < len(part):
+            at = dealt[start + mine - n_own : start + len(part) - n_own]
+            losses.append(loss_to_top(model, hidden[mine:], said.values[at], said.ids[at]) * len(at))
         loss = torch.stack(losses).sum() / len(rows)
         loss.backward()
         total += float(loss.detach())
     return total
-
-
-def _held_back(
-    model: Any, hidden: Float[Tensor, "m t w"], generic: Anchor, dealt: Int[Tensor, " m"]
-) -> Float[Tensor, ""]:
-    """KL(dense || model) in nats per token of some generic rows."""
-    logits = model.lm_head(hidden.flatten(0, 1)).float()
-    return kl_to_top(logits, generic.values[dealt].flatten(0, 1), generic.ids[dealt].flatten(0, 1))
 
 
 def _update_(named: dict[str, Any], optimizers: dict[str, _Adam], rate: float) -> None:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 TOP = 100  # log-probabilities kept of the model that is compared with: the rest counts as one event
+TINY = 1e-6  # probabilities that are divided by are no smaller
 CHUNK = 128  # positions whose fp32 logits exist at once: 14 MB at 28,000 tokens, which stays in the cache
 
 
@@ -69,12 +70,21 @@ def top_of(model: Any, ids: Int[Tensor, "n t"], batch: int = 8) -> tuple[Float[T
 
 def kl_to_top(logits: Float[Tensor, "n v"], values: Float[Tensor, "n k"], ids: Int[Tensor, "n k"]) -> Float[Tensor, ""]:
     """Mean KL(teacher || student) in nats, over the teacher's top tokens and the rest as one event."""
-    log_student = torch.log_softmax(logits, -1).gather(-1, ids.long())
+    log_top = torch.log_softmax(logits, -1).gather(-1, ids.long())
     p = values.float().exp()
-    rest = (1 - p.sum(-1)).clamp_min(1e-6)
-    rest_student = (1 - log_student.exp().sum(-1)).clamp_min(1e-6)
-    kl = (p * (values.float() - log_student)).sum(-1) + rest * (rest.log() - rest_student.log())
-    return kl.mean()
+    return _kl(p, log_top, _rest(p), _rest(log_top.exp())).mean()
+
+
+def _rest(p: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
+    """The probability of everything else."""
+    return (1 - p.sum(-1)).clamp_min(0.0)
+
+
+def _kl(
+    p: Float[Tensor, "n k"], log_top: Float[Tensor, "n k"], rest: Float[Tensor, " n"], q_rest: Float[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """KL in nats of every position; events of probability 0 count nothing."""
+    return (torch.special.xlogy(p, p) - p * log_top).sum(-1) + torch.special.xlogy(rest, rest / q_rest.clamp_min(TINY))
 
 
 @torch.no_grad()
@@ -90,25 +100,38 @@ def kl_of(model: Any, ids: Int[Tensor, "n t"], reference: tuple[Tensor, Tensor],
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Mean cross entropy of hidden @ weight^T with its gradients made on the way forward (after Liger, arXiv:2410.10989)."""
+    """Mean KL(target || softmax(hidden @ weight^T)) with its gradients made on the way forward (after Liger, arXiv:2410.10989).
+
+    A target is k tokens with probabilities p, and the rest r = 1 - sum(p) as one event. The gradient at the logits is q_j - p_j for the
+    k tokens and q_j (1 - r / q_rest) for all others: cross entropy is the case of one token with p = 1.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Float[Tensor, "n w"],
+        weight: Float[Tensor, "v w"],
+        p: Float[Tensor, "n k"],
+        ids: Int[Tensor, "n k"],
+    ) -> Tensor:
         logits, total = hidden @ weight.T, 0.0
-        for at in range(0, len(targets), CHUNK):
-            here, target = slice(at, at + CHUNK), targets[at : at + CHUNK, None]
-            x = logits[here].float()
-            log_sum = x.logsumexp(-1, keepdim=True)
-            total += float((log_sum - x.gather(1, target)).sum())
-            x.sub_(log_sum).exp_().scatter_add_(1, target, -torch.ones_like(log_sum))
-            logits[here] = x.div_(len(targets))
+        for at in range(0, len(ids), CHUNK):
+            here = slice(at, at + CHUNK)
+            wanted, tokens = p[here].float(), ids[here].long()
+            log_q = torch.log_softmax(logits[here].float(), -1)
+            log_top = log_q.gather(1, tokens)
+            q, q_top = log_q.exp_(), log_top.exp()
+            rest, q_rest = _rest(wanted), _rest(q_top).clamp_min(TINY)
+            total += float(_kl(wanted, log_top, rest, q_rest).sum())
+            q.mul_(1 - (rest / q_rest)[:, None]).scatter_(1, tokens, q_top - wanted)
+            logits[here] = q.div_(len(ids))
         ctx.save_for_backward(logits @ weight, logits.T @ hidden if ctx.needs_input_grad[1] else None)
-        return torch.tensor(total / len(targets))
+        return torch.tensor(total / len(ids))
 
     @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         of_hidden, of_weight = ctx.saved_tensors
-        return of_hidden * above[0], None if of_weight is None else of_weight * above[0], None
+        return of_hidden * above[0], None if of_weight is None else of_weight * above[0], None, None
 
 
 def cross_entropy(
@@ -120,5 +143,17 @@ def cross_entropy(
 
 def loss_of(model: Any, hidden: Float[Tensor, "n t w"], ids: Int[Tensor, "n t"]) -> Float[Tensor, ""]:
     """The same from the last hidden states."""
-    loss: Tensor = _HeadLoss.apply(hidden[:, :-1].flatten(0, 1), model.lm_head.weight, ids[:, 1:].flatten())
+    targets = ids[:, 1:].reshape(-1, 1)
+    loss: Tensor = _HeadLoss.apply(
+        hidden[:, :-1].flatten(0, 1), model.lm_head.weight, torch.ones(targets.shape), targets
+    )
+    return loss
+
+
+def loss_to_top(
+    model: Any, hidden: Float[Tensor, "n t w"], values: Float[Tensor, "n t k"], ids: Int[Tensor, "n t k"]
+) -> Float[Tensor, ""]:
+    """`kl_to_top` of the last hidden states, with gradients."""
+    p = values.flatten(0, 1).float().exp()
+    loss: Tensor = _HeadLoss.apply(hidden.flatten(0, 1), model.lm_head.weight, p, ids.flatten(0, 1))
     return loss

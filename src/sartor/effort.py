@@ -1,0 +1,91 @@
+"""How much work a job does: one row an effort level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sartor.stages.distil import DistilConfig
+
+
+@dataclass(frozen=True)
+class Training:
+    """How both trainings go (0 seconds: not at all).
+
+    Attributes:
+        adapt: the trimmed network, off the grid. recover: the cut one, on its grids; the longer, the smaller the peak rate.
+        lessons: the user's rows on which the adapted network says what the cut one learns.
+    """
+
+    adapt: DistilConfig
+    recover: DistilConfig
+    lessons: int
+
+
+UNTRAINED = Training(DistilConfig(0.0), DistilConfig(0.0), 0)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work each stage does; one row an effort level.
+
+    Attributes:
+        rows: rows of 256 tokens for second moments, and generic ones in training. guided_rows: for those of error feedback. fisher_rows, probe_rows: for the two probing measurements.
+        probes: random masks. expected_rows: rows on which the model says what words it expects. layers_at_once: whose three-bit
+        damage is measured together. steps: buffered cuts.
+        validation_bytes, test_bytes: text measured on.
+    """
+
+    rows: int
+    guided_rows: int
+    fisher_rows: int
+    probe_rows: int
+    probes: int
+    expected_rows: int
+    layers_at_once: int
+    steps: int
+    training: Training
+    validation_bytes: int
+    test_bytes: int
+
+
+EFFORTS: dict[str, Effort] = {
+    "quick": Effort(
+        rows=32,
+        guided_rows=48,
+        fisher_rows=16,
+        probe_rows=4,
+        probes=33,
+        expected_rows=64,
+        layers_at_once=5,
+        steps=1,
+        training=Training(DistilConfig(50.0, 2e-4, checks=1), DistilConfig(50.0, 2e-4, checks=1), lessons=96),
+        validation_bytes=12_288,
+        test_bytes=32_768,
+    ),
+    "standard": Effort(
+        rows=64,
+        guided_rows=128,
+        fisher_rows=32,
+        probe_rows=8,
+        probes=66,
+        expected_rows=96,
+        layers_at_once=3,
+        steps=2,
+        training=Training(DistilConfig(300.0, 1.5e-4, checks=3), DistilConfig(360.0, 2e-4, checks=3), lessons=512),
+        validation_bytes=24_576,
+        test_bytes=98_304,
+    ),
+    "thorough": Effort(
+        rows=192,
+        guided_rows=384,
+        fisher_rows=96,
+        probe_rows=16,
+        probes=264,
+        expected_rows=512,
+        layers_at_once=1,
+        steps=5,
+        training=Training(DistilConfig(1200.0, 1e-4), DistilConfig(2800.0, 1.5e-4), lessons=1024),
+        validation_bytes=32_768,
+        test_bytes=196_608,
+    ),
+}
