@@ -18,9 +18,10 @@ from sartor.errors import BudgetError, InputError
 from sartor.export import gguf_file, llamacpp
 from sartor.model import network as net
 from sartor.numerics.grids import GRIDS, fits, search_scales
-from sartor.stages.distil import Latents, put_
+from sartor.stages import likelihood
+from sartor.stages.distil import DistilConfig, Latents, anchor, distil_, put_
 from sartor.stages.measure import token_nats
-from sartor.stages.tokens import cut_windows, encode_windows
+from sartor.stages.tokens import cut_windows, encode_windows, training_rows
 from tests.conftest import make_efforts_tiny, make_model, texts
 
 
@@ -115,10 +116,27 @@ def test_the_file_keeps_the_budget_and_the_report_tells_its_bytes(fitted: Path) 
     ]
 
 
-@pytest.mark.parametrize("training", ["adaptation", "recovery"])
-def test_both_trainings_help_the_user_on_validation(training: str, fitted: Path) -> None:
-    curve = json.loads((fitted / "report.json").read_text())[training]["curve"]
-    assert min(b for _, b in curve) < curve[0][1]
+def test_adaptation_helps_the_user_on_validation_and_recovery_does_not_hurt(fitted: Path) -> None:
+    r = json.loads((fitted / "report.json").read_text())
+    adapted, recovered = ([b for _, b in r[k]["curve"]] for k in ("adaptation", "recovery"))
+    assert min(adapted) < adapted[0]
+    assert min(recovered) <= recovered[0] < adapted[0]
+
+
+def test_recovery_on_the_grid_goes_back_to_what_the_teacher_says(place: dict[str, Path]) -> None:
+    teacher, tokenizer = net.load_dense(place["model"])
+    own = training_rows(texts("cook", 60, 5), tokenizer)
+    said = anchor(teacher, own)
+    distance = lambda: likelihood.kl_of(student, own, (said.values, said.ids))  # noqa: E731
+    student, latents = net.clone(teacher, torch.bfloat16), on_grid(teacher, "IQ4_NL")
+    torch.manual_seed(0)
+    for w in latents.masters.values():
+        w.add_(0.3 * w.std() * torch.randn_like(w) if w.ndim > 1 else 0.0)
+    put_(student, latents)
+    before = distance()
+    validation = encode_windows(cut_windows(texts("cook", 10, 78)), tokenizer)
+    distil_(student, latents, None, said, validation, DistilConfig(3.0, 1e-3, checks=1))
+    assert distance() < before / 2
 
 
 def test_what_is_saved_comes_back_and_exports_to_the_same_bytes(fitted: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ EFFORTS: dict[str, Effort] = {
         expected_rows=96,
         layers_at_once=3,
         steps=2,
-        training=Training(DistilConfig(300.0, 1.5e-4, checks=3), DistilConfig(360.0, 2e-4, checks=3), lessons=512),
+        training=Training(DistilConfig(300.0, 1.5e-4, checks=3), DistilConfig(330.0, 3e-4, checks=3), lessons=768),
         validation_bytes=24_576,
         test_bytes=98_304,
     ),
