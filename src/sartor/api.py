@@ -150,7 +150,7 @@ def _apply(
     p: Prepared, job: Job, plan: Plan, point: storage.Checkpoint | None, seconds: dict[str, float], tell: Tell
 ) -> Compressed:
     """Act on the plan, from the last checkpoint where there is one."""
-    made = apply_plan(p.release, p.tokenizer, plan, p.texts, job.effort, None, tell, point)
+    made = apply_plan(p.release, p.tokenizer, plan, p.texts, job.effort, None, tell, point.of if point else None)
     seconds |= made.seconds
     return made
 

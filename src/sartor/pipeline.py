@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from sartor.stages.bits import (
 from sartor.stages.buffer import mixed_moments, prune_
 from sartor.stages.calibrate import Moments, guided_moments, second_moments
 from sartor.stages.decide import Bytes, Measured, decide, smallest_bytes
-from sartor.stages.distil import Anchor, DistilConfig, Latents, Trained, anchor, distil_, joined, put_
+from sartor.stages.distil import Anchor, DistilConfig, InMemory, Kept, Latents, Trained, anchor, distil_, joined, put_
 from sartor.stages.likelihood import expected_use, top_of
 from sartor.stages.probe import Probed, block_effects, fisher, order_units, probe
 from sartor.stages.quantize import quantize
@@ -164,26 +164,6 @@ def _damage_of_bits(
     return of_embedding, of_kind
 
 
-class Saved(Protocol):
-    """Where an unfinished job keeps the weights of each training, by its stage."""
-
-    def load(self, stage: str) -> tuple[Latents, float] | None:
-        """What was saved, and the seconds it had been trained for."""
-
-    def save(self, stage: str, latents: Latents, seconds: float) -> None:
-        """Keep them instead of what was saved before."""
-
-
-class _Nowhere:
-    """A job that nobody means to resume."""
-
-    def load(self, stage: str) -> tuple[Latents, float] | None:
-        return None
-
-    def save(self, stage: str, latents: Latents, seconds: float) -> None:
-        """Nothing is kept."""
-
-
 def apply_plan(
     model: Any,
     tokenizer: Any,
@@ -192,14 +172,15 @@ def apply_plan(
     effort: str = "standard",
     training: Training | None = None,
     tell: Tell = _silent,
-    saved: Saved | None = None,
+    kept: Callable[[str], Kept] | None = None,
 ) -> Compressed:
     """Trim, adapt, prune in buffered steps, quantize, recover.
 
     Args:
         model: dense, fp32; never changed. A function that returns it lets it be freed once it is trimmed (training needs
         the room). training: None for the effort's own, UNTRAINED for none.
-        saved: weights are kept there before either training and whenever validation improves; what is there already is not done again.
+        kept: where the best weights of a training ("adapt", "recover") are kept (None: in memory);
+        what is there already is not done again.
     """
     e = EFFORTS[effort]
     training = training or e.training
@@ -207,14 +188,14 @@ def apply_plan(
     small, fitted = trim(_given(model), tokenizer, plan)
     rows = own_rows(tokenizer, fitted, plan, texts), training_rows(texts.generic_train, fitted)
     validation = encode_windows(cut_windows(texts.validation, e.validation_bytes), fitted)
-    school = _School(validation, plan.seed, tell, saved or _Nowhere())
+    school = _School(validation, plan.seed, tell, kept or (lambda stage: InMemory()))
     clock.lap("trim")
     said, adapted = None, None
     if training.recover.seconds > 0:
         said, adapted = _adapt(small, rows[0], sample(rows[1], e.rows, plan.seed), training, school)
         clock.lap("adapt")
     steps: list[dict[str, float]] = []
-    latents, before = school.saved.load("recover") or (None, 0.0)
+    latents, before = school.kept("recover").load() or (None, 0.0)
     if latents is None:
         steps = prune_(small, plan, rows, validation, e.steps, e.rows, lambda s, n: tell("prune", s, n))
         clock.lap("prune")
@@ -252,12 +233,12 @@ def _given(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class _School:
-    """What both trainings share: the text they are judged by, the seed, where they tell and where they save."""
+    """What both trainings share: the text they are judged by, the seed, where they tell and where they keep the best."""
 
     validation: Sequence[Window]
     seed: int
     tell: Tell
-    saved: Saved
+    kept: Callable[[str], Kept]
 
     def train(
         self,
@@ -270,17 +251,13 @@ class _School:
         before: float,
     ) -> Trained | None:
         """Distil for what is left of the time after `before`, the seconds trained ahead of an interruption."""
-        left = config.seconds - before
-        if left <= 0:
+        if before >= config.seconds:
             return None
-        if not before:
-            self.saved.save(stage, latents, 0.0)
         self.tell(stage, 0.0, "the first step")
         told = lambda share, note: self.tell(stage, share, note)  # noqa: E731
-        keep = lambda now, seconds: self.saved.save(stage, now, before + seconds)  # noqa: E731
-        seed = self.seed + (before > 0)  # a resumed training does not see its first rows again
-        trained = distil_(model, latents, own, said, self.validation, replace(config, seconds=left), seed, told, keep)
-        self.saved.save(stage, latents, config.seconds)
+        kept, seed = self.kept(stage), self.seed + (before > 0)  # a resumed training does not see its first rows again
+        trained = distil_(model, latents, own, said, self.validation, config, seed, told, kept, before)
+        kept.save(latents, config.seconds)
         return trained
 
 
@@ -295,7 +272,7 @@ def _adapt(
     school.tell("adapt", 0.0, "what the original says of generic text")
     running = clone(small, torch.bfloat16)
     dense_said = anchor(running, generic)
-    latents, before = school.saved.load("adapt") or (Latents({n: p.data for n, p in small.named_parameters()}), 0.0)
+    latents, before = school.kept("adapt").load() or (Latents({n: p.data for n, p in small.named_parameters()}), 0.0)
     trained = school.train("adapt", running, latents, own, dense_said, training.adapt, before)
     for name, p in small.named_parameters():
         p.data = latents.masters[name]

@@ -142,7 +142,7 @@ def latents_of(folder: Path, plan: Plan) -> Latents:
 
 
 class Checkpoint:
-    """An unfinished job on disk: what was asked, the plan, the latest weights (`pipeline.Saved`). Cleared when the job ends."""
+    """An unfinished job on disk: what was asked, the plan, the latest weights. Cleared when the job ends."""
 
     def __init__(self, folder: Path, job: dict[str, Any]) -> None:
         self.folder = folder
@@ -162,31 +162,38 @@ class Checkpoint:
     def save_plan(self, plan: Plan) -> None:
         (self.folder / "plan.json").write_text(plan.to_json())
 
-    def save(self, stage: str, latents: Latents, seconds: float) -> None:
-        """Masters, scales, and how long they have been trained."""
+    def of(self, stage: str) -> WeightsFile:
+        """Where the weights of this training are kept."""
+        return WeightsFile(self.folder / f"{stage}.safetensors", self.plan())
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+class WeightsFile:
+    """The latest weights of a training (`distil.Kept`), on the grids of the plan."""
+
+    def __init__(self, file: Path, plan: Plan | None) -> None:
+        self.file, self.grids = file, plan.grids if plan else {}
+
+    def save(self, latents: Latents, seconds: float) -> None:
+        """Masters, scales, and how long they have been trained; the old file stays until the new one is whole."""
         from safetensors.torch import save_file
 
         tensors = latents.halved() | {f"scales:{n}": t for n, t in latents.scales.items()}
-        part = self.folder / f"{stage}.part"
+        part = self.file.with_suffix(".part")
         save_file(tensors, part, {"seconds": str(seconds)})
-        part.replace(self._file(stage))
+        part.replace(self.file)
 
-    def load(self, stage: str) -> tuple[Latents, float] | None:
-        """What was saved last, on the grids of the saved plan."""
+    def load(self) -> tuple[Latents, float] | None:
+        """What was saved last."""
         from safetensors import safe_open
 
-        plan, file = self.plan(), self._file(stage)
-        if plan is None or not file.exists():
+        if not self.file.exists():
             return None
-        with safe_open(file, "pt") as weights:
+        with safe_open(self.file, "pt") as weights:
             raw = {n: weights.get_tensor(n) for n in weights.keys()}  # noqa: SIM118 (not a dict)
             seconds = float(weights.metadata()["seconds"])
         masters = {n: t.float() for n, t in raw.items() if not n.startswith("scales:")}
         scales = {n.removeprefix("scales:"): t for n, t in raw.items() if n.startswith("scales:")}
-        return Latents(masters, scales, {n: GRIDS[plan.grids[n]] for n in scales}), seconds
-
-    def _file(self, stage: str) -> Path:
-        return self.folder / f"{stage}.safetensors"
-
-    def clear(self) -> None:
-        shutil.rmtree(self.folder)
+        return Latents(masters, scales, {n: GRIDS[self.grids[n]] for n in scales}), seconds

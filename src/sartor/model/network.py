@@ -19,11 +19,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from sartor.errors import SourceError
+from sartor.model.attention import register
 from sartor.model.families import ATTENTION, LINEARS, family_of
 
-KERNEL = (
-    "eager"  # on rows of 256 tokens a step is 12% faster than with torch's fused attention, and truer (docs/log.md)
-)
 BLOCK = 32  # FFN channels that are kept or removed together: one quantization block of the matrix that reads them
 
 
@@ -133,7 +131,7 @@ def load_dense(folder: Path) -> tuple[Any, Any]:
         family_of(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation=KERNEL
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation=register()
         )
     except SourceError:
         raise

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -135,14 +135,16 @@ def distil_(
     config: DistilConfig,
     seed: int = 0,
     tell: Callable[[float, str], None] = lambda share, note: None,
-    keep: Callable[[Latents, float], None] | None = None,
+    best: Kept | None = None,
+    before: float = 0.0,
 ) -> Trained:
     """Train `model` (bf16) and `latents` in place for `config.seconds`; both end as the best on validation.
 
     Args:
         own: rows to learn from by cross entropy. said: rows to learn from by what a teacher says of them. Either may be None.
         validation: windows of the user's validation documents.
-        tell: called with the share done and a note. keep: called with the latents and the seconds trained whenever validation improves.
+        tell: called with the share done and a note. best: where the best weights are kept meanwhile (None: in memory).
+        before: seconds trained ahead of an interruption.
     """
     example = own if own is not None else said.rows if said else None
     if example is None:
@@ -151,11 +153,12 @@ def distil_(
     put_(model, latents)
     named = {n: p.requires_grad_(True) for n, p in model.named_parameters() if n in latents.masters}
     optimizers = {n: _Adam(latents.masters[n], config.rate) for n in named}
+    length = max(config.seconds - before, 1e-9)
     n_own = 0 if own is None else round(config.batch_rows * config.user_share) if said else config.batch_rows
     mine, others = Rows(0 if own is None else len(own), seed), Rows(len(said.rows) if said else 0, seed + 1)
-    watch = _Watch(model, latents, validation, keep)
+    watch = _Watch(model, latents, validation, best or InMemory(), before)
     tokens = steps = 0
-    while (share := (time.monotonic() - started) / max(config.seconds, 1e-9)) < 1 and watch.bad < config.patience:
+    while (share := (time.monotonic() - started) / length) < 1 and watch.bad < config.patience:
         dealt = own[mine.deal(n_own)] if own is not None else None
         loss = _backward(model, dealt, said, others.deal(config.batch_rows - n_own))
         _update_(named, optimizers, config.rate * warm_then_cosine(share))
@@ -166,21 +169,44 @@ def distil_(
         tell(share, f"step {steps}, loss {loss:.3f}, validation {watch.best_bpb:.3f} bits per byte")
     seconds = time.monotonic() - started
     watch.check(seconds)
+    optimizers.clear()  # their room is for the weights that come back
     watch.restore_()
     put_(model, latents)
     model.requires_grad_(False)
     return Trained(tuple(watch.curve), tokens, seconds)
 
 
-class _Watch:
-    """Validation during training: keeps a copy of the best masters and counts checks without gain."""
+class Kept(Protocol):
+    """Where the best weights of a training are kept: on disk they take no memory, and outlive an interruption."""
 
-    def __init__(
-        self, model: Any, latents: Latents, validation: Sequence[Window], keep: Callable[[Latents, float], None] | None
-    ) -> None:
-        self.model, self.latents, self.validation, self.keep = model, latents, validation, keep
-        self.best, self.best_bpb, self.bad = latents.halved(), score(model, validation).bits_per_byte, 0
+    def save(self, latents: Latents, seconds: float) -> None:
+        """Keep these instead, trained for so long."""
+
+    def load(self) -> tuple[Latents, float] | None:
+        """What was saved last, and how long it had been trained; None before anything was."""
+
+
+class InMemory:
+    """For whoever has no folder."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Latents, float] | None = None
+
+    def save(self, latents: Latents, seconds: float) -> None:
+        self._last = Latents(latents.halved(), latents.scales, latents.grids), seconds
+
+    def load(self) -> tuple[Latents, float] | None:
+        return self._last
+
+
+class _Watch:
+    """Validation during training: keeps the best weights and counts checks without gain."""
+
+    def __init__(self, model: Any, latents: Latents, validation: Sequence[Window], kept: Kept, before: float) -> None:
+        self.model, self.latents, self.validation, self.kept, self.before = model, latents, validation, kept, before
+        self.best_bpb, self.bad = score(model, validation).bits_per_byte, 0
         self.curve = [(0.0, self.best_bpb)]
+        kept.save(latents, before)
 
     def check(self, seconds: float) -> None:
         bpb = score(self.model, self.validation).bits_per_byte
@@ -188,16 +214,14 @@ class _Watch:
         self.bad = self.bad + 1 if bpb > WORSE * self.best_bpb else 0
         if bpb < self.best_bpb:
             self.best_bpb = bpb
-            for name, master in self.latents.masters.items():
-                self.best[name].copy_(master.detach())
-            if self.keep:
-                self.keep(self.latents, seconds)
+            self.kept.save(self.latents, self.before + seconds)
 
     @torch.no_grad()
     def restore_(self) -> None:
         """The best masters back in place."""
-        for name, best in self.best.items():
-            self.latents.masters[name].copy_(best)
+        if last := self.kept.load():
+            for name, best in last[0].masters.items():
+                self.latents.masters[name].copy_(best)
 
 
 class _Adam:
@@ -206,6 +230,12 @@ class _Adam:
     def __init__(self, master: Tensor, rate: float) -> None:
         self.master = master
         self.optimizer = torch.optim.AdamW([master], lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        # made now: at the first step it would settle in the gaps that activations had left, and the next step's would find none
+        self.optimizer.state[master] = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(master),
+            "exp_avg_sq": torch.zeros_like(master),
+        }
 
     def step(self, gradient: Tensor, rate: float) -> None:
         self.optimizer.param_groups[0]["lr"] = rate
