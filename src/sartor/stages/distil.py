@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sartor.numerics.grids import Grid, snap
 from sartor.numerics.schedule import warm_then_cosine
-from sartor.stages.likelihood import hidden_of, loss_of, loss_to_top, top_of
+from sartor.stages.likelihood import hidden_of, lesson_of, loss_of, loss_to_lesson
 from sartor.stages.measure import score
 from sartor.stages.tokens import Window
 
@@ -55,7 +55,7 @@ class DistilConfig:
 
 @dataclass(frozen=True)
 class Anchor:
-    """Rows and what a teacher says of them (`top_of`): log-probabilities and tokens at every position."""
+    """Rows and what a teacher says of them (`lesson_of`): log-probabilities and tokens at every position."""
 
     rows: Int[Tensor, "n t"]
     values: Float[Tensor, "n t k"]
@@ -64,7 +64,7 @@ class Anchor:
 
 def anchor(teacher: Any, rows: Int[Tensor, "n t"]) -> Anchor:
     """Args: teacher: with the student's vocabulary."""
-    return Anchor(rows, *top_of(teacher, rows))
+    return Anchor(rows, *lesson_of(teacher, rows))
 
 
 def joined(one: Anchor, other: Anchor) -> Anchor:
@@ -256,7 +256,7 @@ def _backward(model: Any, own: Int[Tensor, "n t"] | None, said: Anchor | None, d
         losses = [loss_of(model, hidden[:mine], part[:mine]) * mine] if mine else []
         if said and mine < len(part):
             at = dealt[start + mine - n_own : start + len(part) - n_own]
-            losses.append(loss_to_top(model, hidden[mine:], said.values[at], said.ids[at]) * len(at))
+            losses.append(loss_to_lesson(model, hidden[mine:], said.values[at], said.ids[at]) * len(at))
         loss = torch.stack(losses).sum() / len(rows)
         loss.backward()
         total += float(loss.detach())

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 TOP = 100  # log-probabilities kept of the model that is compared with: the rest counts as one event
+LIKELY, DRAWN = 64, 36  # tokens of a teacher: its likeliest, and draws that stand for all the others
 TINY = 1e-6  # probabilities that are divided by are no smaller
 CHUNK = 128  # positions whose fp32 logits exist at once: 14 MB at 28,000 tokens, which stays in the cache
 
@@ -68,23 +69,38 @@ def top_of(model: Any, ids: Int[Tensor, "n t"], batch: int = 8) -> tuple[Float[T
     return torch.cat(values).reshape(*ids.shape, -1), torch.cat(tokens).reshape(*ids.shape, -1)
 
 
+@torch.no_grad()
+def lesson_of(
+    model: Any, ids: Int[Tensor, "n t"], seed: int = 0, batch: int = 8
+) -> tuple[Float[Tensor, "n t k"], Int[Tensor, "n t k"]]:
+    """What a teacher says at every position: log-probabilities (fp16) and tokens (int32) that sum to all it expects.
+
+    The LIKELY likeliest as they are; all others by DRAWN of them, drawn in proportion to their probability, at equal spaces on their
+    cumulative sum, each with its share of the rest. The gradient is then, on average, that of the whole distribution (Anshumann
+    et al. 2025, arXiv:2503.16870; they draw every token). A rest that counts as one event leaves the student free to spread it as it likes, and
+    rare words pay for that (docs/log.md).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values, tokens = [], []
+    for logits in _logits_of(model, ids, batch):
+        log_p = torch.log_softmax(logits, -1)
+        top = log_p.topk(min(LIKELY, log_p.shape[-1]), dim=-1)
+        sums = log_p.exp_().scatter_(1, top.indices, 0.0).cumsum(-1)
+        rest = sums[:, -1:].contiguous()
+        places = (torch.arange(DRAWN) + torch.rand(len(sums), DRAWN, generator=generator)) / DRAWN
+        drawn = torch.searchsorted(sums, places * rest).clamp_max_(sums.shape[-1] - 1)
+        values.append(torch.cat([top.values, (rest / DRAWN).log().expand(-1, DRAWN)], -1).half())
+        tokens.append(torch.cat([top.indices, drawn], -1).int())
+    return torch.cat(values).reshape(*ids.shape, -1), torch.cat(tokens).reshape(*ids.shape, -1)
+
+
 def kl_to_top(logits: Float[Tensor, "n v"], values: Float[Tensor, "n k"], ids: Int[Tensor, "n k"]) -> Float[Tensor, ""]:
     """Mean KL(teacher || student) in nats, over the teacher's top tokens and the rest as one event."""
     log_top = torch.log_softmax(logits, -1).gather(-1, ids.long())
     p = values.float().exp()
-    return _kl(p, log_top, _rest(p), _rest(log_top.exp())).mean()
-
-
-def _rest(p: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
-    """The probability of everything else."""
-    return (1 - p.sum(-1)).clamp_min(0.0)
-
-
-def _kl(
-    p: Float[Tensor, "n k"], log_top: Float[Tensor, "n k"], rest: Float[Tensor, " n"], q_rest: Float[Tensor, " n"]
-) -> Float[Tensor, " n"]:
-    """KL in nats of every position; events of probability 0 count nothing."""
-    return (torch.special.xlogy(p, p) - p * log_top).sum(-1) + torch.special.xlogy(rest, rest / q_rest.clamp_min(TINY))
+    rest, q_rest = ((1 - x.sum(-1)).clamp_min(0.0) for x in (p, log_top.exp()))
+    kl = (torch.special.xlogy(p, p) - p * log_top).sum(-1) + torch.special.xlogy(rest, rest / q_rest.clamp_min(TINY))
+    return kl.mean()
 
 
 @torch.no_grad()
@@ -102,8 +118,8 @@ def kl_of(model: Any, ids: Int[Tensor, "n t"], reference: tuple[Tensor, Tensor],
 class _HeadLoss(torch.autograd.Function):
     """Mean KL(target || softmax(hidden @ weight^T)) with its gradients made on the way forward (after Liger, arXiv:2410.10989).
 
-    A target is k tokens with probabilities p, and the rest r = 1 - sum(p) as one event. The gradient at the logits is q_j - p_j for the
-    k tokens and q_j (1 - r / q_rest) for all others: cross entropy is the case of one token with p = 1.
+    A target is k tokens with probabilities p that sum to 1; a token may be there more than once. The gradient at the logits is q - p:
+    cross entropy is the case of one token with p = 1.
     """
 
     @staticmethod
@@ -119,11 +135,8 @@ class _HeadLoss(torch.autograd.Function):
             here = slice(at, at + CHUNK)
             wanted, tokens = p[here].float(), ids[here].long()
             log_q = torch.log_softmax(logits[here].float(), -1)
-            log_top = log_q.gather(1, tokens)
-            q, q_top = log_q.exp_(), log_top.exp()
-            rest, q_rest = _rest(wanted), _rest(q_top).clamp_min(TINY)
-            total += float(_kl(wanted, log_top, rest, q_rest).sum())
-            q.mul_(1 - (rest / q_rest)[:, None]).scatter_(1, tokens, q_top - wanted)
+            total += float((torch.special.xlogy(wanted, wanted) - wanted * log_q.gather(1, tokens)).sum())
+            q = log_q.exp_().scatter_add_(1, tokens, -wanted)
             logits[here] = q.div_(len(ids))
         ctx.save_for_backward(logits @ weight, logits.T @ hidden if ctx.needs_input_grad[1] else None)
         return torch.tensor(total / len(ids))
@@ -150,10 +163,10 @@ def loss_of(model: Any, hidden: Float[Tensor, "n t w"], ids: Int[Tensor, "n t"])
     return loss
 
 
-def loss_to_top(
+def loss_to_lesson(
     model: Any, hidden: Float[Tensor, "n t w"], values: Float[Tensor, "n t k"], ids: Int[Tensor, "n t k"]
 ) -> Float[Tensor, ""]:
-    """`kl_to_top` of the last hidden states, with gradients."""
+    """Mean KL(teacher || model) in nats, but for what the draws leave uncertain, with gradients; the teacher as `lesson_of` has it."""
     p = values.flatten(0, 1).float().exp()
     loss: Tensor = _HeadLoss.apply(hidden.flatten(0, 1), model.lm_head.weight, p, ids.flatten(0, 1))
     return loss
