@@ -127,7 +127,8 @@ def test_recovery_on_the_grid_goes_back_to_what_the_teacher_says(place: dict[str
     teacher, tokenizer = net.load_dense(place["model"])
     own = training_rows(texts("cook", 60, 5), tokenizer)
     said = anchor(teacher, own)
-    distance = lambda: likelihood.kl_of(student, own, (said.values, said.ids))  # noqa: E731
+    reference = likelihood.top_of(teacher, own)
+    distance = lambda: likelihood.kl_of(student, own, reference)  # noqa: E731
     student, latents = net.clone(teacher, torch.bfloat16), on_grid(teacher, "IQ4_NL")
     torch.manual_seed(0)
     for w in latents.masters.values():

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sartor.memory import hand_back
 from sartor.numerics.grids import Grid, snap
 from sartor.numerics.schedule import warm_then_cosine
 from sartor.stages.likelihood import hidden_of, lesson_of, loss_of, loss_to_lesson
@@ -169,7 +170,8 @@ def distil_(
         tell(share, f"step {steps}, loss {loss:.3f}, validation {watch.best_bpb:.3f} bits per byte")
     seconds = time.monotonic() - started
     watch.check(seconds)
-    optimizers.clear()  # their room is for the weights that come back
+    optimizers.clear()
+    hand_back()  # the weights that come back need other rooms than Adam's
     watch.restore_()
     put_(model, latents)
     model.requires_grad_(False)
