@@ -19,6 +19,7 @@ from sartor.api import ARTIFACT
 from sartor.controls import trained_arm
 from sartor.effort import EFFORTS
 from sartor.job import Job, Prepared
+from sartor.memory import keep_freed
 from sartor.report.text import against
 
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--generic")
     parser.add_argument("--effort", default="standard", choices=list(EFFORTS))
     a = parser.parse_args()
+    keep_freed()  # as the command line does: the arm gets as many steps as the artifact did
     job = Job(a.model, a.data, a.size, effort=a.effort, generic=a.generic)
     p = Prepared(job, lambda *_: None)
     windows = evaluate.held_out(p.user.test, p.generic.test, EFFORTS[a.effort].test_bytes)

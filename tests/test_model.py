@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sartor.model import network as net
+from sartor.model.attention import register
 from sartor.model.vocabulary import closed_order, count_tokens, trim_tokenizer
 from sartor.stages.calibrate import second_moments
 from sartor.stages.prune import cut_attention_, cut_mlp_
@@ -30,6 +31,20 @@ def test_shrinking_equals_masking(family: str, tokenizer: Any) -> None:
         assert torch.allclose(small(IDS).logits, expected, atol=1e-5)
     assert net.anatomy(small).groups == (2, 1, 2)
     assert net.anatomy(model).groups == (2, 2, 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_grouped_attention_and_its_gradients_are_transformers_own(family: str, tokenizer: Any) -> None:
+    model = make_model(len(tokenizer), family).requires_grad_(True)
+    found = []
+    for kernel in ("eager", register()):
+        model.set_attn_implementation(kernel)
+        logits = model(IDS).logits
+        logits.square().mean().backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    assert model.config._attn_implementation == register() != "eager"
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
 
 
 def test_whole_sublayers_can_go(model: Any) -> None:
