@@ -39,7 +39,7 @@ class DistilConfig:
 
     Attributes:
         seconds: wall-clock budget. rate: peak learning rate of AdamW. batch_rows: rows a step. user_share: share of rows
-        with cross entropy in a batch where there are others. checks: how often validation is measured. patience: checks in a row clearly above the best before stopping.
+        with cross entropy in a batch where there are such rows. checks: how often validation is measured. patience: checks in a row clearly above the best before stopping.
     """
 
     seconds: float = 300.0
@@ -131,7 +131,7 @@ def distil_(
     model: Any,
     latents: Latents,
     own: Int[Tensor, "n t"] | None,
-    said: Anchor | None,
+    said: Anchor,
     validation: Sequence[Window],
     config: DistilConfig,
     seed: int = 0,
@@ -142,29 +142,26 @@ def distil_(
     """Train `model` (bf16) and `latents` in place for `config.seconds`; both end as the best on validation.
 
     Args:
-        own: rows to learn from by cross entropy. said: rows to learn from by what a teacher says of them. Either may be None.
+        own: rows to learn from by cross entropy, or None. said: rows to learn from by what a teacher says of them.
         validation: windows of the user's validation documents.
         tell: called with the share done and a note. best: where the best weights are kept meanwhile (None: in memory).
         before: seconds trained ahead of an interruption.
     """
-    example = own if own is not None else said.rows if said else None
-    if example is None:
-        raise ValueError("nothing to learn from: neither rows nor a teacher's words")
+    n_own = 0 if own is None else round(config.batch_rows * config.user_share)
+    own = said.rows[:0] if own is None else own
     started = time.monotonic()
     put_(model, latents)
     named = {n: p.requires_grad_(True) for n, p in model.named_parameters() if n in latents.masters}
     optimizers = {n: _Adam(latents.masters[n], config.rate) for n in named}
     length = max(config.seconds - before, 1e-9)
-    n_own = 0 if own is None else round(config.batch_rows * config.user_share) if said else config.batch_rows
-    mine, others = Rows(0 if own is None else len(own), seed), Rows(len(said.rows) if said else 0, seed + 1)
+    mine, others = Rows(len(own), seed), Rows(len(said.rows), seed + 1)
     watch = _Watch(model, latents, validation, best or InMemory(), before)
     tokens = steps = 0
     while (share := (time.monotonic() - started) / length) < 1 and watch.bad < config.patience:
-        dealt = own[mine.deal(n_own)] if own is not None else None
-        loss = _backward(model, dealt, said, others.deal(config.batch_rows - n_own))
+        loss = _backward(model, own[mine.deal(n_own)], said, others.deal(config.batch_rows - n_own))
         _update_(named, optimizers, config.rate * warm_then_cosine(share))
         put_(model, latents)
-        steps, tokens = steps + 1, tokens + config.batch_rows * example.shape[1]
+        steps, tokens = steps + 1, tokens + config.batch_rows * said.rows.shape[1]
         if share * config.checks >= len(watch.curve):
             watch.check(time.monotonic() - started)
         tell(share, f"step {steps}, loss {loss:.3f}, validation {watch.best_bpb:.3f} bits per byte")
@@ -246,18 +243,17 @@ class _Adam:
         self.master.grad = None
 
 
-def _backward(model: Any, own: Int[Tensor, "n t"] | None, said: Anchor | None, dealt: Int[Tensor, " m"]) -> float:
+def _backward(model: Any, own: Int[Tensor, "n t"], said: Anchor, dealt: Int[Tensor, " m"]) -> float:
     """One batch, PART rows at a time forward and backward; both kinds of rows may share a pass. Returns the loss."""
-    n_own = 0 if own is None else len(own)
-    rows = torch.cat([r for r in (own, said.rows[dealt] if said else None) if r is not None])
+    rows = torch.cat([own, said.rows[dealt]])
     total = 0.0
     for start in range(0, len(rows), PART):
         part = rows[start : start + PART]
-        mine = min(max(n_own - start, 0), len(part))
+        mine = min(max(len(own) - start, 0), len(part))
         hidden = hidden_of(model, part)
         losses = [loss_of(model, hidden[:mine], part[:mine]) * mine] if mine else []
-        if said and mine < len(part):
-            at = dealt[start + mine - n_own : start + len(part) - n_own]
+        if mine < len(part):
+            at = dealt[start + mine - len(own) : start + len(part) - len(own)]
             losses.append(loss_to_lesson(model, hidden[mine:], said.values[at], said.ids[at]) * len(at))
         loss = torch.stack(losses).sum() / len(rows)
         loss.backward()

@@ -61,11 +61,17 @@ def expected_use(model: Any, rows: Int[Tensor, "n t"], batch: int = 8) -> Float[
 @torch.no_grad()
 def top_of(model: Any, ids: Int[Tensor, "n t"], batch: int = 8) -> tuple[Float[Tensor, "n t k"], Int[Tensor, "n t k"]]:
     """The TOP largest log-probabilities and their tokens at every position (fp16 and int32 to keep memory small)."""
-    values, tokens = [], []
-    for logits in _logits_of(model, ids, batch):
-        top = logits.topk(min(TOP, logits.shape[-1]), dim=-1)
-        values.append((top.values - logits.logsumexp(-1, keepdim=True)).half())
-        tokens.append(top.indices.int())
+    return _said(ids, (_top(logits) for logits in _logits_of(model, ids, batch)))
+
+
+def _top(logits: Float[Tensor, "m v"]) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
+    top = logits.topk(min(TOP, logits.shape[-1]), dim=-1)
+    return top.values - logits.logsumexp(-1, keepdim=True), top.indices
+
+
+def _said(ids: Int[Tensor, "n t"], parts: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and tokens of some positions at a time, put together (fp16 and int32 to keep memory small)."""
+    values, tokens = zip(*((v.half(), t.int()) for v, t in parts), strict=True)
     return torch.cat(values).reshape(*ids.shape, -1), torch.cat(tokens).reshape(*ids.shape, -1)
 
 
@@ -81,17 +87,20 @@ def lesson_of(
     rare words pay for that (docs/log.md).
     """
     generator = torch.Generator().manual_seed(seed)
-    values, tokens = [], []
-    for logits in _logits_of(model, ids, batch):
-        log_p = torch.log_softmax(logits, -1)
-        top = log_p.topk(min(LIKELY, log_p.shape[-1]), dim=-1)
-        sums = log_p.exp_().scatter_(1, top.indices, 0.0).cumsum(-1)
-        rest = sums[:, -1:].contiguous()
-        places = (torch.arange(DRAWN) + torch.rand(len(sums), DRAWN, generator=generator)) / DRAWN
-        drawn = torch.searchsorted(sums, places * rest).clamp_max_(sums.shape[-1] - 1)
-        values.append(torch.cat([top.values, (rest / DRAWN).log().expand(-1, DRAWN)], -1).half())
-        tokens.append(torch.cat([top.indices, drawn], -1).int())
-    return torch.cat(values).reshape(*ids.shape, -1), torch.cat(tokens).reshape(*ids.shape, -1)
+    return _said(ids, (_top_and_draws(logits, generator) for logits in _logits_of(model, ids, batch)))
+
+
+def _top_and_draws(
+    logits: Float[Tensor, "m v"], generator: torch.Generator
+) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
+    log_p = torch.log_softmax(logits, -1)
+    top = log_p.topk(min(LIKELY, log_p.shape[-1]), dim=-1)
+    sums = log_p.exp_().scatter_(1, top.indices, 0.0).cumsum(-1)
+    rest = sums[:, -1:]
+    places = (torch.arange(DRAWN) + torch.rand(len(sums), DRAWN, generator=generator)) / DRAWN
+    drawn = torch.searchsorted(sums, places * rest).clamp_max_(sums.shape[-1] - 1)
+    values = torch.cat([top.values, (rest / DRAWN).log().expand(-1, DRAWN)], -1)
+    return values, torch.cat([top.indices, drawn], -1)
 
 
 def kl_to_top(logits: Float[Tensor, "n v"], values: Float[Tensor, "n k"], ids: Int[Tensor, "n k"]) -> Float[Tensor, ""]:
