@@ -105,11 +105,15 @@ def _top_and_draws(
 
 def kl_to_top(logits: Float[Tensor, "n v"], values: Float[Tensor, "n k"], ids: Int[Tensor, "n k"]) -> Float[Tensor, ""]:
     """Mean KL(teacher || student) in nats, over the teacher's top tokens and the rest as one event."""
-    log_top = torch.log_softmax(logits, -1).gather(-1, ids.long())
+    return kl_terms(torch.log_softmax(logits, -1), values, ids).mean()
+
+
+def kl_terms(log_q: Float[Tensor, "n v"], values: Float[Tensor, "n k"], ids: Int[Tensor, "n k"]) -> Float[Tensor, " n"]:
+    """The same position by position, from the student's log-probabilities."""
+    log_top = log_q.gather(-1, ids.long())
     p = values.float().exp()
     rest, q_rest = ((1 - x.sum(-1)).clamp_min(0.0) for x in (p, log_top.exp()))
-    kl = (torch.special.xlogy(p, p) - p * log_top).sum(-1) + torch.special.xlogy(rest, rest / q_rest.clamp_min(TINY))
-    return kl.mean()
+    return (torch.special.xlogy(p, p) - p * log_top).sum(-1) + torch.special.xlogy(rest, rest / q_rest.clamp_min(TINY))
 
 
 @torch.no_grad()

@@ -35,9 +35,9 @@ class Fisher:
 
 @dataclass(frozen=True)
 class Units:
-    """What probes switch: query groups, and blocks of 32 channels of like importance.
+    """What probes switch: query groups, and blocks of `size` channels of like importance.
 
-    order[layer]: channels from the least to the most important; block b is order[layer][32 b : 32 b + 32].
+    order[layer]: channels from the least to the most important; block b is order[layer][size b : size b + size].
     layer, kind, index: per unit; kind 0 is a query group, 1 a block.
     """
 
@@ -45,6 +45,7 @@ class Units:
     layer: np.ndarray
     kind: np.ndarray
     index: np.ndarray
+    size: int = BLOCK
 
     @property
     def factor(self) -> np.ndarray:
@@ -110,7 +111,7 @@ def _keep(caught: dict[tuple[int, str], Tensor], key: tuple[int, str]) -> Any:
     return hook
 
 
-def order_units(a: Anatomy, scores: Fisher, moments: Moments) -> tuple[Units, np.ndarray]:
+def order_units(a: Anatomy, scores: Fisher, moments: Moments, size: int = BLOCK) -> tuple[Units, np.ndarray]:
     """Units and their prior effects: channels sorted by Fisher damage times what the others cannot explain.
 
     Returns:
@@ -125,10 +126,10 @@ def order_units(a: Anatomy, scores: Fisher, moments: Moments) -> tuple[Units, np
             continue
         effect = scores.channel[n] * obs_shrink(moments.c[n, "down"])
         order[n] = effect.argsort()
-        for b, value in enumerate(effect[order[n]].reshape(-1, BLOCK).sum(-1).tolist()):
+        for b, value in enumerate(effect[order[n]].reshape(-1, size).sum(-1).tolist()):
             rows.append((n, 1, b, value))
     layer, kind, index, prior = (np.array(column) for column in zip(*rows, strict=True))
-    return Units(order, layer, kind, index), prior
+    return Units(order, layer, kind, index, size), prior
 
 
 def block_effects(units: Units, scores: Fisher, moments: Moments) -> np.ndarray:
@@ -139,7 +140,7 @@ def block_effects(units: Units, scores: Fisher, moments: Moments) -> np.ndarray:
         out.append(
             float(scores.group[n][i])
             if kind == 0
-            else float(shrunk[n][units.order[n][i * BLOCK : (i + 1) * BLOCK]].sum())
+            else float(shrunk[n][units.order[n][i * units.size : (i + 1) * units.size]].sum())
         )
     return np.array(out)
 
@@ -159,13 +160,13 @@ def probe(
     reference = top_of(model, rows)
     y = np.empty(len(design))
     for i, removed in enumerate(design):
-        with masked(model, *_masks(model, units, removed)):
+        with masked(model, *unit_masks(model, units, removed)):
             y[i] = kl_of(model, rows, reference)
         tell((i + 1) / len(design), f"probe {i + 1}/{len(design)}, damage {y[i]:.3f} nats per token")
     return Probed(recover(design, y, prior, units.factor, seed=seed), len(design), rows.numel())
 
 
-def _masks(model: Any, units: Units, removed: np.ndarray) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+def unit_masks(model: Any, units: Units, removed: np.ndarray) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Keep-masks of the touched layers: query groups, and channels through the units' order."""
     a = anatomy(model)
     groups: dict[int, Tensor] = {}
@@ -176,6 +177,6 @@ def _masks(model: Any, units: Units, removed: np.ndarray) -> tuple[dict[int, Ten
             groups.setdefault(n, torch.ones(a.groups[n], dtype=torch.bool))[i] = False
         else:
             channels.setdefault(n, torch.ones(a.ffn[n], dtype=torch.bool))[
-                units.order[n][i * BLOCK : (i + 1) * BLOCK]
+                units.order[n][i * units.size : (i + 1) * units.size]
             ] = False
     return groups, channels

@@ -1,0 +1,47 @@
+"""Prefix caching: a network run again from any layer on, over what its earlier layers said once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sartor.model.network import layers_of
+
+
+class Tail:
+    """A network and the hidden states of one set of rows in front of every layer.
+
+    A probe that touches nothing before layer n costs only the layers from n on. Hooks and exchanged weights that are in place
+    when it runs are obeyed.
+
+    Attributes:
+        ids: the rows. states: what each layer reads, in the network's own precision: layers * rows * length * width numbers.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, ids: Int[Tensor, "n t"]) -> None:
+        self.model, self.ids = model, ids
+        self.states: list[Tensor] = []
+        self._arguments: list[dict[str, Any]] = []
+        handles = [layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in layers_of(model)]
+        try:
+            self.dense: Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, _: Any, args: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
+        self.states.append(args[0])
+        self._arguments.append(arguments)
+
+    @torch.no_grad()
+    def hidden_from(self, layer: int) -> Float[Tensor, "n t w"]:
+        """What the head reads, with everything before `layer` as it was."""
+        state = self.states[layer]
+        for module, arguments in zip(layers_of(self.model)[layer:], self._arguments[layer:], strict=True):
+            state = module(state, **arguments)
+        hidden: Tensor = self.model.model.norm(state)
+        return hidden
