@@ -10,8 +10,6 @@ import torch
 from sartor.model import network as net
 from sartor.model.attention import register
 from sartor.model.vocabulary import closed_order, count_tokens, trim_tokenizer
-from sartor.stages.calibrate import second_moments
-from sartor.stages.prune import cut_attention_, cut_mlp_
 from sartor.stages.tokens import cut_windows, encode_windows
 from tests.conftest import make_model, texts
 
@@ -67,28 +65,6 @@ def test_masking_leaves_nothing_behind_even_on_error(model: Any) -> None:
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, before)
     assert not any(m._forward_pre_hooks for m in model.modules())
-
-
-def test_keeping_everything_changes_nothing(model: Any, tokenizer: Any) -> None:
-    moments = second_moments(model, IDS)
-    same = net.clone(model)
-    cut_mlp_(same, 0, list(range(256)), moments, 0.3)
-    cut_attention_(same, 0, [0, 1], moments, 0.3)
-    with torch.no_grad():
-        assert torch.equal(same(IDS).logits, model(IDS).logits)
-
-
-def test_repair_beats_slicing_on_the_layer_it_repairs(model: Any) -> None:
-    ids = torch.randint(0, 400, (8, 64), generator=torch.Generator().manual_seed(1))
-    moments = second_moments(model, ids)
-    with torch.no_grad():
-        expected = model.model(ids).last_hidden_state
-        errors = []
-        for lam in (0.1, float("inf")):
-            cut = net.clone(model)
-            cut_mlp_(cut, 2, list(range(128)), moments, lam)
-            errors.append(float(((cut.model(ids).last_hidden_state - expected) ** 2).sum()))
-    assert errors[0] < errors[1]
 
 
 def test_kept_vocabularies_are_closed_at_every_size(tokenizer: Any) -> None:

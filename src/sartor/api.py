@@ -187,7 +187,7 @@ def finish(
         },
         "adaptation": _course(made.adapted),
         "recovery": _course(made.trained),
-        "steps": made.steps,
+        "pruning": made.pruning,
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
         "seed": job.seed,
         "effort": job.effort,

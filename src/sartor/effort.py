@@ -29,20 +29,20 @@ class Effort:
     """How much work each stage does; one row an effort level.
 
     Attributes:
-        rows: rows of 256 tokens for second moments, and generic ones in training. guided_rows: for those of error feedback. fisher_rows, probe_rows: for the two probing measurements.
-        probes: random masks. expected_rows: rows on which the model says what words it expects. layers_at_once: whose three-bit
-        damage is measured together. steps: buffered cuts.
+        rows: rows of 256 tokens for second moments, and generic ones in training. guided_rows: for those of error feedback. felt_rows: for backward probes, half as many
+        on generic text. probe_rows: on which damage is measured. checks: random masks. expected_rows: rows on which the model says what words it expects.
+        layers_at_once: whose three-bit damage is measured together. repair_rows: the user's rows that repair is fitted on.
         validation_bytes, test_bytes: text measured on.
     """
 
     rows: int
     guided_rows: int
-    fisher_rows: int
+    felt_rows: int
     probe_rows: int
-    probes: int
+    checks: int
     expected_rows: int
     layers_at_once: int
-    steps: int
+    repair_rows: int
     training: Training
     validation_bytes: int
     test_bytes: int
@@ -52,12 +52,12 @@ EFFORTS: dict[str, Effort] = {
     "quick": Effort(
         rows=32,
         guided_rows=48,
-        fisher_rows=16,
+        felt_rows=48,
         probe_rows=4,
-        probes=33,
+        checks=8,
         expected_rows=64,
         layers_at_once=5,
-        steps=1,
+        repair_rows=64,
         training=Training(DistilConfig(50.0, 2e-4, checks=1), DistilConfig(50.0, 2e-4, checks=1), lessons=96),
         validation_bytes=12_288,
         test_bytes=32_768,
@@ -65,12 +65,12 @@ EFFORTS: dict[str, Effort] = {
     "standard": Effort(
         rows=64,
         guided_rows=128,
-        fisher_rows=32,
+        felt_rows=128,
         probe_rows=8,
-        probes=66,
+        checks=16,
         expected_rows=96,
         layers_at_once=3,
-        steps=2,
+        repair_rows=192,
         training=Training(DistilConfig(300.0, 1.5e-4, checks=3), DistilConfig(330.0, 3e-4, checks=3), lessons=768),
         validation_bytes=24_576,
         test_bytes=98_304,
@@ -78,12 +78,12 @@ EFFORTS: dict[str, Effort] = {
     "thorough": Effort(
         rows=192,
         guided_rows=384,
-        fisher_rows=96,
+        felt_rows=384,
         probe_rows=16,
-        probes=264,
+        checks=48,
         expected_rows=512,
         layers_at_once=1,
-        steps=5,
+        repair_rows=768,
         training=Training(DistilConfig(1200.0, 1e-4), DistilConfig(2800.0, 1.5e-4), lessons=1024),
         validation_bytes=32_768,
         test_bytes=196_608,

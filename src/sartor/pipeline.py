@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sartor.effort import EFFORTS, Effort, Training
 from sartor.errors import BudgetError
 from sartor.model.families import ATTENTION
-from sartor.model.network import anatomy, clone, shrink_attention_, shrink_mlp_, shrink_vocabulary_
+from sartor.model.network import anatomy, clone, shrink_vocabulary_
 from sartor.model.vocabulary import can_trim, trim_tokenizer
 from sartor.plan import Plan, from_mask
 from sartor.stages.bits import (
@@ -28,13 +27,14 @@ from sartor.stages.bits import (
     kinds_of,
     poorer_damage,
 )
-from sartor.stages.buffer import mixed_moments, prune_
 from sartor.stages.calibrate import Moments, guided_moments, second_moments
 from sartor.stages.decide import Bytes, Measured, decide, smallest_bytes
 from sartor.stages.distil import Anchor, DistilConfig, InMemory, Kept, Latents, Trained, anchor, distil_, joined, put_
 from sartor.stages.likelihood import expected_use, top_of
-from sartor.stages.probe import Probed, block_effects, fisher, order_units, probe
+from sartor.stages.probe import check, effects_of, order_units
+from sartor.stages.prune import cut_, prune_
 from sartor.stages.quantize import quantize
+from sartor.stages.sensitivity import feel
 from sartor.stages.tokens import Window, cut_windows, encode_windows, sample, training_rows
 from sartor.stages.words import whole, words
 
@@ -62,8 +62,8 @@ class Compressed:
 
     Attributes:
         model: the network in bf16 with snapped weights. tokenizer: the trimmed one. latents: masters, scales, grids.
-        plan: what was done. adapted, trained: the courses of adaptation and recovery, or None. seconds: per stage. steps: what each buffered step cut, and
-        validation bits per byte after it.
+        plan: what was done. adapted, trained: the courses of adaptation and recovery, or None. seconds: per stage. pruning: what was cut, and
+        validation bits per byte before and after the repair.
     """
 
     model: Any
@@ -73,7 +73,7 @@ class Compressed:
     adapted: Trained | None = None
     trained: Trained | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    steps: list[dict[str, float]] = field(default_factory=list)
+    pruning: dict[str, float] = field(default_factory=dict)
 
 
 def make_plan(
@@ -105,35 +105,31 @@ def make_plan(
         )
     dense = clone(model, torch.bfloat16)
     user_rows, generic_rows = training_rows(texts.train, tokenizer), training_rows(texts.generic_train, tokenizer)
-    tell("probe", 0.0, "activations of the user's text")
+    felt = lambda at, rows, name: effects_of(  # noqa: E731
+        anatomy(dense), feel(dense, rows, seed, lambda share: tell("probe", at + 0.4 * share, f"gradients on {name}"))
+    )
+    user = felt(0.0, sample(user_rows, e.felt_rows, seed), "the user's text")
+    generic = felt(0.4, sample(generic_rows, e.felt_rows // 2, seed), "generic text")
+    units = order_units(user, generic, rho)
+    probe_rows = sample(training_rows(texts.probe, tokenizer), e.probe_rows, seed)
+    reference = top_of(dense, probe_rows)
+    worth = check(
+        dense, units, probe_rows, reference, e.checks, seed, lambda share, note: tell("probe", 0.8 + 0.2 * share, note)
+    )
     user_moments = second_moments(dense, sample(user_rows, e.rows // 2, seed))
-    tell("probe", 0.1, "gradients on the user's text")
-    user_fisher = fisher(dense, sample(user_rows, e.fisher_rows, seed))
-    units, user_prior = order_units(anatomy(dense), user_fisher, user_moments)
-    tell("probe", 0.2, "gradients on generic text")
-    generic_prior = block_effects(units, fisher(dense, sample(generic_rows, e.fisher_rows, seed)), user_moments)
-    probe_rows = [sample(training_rows(t, tokenizer), e.probe_rows, seed) for t in (texts.probe, texts.generic_probe)]
-
-    def probed(prior: np.ndarray, rows: Tensor, start: float, name: str) -> Probed:
-        told = lambda share, note: tell("probe", start + 0.3 * share, f"{name}: {note}")  # noqa: E731
-        return probe(dense, units, prior, rows, e.probes, seed=seed, tell=told)
-
-    user = probed(user_prior, probe_rows[0], 0.25, "user text")
-    generic = probed(generic_prior, probe_rows[1], 0.55, "generic text")
     told = lambda share, note: tell("decide", share, note)  # noqa: E731
-    reference = top_of(dense, probe_rows[0])
     listed = whole(anatomy(dense).vocab)
     if can_trim(tokenizer):
         told(0.0, "words the model expects of the user")
         expected = expected_use(dense, sample(user_rows, e.expected_rows, seed))
         said = lambda share, note: told(0.45 * share, note)  # noqa: E731
         listed = words(dense, tokenizer, texts.train, expected, texts.probe, e.validation_bytes, said)
-    kinds = _damage_of_bits(dense, tokenizer, user_moments, probe_rows[0], reference, budget, bytes_of, told)
+    kinds = _damage_of_bits(dense, tokenizer, user_moments, probe_rows, reference, budget, bytes_of, told)
     poorer = poorer_damage(
-        dense, user_moments, kinds[1][DOWN, BASE], probe_rows[0], reference, e.layers_at_once,
+        dense, user_moments, kinds[1][DOWN, BASE], probe_rows, reference, e.layers_at_once,
         lambda share, note: told(0.7 + 0.3 * share, note),
     )  # fmt: skip
-    measured = Measured(units, user, generic, listed, *kinds, poorer)
+    measured = Measured(units, user, generic, worth, listed, *kinds, poorer)
     return decide(dense, tokenizer, measured, budget, bytes_of, sha256, rho, seed)
 
 
@@ -174,7 +170,7 @@ def apply_plan(
     tell: Tell = _silent,
     kept: Callable[[str], Kept] | None = None,
 ) -> Compressed:
-    """Trim, adapt, prune in buffered steps, quantize, recover.
+    """Trim, adapt, prune and repair, quantize, recover.
 
     Args:
         model: dense, fp32; never changed. A function that returns it lets it be freed once it is trimmed (training needs
@@ -194,15 +190,15 @@ def apply_plan(
     if training.recover.seconds > 0:
         said, adapted = _adapt(small, rows[0], sample(rows[1], e.rows, plan.seed), training, school)
         clock.lap("adapt")
-    steps: list[dict[str, float]] = []
+    pruning: dict[str, float] = {}
     latents, before = school.kept("recover").load() or (None, 0.0)
     if latents is None:
-        steps = prune_(small, plan, rows, validation, e.steps, e.rows, lambda s, n: tell("prune", s, n))
+        pruning = prune_(small, plan, rows, validation, e.repair_rows, lambda s, n: tell("prune", s, n))
         clock.lap("prune")
         latents = _quantized(small, rows, plan, e, tell)
         clock.lap("quantize")
     else:
-        _shrink_(small, plan)
+        cut_(small, plan)
     student = small.to(torch.bfloat16)
     del small
     put_(student, latents)
@@ -210,21 +206,15 @@ def apply_plan(
     if said is not None:
         trained = school.train("recover", student, latents, None, said, training.recover, before)
         clock.lap("recover")
-    return Compressed(student, fitted, latents, plan, adapted, trained, clock.seconds, steps)
+    return Compressed(student, fitted, latents, plan, adapted, trained, clock.seconds, pruning)
 
 
 def _quantized(small: Any, rows: tuple[Tensor, Tensor], plan: Plan, e: Effort, tell: Tell) -> Latents:
     """The pruned model on the plan's grids, with second moments of the model as it is now."""
     told = lambda s: tell("quantize", 0.4 * s, "activations and gradients")  # noqa: E731
-    moments = mixed_moments(clone(small, torch.bfloat16), rows, e.guided_rows, plan, told, guided_moments)
+    own, generic = (sample(r, e.guided_rows // 2, plan.seed) for r in rows)
+    moments = guided_moments(clone(small, torch.bfloat16), own, generic, plan.rho, told)
     return quantize(small, moments, plan.grids, lambda s, n: tell("quantize", 0.4 + 0.6 * s, n))
-
-
-def _shrink_(small: Any, plan: Plan) -> None:
-    """The plan's sizes without repair: saved weights replace the rest."""
-    for n, layer in enumerate(plan.layers):
-        shrink_mlp_(small, n, torch.tensor(layer.kept_channels(), dtype=torch.long))
-        shrink_attention_(small, n, layer.kept_groups())
 
 
 def _given(model: Any) -> Any:

@@ -18,24 +18,13 @@ class Tail:
     when it runs are obeyed.
 
     Attributes:
-        ids: the rows. states: what each layer reads, in the network's own precision: layers * rows * length * width numbers.
+        states: what each layer reads, in the network's own precision: layers * rows * length * width numbers. dense: what the head reads.
     """
 
     @torch.no_grad()
     def __init__(self, model: Any, ids: Int[Tensor, "n t"]) -> None:
-        self.model, self.ids = model, ids
-        self.states: list[Tensor] = []
-        self._arguments: list[dict[str, Any]] = []
-        handles = [layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in layers_of(model)]
-        try:
-            self.dense: Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _note(self, _: Any, args: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
-        self.states.append(args[0])
-        self._arguments.append(arguments)
+        self.model = model
+        self.states, self._arguments, self.dense = _noted(model, ids)
 
     @torch.no_grad()
     def hidden_from(self, layer: int) -> Float[Tensor, "n t w"]:
@@ -45,3 +34,26 @@ class Tail:
             state = module(state, **arguments)
         hidden: Tensor = self.model.model.norm(state)
         return hidden
+
+
+def arguments_of(model: Any, ids: Int[Tensor, "n t"]) -> list[dict[str, Any]]:
+    """What transformers hands to every layer beside the hidden states, for rows like these: mask, rotary tables, ..."""
+    return _noted(model, ids)[1]
+
+
+@torch.no_grad()
+def _noted(model: Any, ids: Int[Tensor, "n t"]) -> tuple[list[Tensor], list[dict[str, Any]], Tensor]:
+    states: list[Tensor] = []
+    arguments: list[dict[str, Any]] = []
+
+    def note(_: Any, args: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        states.append(args[0])
+        arguments.append(named)
+
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers_of(model)]
+    try:
+        hidden: Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states, arguments, hidden

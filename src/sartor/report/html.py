@@ -97,7 +97,10 @@ def _layers(r: dict[str, Any]) -> str:
         for n, x in enumerate(layers)
     ]
     p = r["probing"]
-    worth = f"Probing predicted held-out masks with R² {p['user_r2']:.2f} (your text) and {p['generic_r2']:.2f} (generic), rank correlation {p['user_spearman']:.2f} and {p['generic_spearman']:.2f}."
+    worth = (
+        f"Summed effects foretold the damage of {p['masks']:.0f} random cuts on other text of yours with rank correlation {p['spearman']:.2f} "
+        f"(R² {p['r2']:.2f} of its logarithm; before repair a cut costs {p['factor']:.1f} times the sum)."
+    )
     return (
         f"<h2>Layers</h2><p>Blue: what was kept. Below: what the removal of a layer's parts would cost on <b class=u>your</b> and on <b class=g>generic</b> text (nats per token, square-root scale). {worth} "
         f"A layer is called personalized where the two intervals do not meet.</p>{picture}<details><summary>every layer</summary>"

@@ -9,7 +9,7 @@ byte.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,11 @@ from sartor.numerics.allocate import Choice, Ladder, allocate
 from sartor.numerics.grids import fits, tensor_bytes
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.bits import BASE, DOWN, POORER, RICHER, all_on_base, embeddings_of, kinds_of
-from sartor.stages.probe import Probed, Units
+from sartor.stages.probe import PARTS, Effects, Units, Worth
 from sartor.stages.words import Words, least_size
 
 LEAST_BLOCKS = 4  # FFN blocks that every layer keeps: below it the additive damage means nothing
+LEAST_WORTH = 0.5  # rank correlation with measured damage below which effects decide nothing about whose a layer is
 ROWS_STEP = 512
 TOKEN_OVERHEAD = 34  # bytes of metadata a token costs in GGUF, about; the plan is checked against the exact size
 FINEST_FIRST = (*reversed(RICHER), BASE)
@@ -38,14 +39,15 @@ class Measured:
     """All that the decision rests on; damages in nats per token.
 
     Attributes:
-        units, user, generic: what probes switch and their effects on either text. words: the vocabulary's ladder.
+        units: what may go, with its effects on both texts mixed. user, generic: effects on either. worth: of the effects, on random masks. words: the vocabulary's ladder.
         embedding_damage: of the embedding on each grid. kind_damage: of one kind of linear in all layers on each grid. poorer_damage: of
         every layer's `down_proj` on each grid of POORER, beyond BASE.
     """
 
     units: Units
-    user: Probed
-    generic: Probed
+    user: Effects
+    generic: Effects
+    worth: Worth
     words: Words
     embedding_damage: dict[str, float]
     kind_damage: dict[tuple[str, str], float]
@@ -78,8 +80,8 @@ def decide(
         BudgetError: the smallest model that makes sense is still larger.
     """
     a = anatomy(model)
-    mlps = _mlp_ladders(a, measured, rho)
-    cuts = _cut_ladders(a, measured, mlps, rho)
+    mlps = _mlp_ladders(a, measured)
+    cuts = _cut_ladders(a, measured, mlps)
     kinds = kinds_of(model)
     rich = {k: names for k, names in kinds.items() if (k, FINEST_FIRST[0]) in measured.kind_damage}
     rounding = sum(measured.kind_damage[k, FINEST_FIRST[0] if k in rich else BASE] for k in kinds)
@@ -121,13 +123,12 @@ class Option:
 MlpLadders = dict[str, tuple[list[int], list[Option]]]
 
 
-def mlp_options(a: Anatomy, m: Measured, layers: Sequence[int], rho: float) -> list[Option]:
+def mlp_options(a: Anatomy, m: Measured, layers: Sequence[int]) -> list[Option]:
     """All ways to make these layers' MLPs smaller by the same blocks, the smallest saving first; option 0 changes nothing."""
     cumulative = np.zeros(1)
     depth = min(a.ffn[n] for n in layers) // BLOCK - LEAST_BLOCKS
     for n in layers:
-        blocks = np.maximum.accumulate(_effects(m, rho)[(m.units.layer == n) & (m.units.kind == 1)])[:depth]
-        cumulative = cumulative + np.concatenate([[0.0], np.cumsum(np.maximum(blocks, 0))])
+        cumulative = cumulative + np.concatenate([[0.0], np.cumsum(m.units.of(n, "mlp")[:depth])])
     whole = sum(_mlp_bytes(a, a.ffn[n], BASE) for n in layers)
     options = []
     for b in range(depth + 1):
@@ -149,20 +150,15 @@ def _mlp_bytes(a: Anatomy, channels: int, down: str) -> int:
     return 2 * tensor_bytes(BASE, (channels, a.width)) + tensor_bytes(down, (a.width, channels))
 
 
-def _effects(m: Measured, rho: float) -> np.ndarray:
-    """Of every unit on the user's and generic text together."""
-    return (1 - rho) * m.user.recovered.effects + rho * m.generic.recovered.effects
-
-
-def _mlp_ladders(a: Anatomy, m: Measured, rho: float) -> MlpLadders:
+def _mlp_ladders(a: Anatomy, m: Measured) -> MlpLadders:
     """{ladder: (its layers, options)}; one for all layers where llama.cpp wants them equal."""
     if family_of(a.family).gguf_flexible is not None:
-        return {f"mlp.{n}": ([n], mlp_options(a, m, [n], rho)) for n in range(a.layers)}
+        return {f"mlp.{n}": ([n], mlp_options(a, m, [n])) for n in range(a.layers)}
     every = list(range(a.layers))
-    return {"mlp.all": (every, mlp_options(a, m, every, rho))}
+    return {"mlp.all": (every, mlp_options(a, m, every))}
 
 
-def _cut_ladders(a: Anatomy, m: Measured, mlps: MlpLadders, rho: float) -> list[Ladder]:
+def _cut_ladders(a: Anatomy, m: Measured, mlps: MlpLadders) -> list[Ladder]:
     """Ladders of MLPs and query groups; they are the same whatever grid the embedding has."""
     ladders = [
         Ladder(name, tuple(o.saved for o in options), tuple(o.damage for o in options))
@@ -171,7 +167,7 @@ def _cut_ladders(a: Anatomy, m: Measured, mlps: MlpLadders, rho: float) -> list[
     if family_of(a.family).gguf_flexible is None:
         return ladders
     for n in range(a.layers):
-        groups = np.sort(_effects(m, rho)[(m.units.layer == n) & (m.units.kind == 0)])
+        groups = np.sort(m.units.of(n, "attention"))
         size = a.queries_per_group * a.head_dim
         cost = 2 * tensor_bytes(BASE, (size, a.width)) + 2 * tensor_bytes(BASE, (a.head_dim, a.width))
         ladders.append(_ladder(f"attention.{n}", np.full(len(groups), cost), groups))
@@ -217,7 +213,7 @@ def _plan(
 ) -> Plan:
     total, grids, choice = best
     blocks, grids = _chosen(a, mlps, choice, grids)
-    layers, groups, ffn = _layer_plans(a, m, choice, blocks, rho)
+    layers, groups, ffn = _layer_plans(a, m, choice, blocks)
     cut = replace(a, groups=tuple(groups), ffn=tuple(ffn))
     grids = {n: g for n, g in grids.items() if _exists(n, cut)}
     rows = _fit_vocabulary(cut, tokenizer, m, choice, budget, bytes_of, grids)
@@ -225,18 +221,8 @@ def _plan(
     again = m.words.seen_again(rows) if kept else None
     smaller = tokenizer if kept is None else trim_tokenizer(tokenizer, kept)[0]
     size = bytes_of(replace(cut, vocab=rows), smaller, grids)
-    worth = {
-        f"{name}_{k}": float(v)
-        for name, p in (("user", m.user), ("generic", m.generic))
-        for k, v in (
-            ("probes", p.probes),
-            ("r2", p.recovered.r2),
-            ("spearman", p.recovered.spearman),
-            ("prior_r2", p.recovered.prior_r2),
-            ("prior_spearman", p.recovered.prior_spearman),
-            ("supported", p.recovered.supported),
-        )
-    }
+    worth = {k: float(v) for k, v in asdict(m.worth).items()}
+    worth |= {"user_tokens": float(m.user.tokens), "generic_tokens": float(m.generic.tokens)}
     steps = {name: [float(s)] for name, s in choice.step.items()}
     return Plan(
         sha256,
@@ -276,14 +262,12 @@ def _chosen(a: Anatomy, mlps: MlpLadders, choice: Choice, grids: Mapping[str, st
 
 
 def _layer_plans(
-    a: Anatomy, m: Measured, choice: Choice, blocks: Sequence[int], rho: float
+    a: Anatomy, m: Measured, choice: Choice, blocks: Sequence[int]
 ) -> tuple[tuple[LayerPlan, ...], list[int], list[int]]:
-    effects = _effects(m, rho)
     layers, groups, ffn = [], [], []
     for n in range(a.layers):
         order = m.units.order[n].tolist()
-        of_group = effects[(m.units.layer == n) & (m.units.kind == 0)]
-        gone = np.argsort(of_group, kind="stable")[: choice.step.get(f"attention.{n}", 0)].tolist()
+        gone = np.argsort(m.units.of(n, "attention"), kind="stable")[: choice.step.get(f"attention.{n}", 0)].tolist()
         kept = [g for g in range(a.groups[n]) if g not in gone]
         groups.append(len(kept))
         ffn.append(a.ffn[n] - blocks[n] * BLOCK)
@@ -296,23 +280,19 @@ def _layer_plans(
 
 def _diagnose(m: Measured, n: int) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, str]]:
     """[effect, low, high] of the layer's attention and MLP on either text, and what that makes them."""
-    user: dict[str, list[float]] = {}
-    generic: dict[str, list[float]] = {}
-    verdict: dict[str, str] = {}
-    for kind, name in ((0, "attention"), (1, "mlp")):
-        here = (m.units.layer == n) & (m.units.kind == kind)
-        for side, p in ((user, m.user), (generic, m.generic)):
-            r = p.recovered
-            side[name] = [float(r.effects[here].sum()), float(r.low[here].sum()), float(r.high[here].sum())]
-        both = m.user.recovered.r2 > 0.3 and m.generic.recovered.r2 > 0.3
-        (u, ul, uh), (g, gl, gh) = user[name], generic[name]
-        if not both:
-            verdict[name] = "undecided"
-        elif ul > gh or uh < gl:
-            verdict[name] = "personalized"
-        else:
-            verdict[name] = "generic" if abs(u - g) < 0.5 * max(u, g) else "undecided"
-    return user, generic, verdict
+    user = {k: m.user.parts[k][n] for k in PARTS}
+    generic = {k: m.generic.parts[k][n] for k in PARTS}
+    return user, generic, {k: verdict(user[k], generic[k], m.worth) for k in PARTS}
+
+
+def verdict(user: Sequence[float], generic: Sequence[float], worth: Worth) -> str:
+    """personalized where the intervals do not meet, generic where the effects are alike, undecided where the data cannot tell."""
+    (u, low, high), (g, generic_low, generic_high) = user, generic
+    if worth.spearman < LEAST_WORTH:
+        return "undecided"
+    if low > generic_high or high < generic_low:
+        return "personalized"
+    return "generic" if abs(u - g) < 0.5 * max(u, g) else "undecided"
 
 
 def _fit_vocabulary(

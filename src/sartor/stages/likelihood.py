@@ -128,6 +128,20 @@ def kl_of(model: Any, ids: Int[Tensor, "n t"], reference: tuple[Tensor, Tensor],
     return total / ids.numel()
 
 
+@torch.no_grad()
+def drawn_gradients(model: Any, hidden: Float[Tensor, "n t w"], generator: torch.Generator) -> Float[Tensor, "n t w"]:
+    """Gradients of log p(y) at the hidden states, y drawn at every position from what the model itself expects."""
+    u = model.lm_head.weight
+    found = []
+    for part in hidden.flatten(0, 1).split(CHUNK):
+        p = torch.softmax(model.lm_head(part).float(), -1)
+        mean = p.to(u.dtype) @ u
+        sums = p.cumsum_(-1)
+        place = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]
+        found.append(u[torch.searchsorted(sums, place)[:, 0].clamp_max_(sums.shape[-1] - 1)] - mean)
+    return torch.cat(found).reshape(hidden.shape)
+
+
 class _HeadLoss(torch.autograd.Function):
     """Mean KL(target || softmax(hidden @ weight^T)) with its gradients made on the way forward (after Liger, arXiv:2410.10989).
 

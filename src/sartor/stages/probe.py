@@ -1,169 +1,158 @@
-"""Probing: which units this text needs.
+"""Probing: which units a text needs, how sure that is, and whether it foretells what a cut really costs.
 
-Two measurements. (1) One forward and one backward pass give the Fisher damage of every FFN channel and query group,
-1/2 E[(z_u . dL/dz_u)^2] in nats per token, shrunk by what the other channels explain (OBS). (2) Random masks, a few
-per cent of the units off at a time, give the true damage KL(dense || masked); recovery turns them into one factor per
-layer and kind. Common random numbers: every mask sees the same tokens.
+Effects come from backward probes (`sensitivity.py`): each draws one random direction among the outputs and is felt by all units at once. Forward
+probes, random masks over the units that could go, then measure the true damage KL(dense || masked) on other text: the effects must foretell it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
+from scipy.stats import spearmanr
 from torch import Tensor
 
-from sartor.model.network import BLOCK, Anatomy, anatomy, linears_of, masked
-from sartor.numerics.compensate import obs_shrink
-from sartor.numerics.recover import Recovered, partition_design, recover
-from sartor.stages.calibrate import SITE_OF, Moments
-from sartor.stages.likelihood import cross_entropy, kl_of, top_of
+from sartor.model.network import BLOCK, Anatomy, anatomy, masked
+from sartor.stages.likelihood import kl_of
+from sartor.stages.sensitivity import Felt
+
+DRAWS = 200  # of the bootstrap over rows
+SHARES = (0.02, 0.25)  # of all units that a mask takes, from few to many
+PARTS = {"attention": 0, "mlp": 1}
 
 
 @dataclass(frozen=True)
-class Fisher:
-    """First-order damage: channel[layer] (f,) and group[layer] (g,), nats per token."""
+class Effects:
+    """What one text needs, in nats per token.
 
-    channel: dict[int, Tensor]
-    group: dict[int, Tensor]
+    Attributes:
+        channel, group: {layer: effect of every FFN channel, of every query group}. parts: {"attention" or "mlp": by layer, [effect, low, high]} of
+        all of them together, with 95% intervals over rows of text. tokens: how much text it was.
+    """
+
+    channel: dict[int, Float[Tensor, " f"]]
+    group: dict[int, Float[Tensor, " g"]]
+    parts: dict[str, list[list[float]]]
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, with four digits; nothing in it but numbers of the model's own parts."""
+        short = lambda d: {str(n): [float(f"{x:.4g}") for x in v.tolist()] for n, v in d.items()}  # noqa: E731
+        return {"channel": short(self.channel), "group": short(self.group), "parts": self.parts, "tokens": self.tokens}
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> Effects:
+        read = lambda d: {int(n): torch.tensor(v) for n, v in d.items()}  # noqa: E731
+        return Effects(read(raw["channel"]), read(raw["group"]), raw["parts"], raw["tokens"])
+
+
+def effects_of(a: Anatomy, felt: Felt, seed: int = 0) -> Effects:
+    """From what the rows said of single inputs to channels, query groups and whole layers."""
+    channel: dict[int, Tensor] = {}
+    group: dict[int, Tensor] = {}
+    rng = np.random.default_rng(seed)
+    parts: dict[str, list[list[float]]] = {k: [] for k in PARTS}
+    for n in range(a.layers):
+        by_row = {k: np.zeros(1) for k in PARTS}
+        if a.groups[n]:
+            of_groups = felt.sketch[n, "output"].reshape(-1, a.groups[n], a.queries_per_group * a.head_dim).sum(-1)
+            group[n] = of_groups.square().sum(0)
+            by_row["attention"] = of_groups.square().sum(1).numpy()
+        if a.ffn[n]:
+            channel[n] = felt.effect((n, "down"))
+            by_row["mlp"] = felt.sketch[n, "down"].square().sum(1).numpy()
+        for k, rows in by_row.items():
+            sums = rows[rng.integers(0, len(rows), (DRAWS, len(rows)))].sum(1)
+            parts[k].append([float(rows.sum()), *(float(q) for q in np.percentile(sums, [2.5, 97.5]))])
+    return Effects(channel, group, parts, felt.tokens)
 
 
 @dataclass(frozen=True)
 class Units:
-    """What probes switch: query groups, and blocks of `size` channels of like importance.
+    """What a decision is about: query groups, and blocks of `size` channels of like importance.
 
-    order[layer]: channels from the least to the most important; block b is order[layer][size b : size b + size].
-    layer, kind, index: per unit; kind 0 is a query group, 1 a block.
+    Attributes:
+        order[layer]: channels from the least to the most important; block b is order[layer][size b : size b + size].
+        layer, kind, index: per unit; kind 0 is a query group, 1 a block. effects: (d,) nats per token.
     """
 
     order: dict[int, Tensor]
     layer: np.ndarray
     kind: np.ndarray
     index: np.ndarray
+    effects: np.ndarray
     size: int = BLOCK
 
-    @property
-    def factor(self) -> np.ndarray:
-        """Units that share a recovered factor: those of one layer and kind."""
-        return np.asarray(self.layer * 2 + self.kind)
+    def of(self, layer: int, kind: str) -> np.ndarray:
+        """Effects of one layer's units of a kind, in the order of their indices."""
+        here: np.ndarray = self.effects[(self.layer == layer) & (self.kind == PARTS[kind])]
+        return here
+
+
+def order_units(user: Effects, generic: Effects, rho: float, size: int = BLOCK) -> Units:
+    """Units and their effects on the user's text and, to the share `rho`, on generic text."""
+    order: dict[int, Tensor] = {}
+    rows: list[tuple[int, int, int, float]] = []
+    for n in sorted(user.group.keys() | user.channel.keys()):
+        if n in user.group:
+            mixed = (1 - rho) * user.group[n] + rho * generic.group[n]
+            rows += [(n, 0, g, float(x)) for g, x in enumerate(mixed)]
+        if n in user.channel:
+            mixed = (1 - rho) * user.channel[n] + rho * generic.channel[n]
+            order[n] = mixed.argsort()
+            rows += [(n, 1, b, float(x)) for b, x in enumerate(mixed[order[n]].reshape(-1, size).sum(-1))]
+    layer, kind, index, effects = (np.array(column) for column in zip(*rows, strict=True))
+    return Units(order, layer, kind, index, effects, size)
 
 
 @dataclass(frozen=True)
-class Probed:
-    """Effects of all units on one text, and the worth of their recovery."""
+class Worth:
+    """How well summed effects foretell the damage of random masks on other text.
 
-    recovered: Recovered
-    probes: int
-    tokens: int
-
-
-def fisher(model: Any, rows: Int[Tensor, "n t"], batch: int = 2) -> Fisher:
-    """Gradients of the text's own log-likelihood (empirical Fisher) at what o_proj and down_proj read."""
-    a = anatomy(model)
-    size = a.queries_per_group * a.head_dim
-    caught: dict[tuple[int, str], Tensor] = {}
-    channel: dict[int, Tensor] = {}
-    group: dict[int, Tensor] = {}
-    embedding = model.model.embed_tokens
-    with _catching(model, caught):
-        for part in rows.split(batch):
-            inputs = embedding(part).detach().requires_grad_(True)
-            cross_entropy(model, part, inputs).backward()
-            predicted = part.numel() - len(part)  # the loss is a mean over them
-            for (layer, site), z in caught.items():
-                if z.grad is None:
-                    continue
-                product = (z.detach().float() * z.grad.float()).flatten(0, 1) * predicted
-                if site == "down":
-                    channel[layer] = channel.get(layer, 0) + 0.5 * (product**2).sum(0)
-                else:
-                    by_group = product.reshape(len(product), -1, size).sum(-1)
-                    group[layer] = group.get(layer, 0) + 0.5 * (by_group**2).sum(0)
-            caught.clear()
-    tokens = rows.numel()
-    return Fisher({k: v / tokens for k, v in channel.items()}, {k: v / tokens for k, v in group.items()})
-
-
-@contextmanager
-def _catching(model: Any, caught: dict[tuple[int, str], Tensor]) -> Iterator[None]:
-    handles = [
-        module.register_forward_pre_hook(_keep(caught, (layer, SITE_OF[name])))
-        for layer, name, module in linears_of(model)
-        if SITE_OF[name] in ("output", "down")
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _keep(caught: dict[tuple[int, str], Tensor], key: tuple[int, str]) -> Any:
-    def hook(_: Any, args: tuple[Tensor, ...]) -> None:
-        args[0].retain_grad()
-        caught[key] = args[0]
-
-    return hook
-
-
-def order_units(a: Anatomy, scores: Fisher, moments: Moments, size: int = BLOCK) -> tuple[Units, np.ndarray]:
-    """Units and their prior effects: channels sorted by Fisher damage times what the others cannot explain.
-
-    Returns:
-        (units, prior): prior (d,) in nats per token.
+    Attributes:
+        masks: how many. r2: of log damage, with one factor for all. spearman: of the order. factor: measured over foretold, the median.
     """
-    order: dict[int, Tensor] = {}
-    rows: list[tuple[int, int, int, float]] = []
-    for n in range(a.layers):
-        for g in range(a.groups[n]):
-            rows.append((n, 0, g, float(scores.group[n][g])))
-        if not a.ffn[n]:
-            continue
-        effect = scores.channel[n] * obs_shrink(moments.c[n, "down"])
-        order[n] = effect.argsort()
-        for b, value in enumerate(effect[order[n]].reshape(-1, size).sum(-1).tolist()):
-            rows.append((n, 1, b, value))
-    layer, kind, index, prior = (np.array(column) for column in zip(*rows, strict=True))
-    return Units(order, layer, kind, index, size), prior
+
+    masks: int
+    r2: float
+    spearman: float
+    factor: float
 
 
-def block_effects(units: Units, scores: Fisher, moments: Moments) -> np.ndarray:
-    """Prior effects of *given* units on another text (their order stays)."""
-    out = []
-    shrunk = {n: scores.channel[n] * obs_shrink(moments.c[n, "down"]) for n in units.order}
-    for n, kind, i in zip(units.layer, units.kind, units.index, strict=True):
-        out.append(
-            float(scores.group[n][i])
-            if kind == 0
-            else float(shrunk[n][units.order[n][i * units.size : (i + 1) * units.size]].sum())
-        )
-    return np.array(out)
-
-
-def probe(
+def check(
     model: Any,
     units: Units,
-    prior: np.ndarray,
     rows: Int[Tensor, "n t"],
-    probes: int,
-    share: float = 0.03,
+    reference: tuple[Tensor, Tensor],
+    masks: int,
     seed: int = 0,
     tell: Callable[[float, str], None] = lambda share, note: None,
-) -> Probed:
-    """Random masks over the units, measured on `rows`, recovered towards the prior."""
-    design = partition_design(units.factor, share, max(1, round(probes * share)), seed)[:probes]
-    reference = top_of(model, rows)
-    y = np.empty(len(design))
-    for i, removed in enumerate(design):
-        with masked(model, *unit_masks(model, units, removed)):
+) -> Worth:
+    """Measure random masks over the cheaper half of the units, a few of them to half of them at a time, on `rows`."""
+    removed = random_masks(units.effects, masks, seed)
+    y = np.empty(masks)
+    for i, mask in enumerate(removed):
+        with masked(model, *unit_masks(model, units, mask)):
             y[i] = kl_of(model, rows, reference)
-        tell((i + 1) / len(design), f"probe {i + 1}/{len(design)}, damage {y[i]:.3f} nats per token")
-    return Probed(recover(design, y, prior, units.factor, seed=seed), len(design), rows.numel())
+        tell((i + 1) / masks, f"check {i + 1}/{masks}: {int(mask.sum())} units off cost {y[i]:.3f} nats per token")
+    ratio = np.log(np.maximum(y, 1e-9)) - np.log(np.maximum(removed @ units.effects, 1e-9))
+    spread = np.log(np.maximum(y, 1e-9)).var()
+    r2 = float(1 - ratio.var() / spread) if spread > 0 else 0.0
+    return Worth(masks, r2, float(spearmanr(removed @ units.effects, y).statistic), float(np.exp(np.median(ratio))))
+
+
+def random_masks(effects: Float[np.ndarray, " d"], masks: int, seed: int) -> Float[np.ndarray, "m d"]:
+    """1 where a mask has the unit off: units of the cheaper half, as many as SHARES say, growing evenly on a log scale."""
+    rng = np.random.default_rng(seed)
+    cheap = np.argsort(effects, kind="stable")[: max(1, len(effects) // 2)]
+    out = np.zeros((masks, len(effects)))
+    for row, share in zip(out, np.geomspace(*SHARES, masks), strict=True):
+        row[rng.choice(cheap, max(1, min(len(cheap), round(share * len(effects)))), replace=False)] = 1
+    return out
 
 
 def unit_masks(model: Any, units: Units, removed: np.ndarray) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -176,7 +165,6 @@ def unit_masks(model: Any, units: Units, removed: np.ndarray) -> tuple[dict[int,
         if units.kind[u] == 0:
             groups.setdefault(n, torch.ones(a.groups[n], dtype=torch.bool))[i] = False
         else:
-            channels.setdefault(n, torch.ones(a.ffn[n], dtype=torch.bool))[
-                units.order[n][i * units.size : (i + 1) * units.size]
-            ] = False
+            gone = units.order[n][i * units.size : (i + 1) * units.size]
+            channels.setdefault(n, torch.ones(a.ffn[n], dtype=torch.bool))[gone] = False
     return groups, channels

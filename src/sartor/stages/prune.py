@@ -1,51 +1,63 @@
-"""Cutting query groups and FFN channels out, and repairing what read them."""
+"""Pruning: the plan's query groups and FFN channels go, and what is left is fitted to the whole network's residual stream."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sartor.model.network import anatomy, linear, query_rows, shrink_attention_, shrink_mlp_
-from sartor.numerics.compensate import compensate
-from sartor.stages.calibrate import Moments
+from sartor.model.network import anatomy, clone, linear, linears_of, shrink_attention_, shrink_mlp_
+from sartor.plan import Plan
+from sartor.stages.measure import score
+from sartor.stages.repair import WRITERS, repair_
+from sartor.stages.tokens import Window, sample
 
 
-def cut_mlp_(model: Any, layer: int, keep: Sequence[int], moments: Moments, lam: float) -> None:
-    """Keep these channels of the layer's MLP; the matrix that reads them is repaired."""
-    reader = linear(model, layer, "mlp.down_proj")
-    mask = _mask(keep, reader.in_features)
-    if mask.all():
-        return
-    repaired = compensate(reader.weight.data.float(), moments.c[layer, "down"], mask, lam)
-    shrink_mlp_(model, layer, mask.nonzero().flatten())
-    if len(keep):
-        _set_(model, layer, "mlp.down_proj", repaired)
+def cut_(small: Any, plan: Plan) -> None:
+    """The plan's sizes, without repair, in place."""
+    for n, layer in enumerate(plan.layers):
+        shrink_mlp_(small, n, torch.tensor(layer.kept_channels(), dtype=torch.long))
+        shrink_attention_(small, n, layer.kept_groups())
 
 
-def cut_attention_(model: Any, layer: int, keep: Sequence[int], moments: Moments, lam: float) -> None:
-    """Keep these query groups of the layer; the matrix that reads them is repaired."""
-    a = anatomy(model)
-    if len(keep) == a.groups[layer]:
-        return
-    reader = linear(model, layer, "self_attn.o_proj")
-    columns = query_rows(sorted(keep), a)[0].tolist() if keep else []
-    repaired = compensate(
-        reader.weight.data.float(), moments.c[layer, "output"], _mask(columns, reader.in_features), lam
-    )
-    shrink_attention_(model, layer, sorted(keep))
-    if keep:
-        _set_(model, layer, "self_attn.o_proj", repaired)
+def prune_(
+    small: Any,
+    plan: Plan,
+    rows: tuple[Tensor, Tensor],
+    validation: Sequence[Window],
+    sampled: int,
+    tell: Callable[[float, str], None],
+) -> dict[str, float]:
+    """Cut and repair, in place.
 
-
-def _mask(keep: Sequence[int], n: int) -> Tensor:
-    mask = torch.zeros(n, dtype=torch.bool)
-    mask[list(keep)] = True
-    return mask
-
-
-def _set_(model: Any, layer: int, name: str, weight: Tensor) -> None:
-    target = linear(model, layer, name)
-    target.weight.data = weight.to(target.weight.dtype)
+    Args:
+        small: in fp32. rows: the user's and generic ones. sampled: how many of the user's to repair with; half as many generic ones join them, and all of them count as the plan's `rho` says.
+    Returns:
+        what went, and bits per byte on validation before and after the repair; empty where nothing is cut. A repair that does not help is undone.
+    """
+    before = anatomy(small)
+    whole = clone(small, torch.bfloat16)
+    cut_(small, plan)
+    after = anatomy(small)
+    if after == before:
+        return {}
+    running = clone(small, torch.bfloat16)
+    plain = score(running, validation).bits_per_byte
+    writers = {(n, name): linear(small, n, name).weight.data for n, name, _ in linears_of(small) if name in WRITERS}
+    own, generic = sample(rows[0], sampled, plan.seed), sample(rows[1], sampled // 2, plan.seed)
+    weight = torch.cat([torch.full((len(r),), s / len(r)) for r, s in ((own, 1 - plan.rho), (generic, plan.rho))])
+    told = lambda share: tell(share, f"repair after the cut ({plain:.3f} bits per byte)")  # noqa: E731
+    repair_(small, running, whole, torch.cat([own, generic]), weight, told)
+    repaired = score(running, validation).bits_per_byte
+    if repaired > plain:
+        for at, weights in writers.items():
+            linear(small, *at).weight.data = weights
+    tell(1.0, f"validation {plain:.3f} bits per byte, repaired {repaired:.3f}")
+    return {
+        "channels": float(sum(before.ffn) - sum(after.ffn)),
+        "groups": float(sum(before.groups) - sum(after.groups)),
+        "validation_cut": plain,
+        "validation_repaired": repaired,
+    }

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sartor.stages.likelihood import CHUNK, kl_terms, top_of
+from sartor.stages.likelihood import CHUNK, drawn_gradients, kl_terms, nats_of, top_of
 
 DRAWS = 2  # gradients a position
 
@@ -42,28 +42,16 @@ class Yardstick:
     def __init__(self, model: Any, ids: Int[Tensor, "n t"], dense: Float[Tensor, "n t w"], seed: int = 0) -> None:
         self.model, self.ids, self.dense = model, ids, dense
         self.top = top_of(model, ids)
-        self.gradients, self.nats = self._drawn(torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        self.gradients = torch.stack([drawn_gradients(model, dense, generator) for _ in range(DRAWS)], -2)
+        self.nats = nats_of(model, ids)
         self.norm = dense.float().square().sum((1, 2))
-
-    def _drawn(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(positions, DRAWS, width) gradients of log p(y) at the hidden states, y drawn from p; -log p of the text itself."""
-        u = self.model.lm_head.weight
-        gradients, nats = [], []
-        targets = self.ids.roll(-1, 1).flatten()
-        for hidden, wanted in zip(self.dense.flatten(0, 1).split(CHUNK), targets.split(CHUNK), strict=True):
-            log_p = torch.log_softmax(self.model.lm_head(hidden).float(), -1)
-            p = log_p.exp()
-            mean = (p.to(u.dtype) @ u).float()
-            drawn = torch.multinomial(p, DRAWS, replacement=True, generator=generator)
-            gradients.append((u[drawn].float() - mean[:, None]).half())
-            nats.append(-log_p.gather(1, wanted[:, None])[:, 0])
-        return torch.cat(gradients), torch.cat(nats)
 
     @torch.no_grad()
     def vector(self, hidden: Float[Tensor, "n t w"]) -> Float[np.ndarray, " s"]:
         """The vector measurement alone: no head is needed for it."""
-        change = (hidden - self.dense).flatten(0, 1).float()
-        along = torch.einsum("pdw,pw->pd", self.gradients.float(), change)
+        change = (hidden - self.dense).float()
+        along = (self.gradients.float() @ change[..., None])[..., 0]
         return (along.flatten() / (2 * along.numel()) ** 0.5).numpy()
 
     @torch.no_grad()
@@ -78,6 +66,6 @@ class Yardstick:
             log_q = torch.log_softmax(logits, -1)
             kl[here] = kl_terms(log_q, values[here], tokens[here])
             nats[here] = -log_q.gather(1, targets[here, None])[:, 0]
-        rise = (nats - self.nats).reshape(n, t)[:, :-1]  # what follows a row's last token is not known
+        rise = nats.reshape(n, t)[:, :-1] - self.nats  # what follows a row's last token is not known
         moved = (hidden - self.dense).float().square().sum((1, 2)) / self.norm
         return Reading(kl.reshape(n, t).mean(1).numpy(), rise.mean(1).numpy(), moved.numpy(), self.vector(hidden))

@@ -1,0 +1,93 @@
+"""What a network feels of its own units: probing from the other end.
+
+A forward probe switches some units off and sees one change of the output. A backward probe draws one random direction in the space of
+outputs and sees what *every* unit contributes to it: labels y are drawn from the model's own distribution at all positions of a row, and
+r_u = sum_t z_u(t) . d/dz_u(t) log p(y) is by how much the row's log-likelihood would fall without unit u, to first order. Since E[r_u r_v] is the Fisher
+inner product of the two cuts, rows of r are random projections of all effect vectors at once: E[r_u^2] / 2 is KL(dense || without u), and the
+inner products are all pairwise interactions (the sampled-label estimate of a Gauss-Newton matrix: Martens 2014, arXiv:1412.1193, section 9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sartor.model.network import linears_of
+from sartor.stages.calibrate import SITE_OF, Site
+from sartor.stages.likelihood import drawn_gradients, hidden_of
+
+CUT = ("output", "down")  # sites whose inputs are units
+BATCH = 8  # rows a pass
+
+
+@dataclass(frozen=True)
+class Felt:
+    """What the rows say of every input of o_proj and down_proj; sites as in `calibrate`, units in nats per token.
+
+    Attributes:
+        sketch: (rows, f); the sum of squares over rows is an input's effect: true to all positions together, but from few draws.
+        alone: (f,) the effect if no position knew of another: from very many draws, but biased. tokens: positions behind it.
+    """
+
+    sketch: dict[Site, Float[Tensor, "n f"]]
+    alone: dict[Site, Float[Tensor, " f"]]
+    tokens: int
+
+    def effect(self, site: Site) -> Float[Tensor, " f"]:
+        """The shape of the one and the size of the other: the best order of channels we know (docs/log.md)."""
+        alone = self.alone[site]
+        return alone * self.sketch[site].square().sum() / alone.sum().clamp_min(1e-30)
+
+
+def feel(
+    model: Any, rows: Int[Tensor, "n t"], seed: int = 0, tell: Callable[[float], None] = lambda share: None
+) -> Felt:
+    """One forward and one backward pass over the rows; `seed` is that of the labels."""
+    generator = torch.Generator().manual_seed(seed)
+    sketch: dict[Site, list[Tensor]] = {}
+    alone: dict[Site, Tensor] = {}
+    for at in range(0, len(rows), BATCH):
+        part = rows[at : at + BATCH]
+        with _catching(model) as read:
+            hidden = hidden_of(model, part, model.model.embed_tokens(part).detach().requires_grad_(True))
+            hidden.backward(drawn_gradients(model, hidden.detach(), generator))
+        for site, z in read.items():
+            felt = z.detach() * z.grad
+            sketch.setdefault(site, []).append(felt.sum(1, dtype=torch.float32))
+            squared = torch.linalg.vector_norm(felt, dim=(0, 1), dtype=torch.float32).square()
+            alone[site] = alone[site] + squared if site in alone else squared
+        tell(min(1.0, (at + BATCH) / len(rows)))
+    n = rows.numel()
+    return Felt(
+        {s: torch.cat(r) / (2 * n) ** 0.5 for s, r in sketch.items()}, {s: r / (2 * n) for s, r in alone.items()}, n
+    )
+
+
+@contextmanager
+def _catching(model: Any) -> Iterator[dict[Site, Any]]:
+    """What o_proj and down_proj read, with its gradient once backward has run."""
+    read: dict[Site, Any] = {}
+
+    def note(site: Site) -> Callable[[Any, tuple[Tensor, ...]], None]:
+        def keep(_: Any, args: tuple[Tensor, ...]) -> None:
+            args[0].retain_grad()
+            read[site] = args[0]
+
+        return keep
+
+    handles = [
+        module.register_forward_pre_hook(note((layer, SITE_OF[name])))
+        for layer, name, module in linears_of(model)
+        if SITE_OF[name] in CUT
+    ]
+    try:
+        yield read
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,203 @@
+"""Laws of probing and of the repair after a cut."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sartor.model import network as net
+from sartor.model.tail import Tail
+from sartor.plan import LayerPlan, Plan, to_mask
+from sartor.stages import probe
+from sartor.stages.decide import verdict
+from sartor.stages.likelihood import hidden_of, kl_of, top_of
+from sartor.stages.measure import score
+from sartor.stages.prune import cut_, prune_
+from sartor.stages.repair import repair_
+from sartor.stages.sensitivity import feel
+from sartor.stages.tokens import cut_windows, encode_windows, training_rows
+from sartor.stages.yardstick import Yardstick
+from tests.conftest import make_model, texts
+
+
+@pytest.fixture
+def rows(tokenizer: Any) -> torch.Tensor:
+    return training_rows(texts("cook", 20, 8), tokenizer, 64)[:12]
+
+
+@pytest.fixture
+def other(tokenizer: Any) -> torch.Tensor:
+    return training_rows(texts("sail", 20, 9), tokenizer, 64)[:12]
+
+
+def effects(model: Any, rows: torch.Tensor) -> probe.Effects:
+    return probe.effects_of(net.anatomy(model), feel(model, rows))
+
+
+def faded(model: Any, layer: int, group: int, much: float) -> Any:
+    """A query group said a little more quietly: a cut so small that only its second order is left."""
+    a = net.anatomy(model)
+    columns = net.query_rows([group], a)[0]
+    model = net.clone(model)
+    net.linear(model, layer, "self_attn.o_proj").weight.data[:, columns] *= 1 - much
+    return model
+
+
+@torch.no_grad()
+def true_kl(model: Any, other: Any, rows: torch.Tensor) -> float:
+    """Over all tokens: a network that has learnt nothing spreads what it expects over more than the likeliest hundred."""
+    log_p, log_q = (torch.log_softmax(m(input_ids=rows).logits, -1) for m in (model, other))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def test_backward_probes_are_the_second_order_of_the_true_damage(model: Any, rows: torch.Tensor) -> None:
+    felt = [feel(model, rows, seed) for seed in range(40)]
+    for layer, group in ((0, 0), (1, 1), (2, 0)):
+        a = net.anatomy(model)
+        got = np.mean([float(probe.effects_of(a, f).group[layer][group]) for f in felt])
+        much = 0.2
+        assert got == pytest.approx(true_kl(model, faded(model, layer, group, much), rows) / much**2, rel=0.25)
+
+
+def test_effects_foretell_the_order_of_random_cuts_on_other_text(
+    place: dict[str, Any], tokenizer: Any, rows: torch.Tensor
+) -> None:
+    model, _ = net.load_dense(place["model"])
+    fresh = training_rows(texts("cook", 20, 77), tokenizer, 64)[:12]
+    e = effects(model, rows)
+    worth = probe.check(model, probe.order_units(e, e, 0.0), fresh, top_of(model, fresh), 12)
+    assert worth.spearman > 0.9
+    assert worth.r2 > 0.8
+    assert worth.factor > 0
+
+
+def test_effects_are_the_same_after_a_round_trip_through_json(model: Any, rows: torch.Tensor) -> None:
+    e = effects(model, rows)
+    again = probe.Effects.from_dict(json.loads(json.dumps(e.to_dict())))
+    assert again.parts == e.parts
+    for n, x in e.channel.items():
+        assert torch.allclose(again.channel[n], x, rtol=1e-3)
+        assert torch.allclose(again.group[n], e.group[n], rtol=1e-3)
+    assert again.tokens == e.tokens == rows.numel()
+
+
+def test_intervals_hold_their_effect_and_layers_without_parts_have_none(model: Any, rows: torch.Tensor) -> None:
+    net.shrink_attention_(model, 0, [])
+    net.shrink_mlp_(model, 1, torch.tensor([], dtype=torch.long))
+    e = effects(model, rows)
+    assert e.parts["attention"][0] == e.parts["mlp"][1] == [0, 0, 0]
+    for effect, low, high in (*e.parts["attention"][1:], e.parts["mlp"][0], e.parts["mlp"][2]):
+        assert 0 < low < effect < high
+    assert 0 not in e.group
+    assert 1 not in e.channel
+
+
+def test_a_units_effect_is_that_of_its_channels_on_both_texts(
+    model: Any, rows: torch.Tensor, other: torch.Tensor
+) -> None:
+    user, generic = effects(model, rows), effects(model, other)
+    units = probe.order_units(user, generic, 0.3)
+    for n in range(3):
+        assert units.of(n, "mlp").sum() == pytest.approx(
+            float(0.7 * user.channel[n].sum() + 0.3 * generic.channel[n].sum())
+        )
+        assert (np.diff(units.of(n, "mlp")) >= 0).all()
+        assert sorted(units.order[n].tolist()) == list(range(256))
+
+
+def test_masks_take_cheap_units_only_and_ever_more(model: Any) -> None:
+    values = np.random.default_rng(0).random(200)
+    masks = probe.random_masks(values, 6, 0)
+    assert (masks[:, values > np.median(values)] == 0).all()
+    assert (np.diff(masks.sum(1)) > 0).all()
+
+
+def test_a_verdict_needs_intervals_that_do_not_meet_and_effects_that_foretell() -> None:
+    good, bad = probe.Worth(8, 0.9, 0.9, 1.0), probe.Worth(8, 0.1, 0.2, 1.0)
+    assert verdict([3, 2.5, 3.5], [1, 0.5, 1.5], good) == "personalized"
+    assert verdict([3, 2.5, 3.5], [1, 0.5, 1.5], bad) == "undecided"
+    assert verdict([1.1, 0.5, 1.7], [1, 0.5, 1.5], good) == "generic"
+    assert verdict([3, 0.5, 5.5], [1, 0.2, 1.8], good) == "undecided"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+def test_the_tail_says_what_the_whole_network_says(tokenizer: Any, rows: torch.Tensor, kind: str) -> None:
+    model = make_model(len(tokenizer), kind)
+    tail = Tail(model, rows)
+    off = {1: torch.tensor([True, False])}, {2: torch.arange(256) % 3 > 0}
+    with torch.no_grad():
+        assert torch.allclose(tail.hidden_from(0), hidden_of(model, rows), atol=1e-6)
+        with net.masked(model, *off):
+            assert torch.allclose(tail.hidden_from(1), hidden_of(model, rows), atol=1e-6)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_yardsticks_measurements_agree(model: Any, tokenizer: Any, rows: torch.Tensor) -> None:
+    tail = Tail(model, rows)
+    stick = Yardstick(model, rows, tail.dense)
+    still = stick.read(tail.dense)
+    assert still.kl == pytest.approx(0, abs=1e-5)
+    assert still.loss == pytest.approx(0, abs=1e-5)
+    assert not still.hidden.any()
+    assert not still.vector.any()
+    reference = top_of(model, rows)
+    other = faded(model, 1, 0, 0.5)
+    with torch.no_grad():
+        moved = stick.read(hidden_of(other, rows))
+    assert float(moved.kl.mean()) == pytest.approx(kl_of(other, rows, reference), rel=1e-2)
+    assert float((moved.vector**2).sum()) == pytest.approx(true_kl(model, other, rows), rel=0.3)
+
+
+def plan_of(model: Any, groups: list[list[int]], channels: list[list[int]]) -> Plan:
+    a = net.anatomy(model)
+    layers = [
+        LayerPlan(to_mask(g, a.groups[n]), to_mask(c, a.ffn[n]))
+        for n, (g, c) in enumerate(zip(groups, channels, strict=True))
+    ]
+    return Plan("", a.family, 0, 0, None, None, tuple(layers), {}, 0.0, 0.0, {}, {}, 0.3, 0)
+
+
+HALF = ([[0, 1], [1], [0, 1]], [list(range(128)), list(range(256)), []])
+
+
+def test_an_empty_cut_needs_no_repair(model: Any, rows: torch.Tensor) -> None:
+    plan = plan_of(model, [[0, 1]] * 3, [list(range(256))] * 3)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    assert prune_(model, plan, (rows, rows), [], 4, lambda share, note: None) == {}
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    repair_(model, net.clone(model), net.clone(model), rows, torch.full((len(rows),), 1 / len(rows)))
+    for n, p in model.named_parameters():
+        assert torch.allclose(p, before[n], atol=1e-4), n
+
+
+def test_repair_brings_the_cut_networks_stream_nearer_to_the_whole_ones(model: Any, rows: torch.Tensor) -> None:
+    whole = net.clone(model)
+    cut_(model, plan_of(model, *HALF))
+    assert net.anatomy(model).groups == (2, 1, 2)
+    assert net.anatomy(model).ffn == (128, 256, 0)
+    with torch.no_grad():
+        expected = hidden_of(whole, rows)
+        plain = (hidden_of(model, rows) - expected).square().sum()
+        repair_(model, net.clone(model), whole, rows, torch.full((len(rows),), 1 / len(rows)))
+        assert (hidden_of(model, rows) - expected).square().sum() < 0.8 * plain
+
+
+def test_a_repair_that_does_not_help_is_undone(
+    place: dict[str, Any], tokenizer: Any, rows: torch.Tensor, other: torch.Tensor
+) -> None:
+    windows = encode_windows(cut_windows(texts("cook", 6, 70)), tokenizer)
+    for fitted_on, helps in ((rows, True), (torch.zeros_like(rows), False)):
+        model, _ = net.load_dense(place["model"])
+        plan = plan_of(model, *HALF)
+        plain = net.clone(model)
+        cut_(plain, plan)
+        told = prune_(model, plan, (fitted_on, fitted_on), windows, 12, lambda share, note: None)
+        assert (told["validation_repaired"] < told["validation_cut"]) == helps
+        same = all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+        assert same != helps
+        assert score(model, windows).bits_per_byte <= score(plain, windows).bits_per_byte + 1e-6
+        assert told["channels"] == 384
