@@ -190,6 +190,29 @@ def test_the_commands_speak_json_and_text(
     assert "xllamacpp" in capsys.readouterr().out
 
 
+def test_probing_tells_draws_and_is_remembered(
+    place: dict[str, Path], tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["probe", str(place["model"]), "--data", str(place["user"]), "--generic", str(place["generic"])]
+    assert main([*ask, "--out", str(tmp_path / "probed")]) == 0
+    told, progress = capsys.readouterr()
+    assert "gradients on generic text" in progress
+    assert all(f"{n} {part}" in told for n in range(3) for part in ("attention", "MLP"))
+    assert "Without the" in told
+    page = (tmp_path / "probed" / "probe.html").read_text()
+    assert page.count("<circle") == 12
+    r = json.loads((tmp_path / "probed" / "probe.json").read_text())
+    assert {v for part in r["verdicts"].values() for v in part} <= {"personalized", "generic", "undecided"}
+    assert "personalized" in r["verdicts"]["mlp"]  # a cook's texts and a sailor's
+    assert main([*ask, "--json"]) == 0
+    again, progress = capsys.readouterr()
+    assert json.loads(again)["without"] == r["without"]
+    assert "gradients" not in progress
+    for file in (tmp_path / "cache" / "probes").iterdir():
+        assert "secret-name" not in file.read_text()
+    assert main([*ask, "--out", str(tmp_path / "probed")]) == 2
+
+
 @pytest.mark.parametrize("stage", ["adapt", "quantize", "recover"])
 def test_an_interrupted_job_resumes(stage: str, place: dict[str, Path], tmp_path: Path, tiny: None) -> None:
     def stop(now: str, share: float, note: str) -> None:

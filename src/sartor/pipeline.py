@@ -31,7 +31,7 @@ from sartor.stages.calibrate import Moments, guided_moments, second_moments
 from sartor.stages.decide import Bytes, Measured, decide, smallest_bytes
 from sartor.stages.distil import Anchor, DistilConfig, InMemory, Kept, Latents, Trained, anchor, distil_, joined, put_
 from sartor.stages.likelihood import expected_use, top_of
-from sartor.stages.probe import check, effects_of, order_units
+from sartor.stages.probe import Effects, Units, Worth, check, effects_of, order_units, without_parts
 from sartor.stages.prune import cut_, prune_
 from sartor.stages.quantize import quantize
 from sartor.stages.sensitivity import feel
@@ -76,6 +76,59 @@ class Compressed:
     pruning: dict[str, float] = field(default_factory=dict)
 
 
+Compute = Callable[[], dict[str, Any]]
+Recall = Callable[[str, Tensor, int, Compute], dict[str, Any]]
+
+
+def _anew(what: str, rows: Tensor, seed: int, compute: Compute) -> dict[str, Any]:
+    """Nothing is remembered."""
+    return compute()
+
+
+def sense(
+    dense: Any, tokenizer: Any, texts: Texts, effort: str, seed: int, tell: Tell, recall: Recall = _anew
+) -> tuple[Effects, Effects]:
+    """What the user's text and generic text need of every unit.
+
+    Args:
+        dense: in bf16. recall: given what is to be measured, on which rows, with which seed and how, returns it, from an earlier job where it can.
+    """
+    rows = EFFORTS[effort].felt_rows
+    user = _probe_rows(texts.train, tokenizer, rows, seed)
+    generic = _probe_rows(texts.generic_train, tokenizer, rows // 2, seed)
+
+    def felt(rows: Tensor, start: float, name: str) -> Effects:
+        told = lambda share: tell("probe", start + 0.4 * share, f"gradients on {name}")  # noqa: E731
+        measure = lambda: effects_of(anatomy(dense), feel(dense, rows, seed, told), seed).to_dict()  # noqa: E731
+        return Effects.from_dict(recall("effects", rows, seed, measure))
+
+    return felt(user, 0.0, "the user's text"), felt(generic, 0.4, "generic text")
+
+
+def worth_of(dense: Any, tokenizer: Any, texts: Texts, units: Units, effort: str, seed: int, tell: Tell) -> Worth:
+    """Whether the units' effects foretell what random cuts cost on the user's probe split."""
+    e = EFFORTS[effort]
+    told = lambda share, note: tell("probe", 0.8 + 0.2 * share, note)  # noqa: E731
+    return check(dense, units, _probe_rows(texts.probe, tokenizer, e.probe_rows, seed), e.checks, seed, told)
+
+
+def _probe_rows(texts: Sequence[str], tokenizer: Any, n: int, seed: int) -> Tensor:
+    return sample(training_rows(texts, tokenizer), n, seed)
+
+
+def explain(
+    dense: Any, tokenizer: Any, texts: Texts, effort: str, seed: int, tell: Tell, recall: Recall = _anew
+) -> dict[str, Any]:
+    """Every sub-layer left out alone, on text that shaped nothing: {"user" or "generic": {part: by layer, [share, low, high]}}."""
+
+    def without(of: Sequence[str], start: float) -> dict[str, Any]:
+        rows = _probe_rows(of, tokenizer, 2 * EFFORTS[effort].probe_rows, seed)
+        told = lambda share, note: tell("explain", start + share / 2, note)  # noqa: E731
+        return recall("without", rows, seed, lambda: without_parts(dense, rows, seed, told))
+
+    return {"user": without(texts.probe, 0.0), "generic": without(texts.generic_probe, 0.5)}
+
+
 def make_plan(
     model: Any,
     tokenizer: Any,
@@ -87,12 +140,13 @@ def make_plan(
     rho: float = 0.3,
     seed: int = 0,
     tell: Tell = _silent,
+    recall: Recall = _anew,
 ) -> Plan:
     """Probe, diagnose, allocate.
 
     Args:
         model: dense, fp32 or bf16; never changed. budget: bytes of the file. bytes_of: exact size of a file.
-        sha256: of the model's source. rho: share of generic text in effects and second moments.
+        sha256: of the model's source. rho: share of generic text in effects and second moments. recall: see `sense`.
     Raises:
         BudgetError: the budget is below what can be reached.
     """
@@ -104,18 +158,12 @@ def make_plan(
             least,
         )
     dense = clone(model, torch.bfloat16)
-    user_rows, generic_rows = training_rows(texts.train, tokenizer), training_rows(texts.generic_train, tokenizer)
-    felt = lambda at, rows, name: effects_of(  # noqa: E731
-        anatomy(dense), feel(dense, rows, seed, lambda share: tell("probe", at + 0.4 * share, f"gradients on {name}"))
-    )
-    user = felt(0.0, sample(user_rows, e.felt_rows, seed), "the user's text")
-    generic = felt(0.4, sample(generic_rows, e.felt_rows // 2, seed), "generic text")
+    user, generic = sense(dense, tokenizer, texts, effort, seed, tell, recall)
     units = order_units(user, generic, rho)
-    probe_rows = sample(training_rows(texts.probe, tokenizer), e.probe_rows, seed)
+    worth = worth_of(dense, tokenizer, texts, units, effort, seed, tell)
+    probe_rows = _probe_rows(texts.probe, tokenizer, e.probe_rows, seed)
     reference = top_of(dense, probe_rows)
-    worth = check(
-        dense, units, probe_rows, reference, e.checks, seed, lambda share, note: tell("probe", 0.8 + 0.2 * share, note)
-    )
+    user_rows = training_rows(texts.train, tokenizer)
     user_moments = second_moments(dense, sample(user_rows, e.rows // 2, seed))
     told = lambda share, note: tell("decide", share, note)  # noqa: E731
     listed = whole(anatomy(dense).vocab)

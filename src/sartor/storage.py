@@ -9,8 +9,10 @@ FOLDER/provenance.json     where the model came from, by sha256
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,40 @@ def claim_folder(folder: Path, resume: bool = False) -> Path:
     except (OSError, FileExistsError) as error:
         raise OutputError(f"cannot write to '{folder}' ({type(error).__name__}): choose another --out") from error
     return folder
+
+
+def remembered(
+    folder: Path, model_sha256: str
+) -> Callable[[str, Tensor, int, Callable[[], dict[str, Any]]], dict[str, Any]]:
+    """A memory for measurements of one model (`pipeline.Recall`): JSON files in `folder`, found again by the content of the rows.
+
+    A file holds numbers about the model's parts and hashes, no text; one made on public text can be given to the next user of the model.
+    """
+
+    def recall(what: str, rows: Tensor, seed: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        about = {
+            "format": f"sartor-{what}-1",
+            "model_sha256": model_sha256,
+            "rows_sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+            "seed": seed,
+        }
+        name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
+        file = folder / f"{what}-{name}.json"
+        if file.exists():
+            try:
+                kept = json.loads(file.read_text())
+                if all(kept.get(k) == v for k, v in about.items()):
+                    return dict(kept["measured"])
+            except (ValueError, KeyError):
+                pass  # half-written or damaged: measured again
+        measured = compute()
+        folder.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(about | {"measured": measured}))
+        part.replace(file)
+        return measured
+
+    return recall
 
 
 def save_weights(path: Path, latents: Latents) -> None:

@@ -62,6 +62,31 @@ def layer_map(layers: Sequence[dict[str, float]], title: str) -> str:
     return _svg(int(80 + width * len(layers)), 212, out, title)
 
 
+def intervals(rows: Sequence[tuple[str, Sequence[float], Sequence[float], bool]], title: str) -> str:
+    """A line a thing: (label, user's [value, low, high], generic's, bold), as dots with intervals on a square-root scale of shares."""
+    top = max([x for _, u, g, _ in rows for x in (*u, *g)] + [1e-9])
+
+    def at(x: float) -> float:
+        return 150 + 520 * (max(x, 0.0) / top) ** 0.5
+
+    out = []
+    for n, (label, user, generic, bold) in enumerate(rows):
+        y = 14 + n * 20
+        weight = ' font-weight="bold"' if bold else ""
+        out.append(
+            f'<text x="142" y="{y + 4}" font-size="12" text-anchor="end" fill="{INK}"{weight}>{escape(label)}</text>'
+        )
+        for up, (x, low, high), colour in ((-4, user, USER), (4, generic, GENERIC)):
+            out.append(
+                f'<path d="M{at(low):.1f} {y + up}H{at(high):.1f}" stroke="{colour}" stroke-width="2"/>'
+                f'<circle cx="{at(x):.1f}" cy="{y + up}" r="3" fill="{colour}"/>'
+            )
+    ticks = [top * k * k / 16 for k in range(5)]
+    foot = 20 * len(rows) + 18
+    out += [_text(at(x), foot, f"{x:.1%}", "middle", 10) for x in ticks]
+    return _svg(720, foot + 6, out, title)
+
+
 def curve(points: Sequence[tuple[float, float]], level: float | None, xlabel: str, ylabel: str, title: str) -> str:
     """A line through points, and a dashed level to compare with."""
     xs, ys = [p[0] for p in points], [p[1] for p in points] + ([level] if level is not None else [])

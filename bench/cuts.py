@@ -1,0 +1,217 @@
+"""Pruning alone: a share of FFN and attention removed without any training, ours beside published methods.
+
+    python bench/cuts.py MODEL --data DIR [DIR ...] [--generic DIR] [--removed 0.2 0.3 0.4] [--seeds 1] [--rows 128]
+
+Every method sees the same rows of the user's training split (and, where it uses them, the same generic rows), removes the same share of the
+parameters of attention and FFN, and repairs as its paper says. Bits per byte of 48 KB of held-out test text, in PyTorch, with the user's and with
+generic text. Every cell is cached. Results: a table on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ground_truth import kept_file, opened
+from rivals import RIVALS, Ranking, Seen, look
+
+from sartor.memory import keep_freed
+from sartor.model.network import BLOCK, anatomy, clone, linear, linears_of, query_rows
+from sartor.numerics.allocate import Ladder, allocate
+from sartor.numerics.compensate import refit
+from sartor.plan import LayerPlan, Plan, to_mask
+from sartor.stages.decide import LEAST_BLOCKS
+from sartor.stages.measure import score
+from sartor.stages.probe import Effects, effects_of, order_units
+from sartor.stages.prune import cut_
+from sartor.stages.repair import repair_
+from sartor.stages.sensitivity import feel
+from sartor.stages.tokens import cut_windows, encode_windows, sample, training_rows
+
+TEST_BYTES = 49_152
+
+
+def chosen(a: Any, r: Ranking, removed: float) -> list[tuple[list[int], list[int]]]:
+    """Kept query groups and channels of every layer, so that `removed` of all parameters of attention and FFN go."""
+    block, group = 3 * BLOCK * a.width, 2 * a.width * a.head_dim * (a.queries_per_group + 1)
+    blocks, groups = [0] * a.layers, [0] * a.layers
+    if r.uniform:
+        for n in range(a.layers):
+            groups[n] = int(removed * a.groups[n])
+        missing = removed * sum(a.groups[n] * group + a.ffn[n] // BLOCK * block for n in range(a.layers))
+        want = round((missing - sum(groups) * group) / block)
+        for i in range(want):
+            blocks[i % a.layers] += 1
+    else:
+        ladders = []
+        for n in range(a.layers):
+            b = np.cumsum(np.maximum.accumulate(r.blocks[n]))[: a.ffn[n] // BLOCK - LEAST_BLOCKS]
+            ladders.append(Ladder(f"mlp.{n}", tuple(block * i for i in range(len(b) + 1)), (0.0, *b.tolist())))
+            g = np.cumsum(np.sort(r.groups[n]))
+            ladders.append(Ladder(f"attention.{n}", tuple(group * i for i in range(len(g) + 1)), (0.0, *g.tolist())))
+        total = sum(x.saved[-1] + (LEAST_BLOCKS * block if x.name.startswith("mlp") else 0) for x in ladders)
+        step = allocate(ladders, round(removed * total)).step
+        blocks = [step[f"mlp.{n}"] for n in range(a.layers)]
+        groups = [step[f"attention.{n}"] for n in range(a.layers)]
+    kept = []
+    for n in range(a.layers):
+        gone = set(np.argsort(r.groups[n], kind="stable")[: groups[n]].tolist())
+        kept.append(
+            ([g for g in range(a.groups[n]) if g not in gone], sorted(r.order[n][blocks[n] * BLOCK :].tolist()))
+        )
+    return kept
+
+
+def plan_of(a: Any, kept: list[tuple[list[int], list[int]]], seed: int) -> Plan:
+    layers = tuple(LayerPlan(to_mask(g, a.groups[n]), to_mask(c, a.ffn[n])) for n, (g, c) in enumerate(kept))
+    return Plan("", a.family, 0, 0, None, None, layers, {}, 0.0, 0.0, {}, {}, 0.3, seed)
+
+
+def without_repair(model: Any, plan: Plan, seen: Seen) -> Any:
+    cut = clone(model)
+    cut_(cut, plan)
+    return cut.to(torch.bfloat16)
+
+
+def with_bias(model: Any, plan: Plan, seen: Seen) -> Any:
+    """FLAP's repair: what the removed inputs said on average becomes a bias."""
+    biases = {}
+    a = anatomy(model)
+    for n, layer in enumerate(plan.layers):
+        for site, name, kept in (
+            (
+                "output",
+                "self_attn.o_proj",
+                query_rows(layer.kept_groups(), a)[0].tolist() if layer.kept_groups() else [],
+            ),
+            ("down", "mlp.down_proj", layer.kept_channels()),
+        ):
+            w = linear(model, n, name).weight.data
+            gone = torch.ones(w.shape[1], dtype=torch.bool)
+            gone[kept] = False
+            biases[n, name] = w[:, gone] @ seen.means[n, site][gone]
+    cut = clone(model)
+    cut_(cut, plan)
+    for n, name, module in linears_of(cut):
+        if (n, name) in biases:
+            module.bias = torch.nn.Parameter(biases[n, name], requires_grad=False)
+    return cut.to(torch.bfloat16)
+
+
+def by_moments(model: Any, plan: Plan, seen: Seen) -> Any:
+    """Least squares on the dense network's own activations, every reader for itself."""
+    new = {}
+    a = anatomy(model)
+    for n, layer in enumerate(plan.layers):
+        for site, name, kept in (
+            (
+                "output",
+                "self_attn.o_proj",
+                query_rows(layer.kept_groups(), a)[0].tolist() if layer.kept_groups() else [],
+            ),
+            ("down", "mlp.down_proj", layer.kept_channels()),
+        ):
+            w, c = linear(model, n, name).weight.data, seen.moments.c[n, site]
+            if kept and len(kept) < w.shape[1]:
+                new[n, name] = refit(w[:, kept], w @ c[:, kept], c[kept][:, kept], 0.1)
+    cut = clone(model)
+    cut_(cut, plan)
+    for (n, name), w in new.items():
+        linear(cut, n, name).weight.data = w
+    return cut.to(torch.bfloat16)
+
+
+REPAIR: dict[str, Callable[[Any, Plan, Seen], Any]] = {
+    "random": without_repair,
+    "Taylor": without_repair,
+    "Wanda-sp": without_repair,
+    "FLAP": with_bias,
+    "OBS (SlimGPT-like)": by_moments,
+}
+
+
+def by_effects(user: Effects, generic: Effects, rho: float) -> Ranking:
+    units = order_units(user, generic, rho)
+    layers = sorted(user.channel)
+    return Ranking(
+        units.order, {n: units.of(n, "mlp") for n in layers}, {n: units.of(n, "attention") for n in layers}, False
+    )
+
+
+def stream_repaired(model: Any, plan: Plan, own: torch.Tensor, generic: torch.Tensor, rho: float) -> Any:
+    small, whole = clone(model), clone(model, torch.bfloat16)
+    cut_(small, plan)
+    running = clone(small, torch.bfloat16)
+    weight = torch.cat([torch.full((len(r),), s / len(r)) for r, s in ((own, 1 - rho), (generic, rho))])
+    repair_(small, running, whole, torch.cat([own, generic]), weight)
+    return running
+
+
+def ours(
+    model: Any, own: torch.Tensor, generic: torch.Tensor, seed: int
+) -> dict[str, tuple[Ranking, Callable[..., Any]]]:
+    """Sartor's arms: as it is, and with parts exchanged."""
+    half, a = clone(model, torch.bfloat16), anatomy(model)
+    user, other = (effects_of(a, feel(half, r, seed)) for r in (own, generic))
+    few = generic[: len(generic) // 2]
+    mixed, mine, theirs = by_effects(user, other, 0.3), by_effects(user, other, 0.0), by_effects(other, other, 0.0)
+    return {
+        "Sartor": (mixed, lambda m, plan, seen: stream_repaired(m, plan, own, few, 0.3)),
+        "Sartor, own text only": (mine, lambda m, plan, seen: stream_repaired(m, plan, own, few, 0.0)),
+        "Sartor, generic text only": (theirs, lambda m, plan, seen: stream_repaired(m, plan, generic, few, 0.3)),
+        "Sartor, repair on the dense stream": (mixed, by_moments),
+        "Sartor, no repair": (mixed, without_repair),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--generic")
+    parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.3, 0.4])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=128, help="of 256 tokens, of the user's training split")
+    a = parser.parse_args()
+    keep_freed()
+    for data in a.data:
+        p, _ = opened(a.model, data, a.generic)
+        user = encode_windows(cut_windows(p.user.test, TEST_BYTES), p.tokenizer)
+        general = encode_windows(cut_windows(p.generic.test, TEST_BYTES), p.tokenizer)
+        dense = clone(p.model, torch.bfloat16)
+        base = score(dense, user).bits_per_byte, score(dense, general).bits_per_byte
+        print(f"{Path(data).name}: dense {base[0]:.3f}, generic {base[1]:.3f} bits per byte", flush=True)
+        for seed in range(a.seeds):
+            own = sample(training_rows(p.texts.train, p.tokenizer), a.rows, seed)
+            generic = sample(training_rows(p.texts.generic_train, p.tokenizer), a.rows, seed)
+            shape = anatomy(p.model)
+            seen = look(clone(p.model, torch.bfloat16), own)
+            arms = {name: (rank(seen), REPAIR[name]) for name, rank in RIVALS.items()} | ours(
+                p.model, own, generic, seed
+            )
+            for removed in a.removed:
+                for name, (ranking, repair) in arms.items():
+                    kept = chosen(shape, ranking, removed)
+                    file = kept_file("cut", name, json.dumps(kept), own, generic).with_suffix(".json")
+                    if not file.exists():
+                        started = time.monotonic()
+                        cut = repair(p.model, plan_of(shape, kept, seed), seen)
+                        cell = [score(cut, w).bits_per_byte for w in (user, general)]
+                        file.write_text(json.dumps([*cell, time.monotonic() - started]))
+                    mine, theirs, seconds = json.loads(file.read_text())
+                    print(
+                        f"{removed:.0%} removed, seed {seed}: {name:36s} user {mine:.3f} ({mine / base[0] - 1:+.1%})  generic {theirs:.3f} ({theirs / base[1] - 1:+.1%})",
+                        flush=True,
+                    )
+                    print(f"  ({seconds:.0f} s)", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
