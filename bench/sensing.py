@@ -1,0 +1,312 @@
+"""Which way of probing finds the units that matter: designs, recoveries and measurements against exact leave-one-out.
+
+    python bench/sensing.py MODEL --data DIR [--generic DIR] [--on-generic] [--rows 4] [--block 64]
+
+For every number of probes (d/8, d/4, d/2) the share of the true highest tenth of all units that is found, and what it cost in seconds. Masks
+are drawn by four designs and read by four measurements; effects are recovered by eight solvers. Beside them: scores that need no mask, and screened
+leave-one-out (exact probes of the units that backward probes put highest). Needs scikit-learn (pip install -e '.[bench]'). Masks are cached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ground_truth import generic_units, kept_file, leave_one_out, opened, probing_rows
+from rivals import look
+from scipy.linalg import hadamard
+from scipy.optimize import nnls
+from scipy.stats import spearmanr
+from sklearn.linear_model import ElasticNet, Lasso, MultiTaskLasso, OrthogonalMatchingPursuit
+
+from sartor.memory import keep_freed
+from sartor.model.network import anatomy, masked
+from sartor.model.tail import Tail
+from sartor.stages.probe import Effects, Units, effects_of, unit_masks
+from sartor.stages.sensitivity import feel
+from sartor.stages.tokens import sample, training_rows
+from sartor.stages.yardstick import Yardstick
+
+SHARE = 0.03  # of all units that a mask takes
+SPENT = (8, 4, 2)
+Array = np.ndarray
+
+
+def bernoulli(units: Units, m: int, rng: np.random.Generator) -> Array:
+    """Every unit off with the same probability, independently."""
+    return (rng.random((m, len(units.layer))) < SHARE).astype(float)
+
+
+def partition(units: Units, m: int, rng: np.random.Generator) -> Array:
+    """Every unit off once a permutation; units of a layer are dealt round the masks, so that few of one meet."""
+    group, probes = units.layer * 2 + units.kind, round(1 / SHARE)
+    rows: list[Array] = []
+    while len(rows) < m:
+        block, offset = np.zeros((probes, len(group))), rng.integers(probes)
+        for g in rng.permutation(int(group.max()) + 1):
+            members = rng.permutation(np.flatnonzero(group == g))
+            block[(offset + np.arange(len(members))) % probes, members] = 1
+            offset += len(members)
+        rows += list(block)
+    return np.array(rows[:m])
+
+
+def antithetic(units: Units, m: int, rng: np.random.Generator) -> Array:
+    """Pairs: a random half of a random pool, and the pool's other half (Bonsai, arXiv:2402.05406)."""
+    d = len(units.layer)
+    size = round(SHARE * d)
+    out = np.zeros((m, d))
+    for i in range(0, m - 1, 2):
+        pool = rng.permutation(d)[: 2 * size]
+        out[i, pool[:size]] = out[i + 1, pool[size:]] = 1
+    return out
+
+
+def hadamard_groups(units: Units, m: int, rng: np.random.Generator) -> Array:
+    """Rows of Hadamard matrices over groups of units: each matrix works on 64 groups drawn anew, half of them off."""
+    d, order = len(units.layer), 64
+    width = max(1, round(2 * SHARE * d / order))
+    rows: list[Array] = []
+    while len(rows) < m:
+        groups = rng.permutation(d)[: order * width].reshape(order, width)
+        for signs in hadamard(order)[1:]:
+            row = np.zeros(d)
+            row[groups[signs < 0].ravel()] = 1
+            rows.append(row)
+    return np.array(rows[:m])
+
+
+DESIGNS: dict[str, Callable[[Units, int, np.random.Generator], Array]] = {
+    "partition": partition,
+    "Bernoulli": bernoulli,
+    "antithetic": antithetic,
+    "Hadamard": hadamard_groups,
+}
+
+
+def readings(model: Any, sha: str, units: Units, rows: torch.Tensor, design: str, m: int) -> dict[str, Array]:
+    """All measurements of the first m masks of a design; `seconds` in all."""
+    file = kept_file("masks", sha, torch.cat(list(units.order.values())), units.size, rows, design, m)
+    if not file.exists():
+        removed = DESIGNS[design](units, m, np.random.default_rng(0))
+        tail = Tail(model, rows)
+        stick = Yardstick(model, rows, tail.dense)
+        started, found = time.monotonic(), []
+        for i, mask in enumerate(removed):
+            with masked(model, *unit_masks(model, units, mask)):
+                found.append(
+                    stick.read(tail.hidden_from(int(units.layer[mask > 0].min(initial=anatomy(model).layers - 1))))
+                )
+            if i % 50 == 49:
+                print(f"{design}: mask {i + 1} of {m}", file=sys.stderr, flush=True)
+        np.savez(
+            file,
+            removed=removed,
+            seconds=np.array(time.monotonic() - started),
+            vector=np.stack([r.vector for r in found]).astype(np.float16),
+            **{k: np.array([getattr(r, k).mean() for r in found]) for k in ("kl", "loss", "hidden")},
+        )
+    return dict(np.load(file))
+
+
+Solver = Callable[[Array, Array, Array], Array]
+
+
+def _centred(a: Array, y: Array) -> tuple[Array, Array]:
+    return a - a.mean(0), y - y.mean(0)
+
+
+def best_strength(solve: Callable[[Array, Array, Array, float], Array], strengths: tuple[float, ...]) -> Solver:
+    """The strength of best rank correlation on held-out masks, in five folds."""
+
+    def run(a: Array, y: Array, prior: Array) -> Array:
+        fold, worth = np.arange(len(y)) % 5, []
+        for s in strengths:
+            held = np.zeros(len(y))
+            for f in range(5):
+                held[fold == f] = a[fold == f] @ solve(a[fold != f], y[fold != f], prior, s)
+            worth.append(np.nan_to_num(spearmanr(held, y).statistic))
+        return solve(a, y, prior, strengths[int(np.argmax(worth))])
+
+    return run
+
+
+def ridge(a: Array, y: Array, prior: Array, s: float) -> Array:
+    """Towards nothing."""
+    a, y = _centred(a, y)
+    return a.T @ np.linalg.solve(a @ a.T + s * np.trace(a @ a.T) / len(y) * np.eye(len(y)), y)
+
+
+def ridge_to_prior(a: Array, y: Array, prior: Array, s: float) -> Array:
+    """Every unit away from its backward effect p at a cost of (x - p)^2 / p^2: the posterior mean of a Gaussian of that width."""
+    scaled = a * prior
+    centred, rest = _centred(scaled, y - a @ prior)
+    gram = centred @ centred.T
+    return prior * (1 + centred.T @ np.linalg.solve(gram + s * np.trace(gram) / len(y) * np.eye(len(y)), rest))
+
+
+def lasso(a: Array, y: Array, prior: Array, s: float) -> Array:
+    return Lasso(alpha=s * np.abs((a - a.mean(0)).T @ (y - y.mean())).max() / len(y), max_iter=2000).fit(a, y).coef_
+
+
+def debiased(a: Array, y: Array, prior: Array, s: float) -> Array:
+    """LASSO's support, then least squares on it."""
+    found = np.flatnonzero(lasso(a, y, prior, s))
+    out = np.zeros(a.shape[1])
+    if len(found):
+        out[found] = ridge(a[:, found], y, prior[found], 1e-3)
+    return out
+
+
+def elastic(a: Array, y: Array, prior: Array, s: float) -> Array:
+    top = np.abs((a - a.mean(0)).T @ (y - y.mean())).max() / len(y)
+    return ElasticNet(alpha=2 * s * top, l1_ratio=0.5, max_iter=2000).fit(a, y).coef_
+
+
+def non_negative(a: Array, y: Array, prior: Array, s: float) -> Array:
+    scale = np.sqrt(s * (a**2).sum() / len(y))
+    return nnls(np.vstack([a, scale * np.eye(a.shape[1])]), np.concatenate([y, np.zeros(a.shape[1])]))[0]
+
+
+def omp(a: Array, y: Array, prior: Array, s: float) -> Array:
+    return OrthogonalMatchingPursuit(n_nonzero_coefs=max(1, round(s * len(y)))).fit(a, y).coef_
+
+
+SOLVERS: dict[str, Solver] = {
+    "ridge": best_strength(ridge, (0.01, 0.1, 1.0, 10.0)),
+    "ridge to backward effects": best_strength(ridge_to_prior, (0.01, 0.1, 1.0, 10.0, 100.0)),
+    "LASSO": best_strength(lasso, (0.3, 0.1, 0.03, 0.01, 0.003)),
+    "LASSO, debiased": best_strength(debiased, (0.3, 0.1, 0.03, 0.01)),
+    "elastic net": best_strength(elastic, (0.3, 0.1, 0.03, 0.01, 0.003)),
+    "non-negative": best_strength(non_negative, (0.001, 0.01, 0.1)),
+    "OMP": best_strength(omp, (0.05, 0.1, 0.2, 0.4)),
+}
+
+
+def from_vectors(a: Array, vectors: Array, jointly_sparse: bool) -> Array:
+    """|v_u|^2 of effect vectors recovered from vector measurements: by ridge, or with one support for all coordinates (MMV)."""
+    projection = np.random.default_rng(0).normal(size=(vectors.shape[1], 48)) / np.sqrt(48)
+    y = vectors.astype(np.float32) @ projection
+    centred, rest = _centred(a, y)
+    if jointly_sparse:
+        top = np.linalg.norm(centred.T @ rest, axis=1).max() / len(y)
+        v = MultiTaskLasso(alpha=0.05 * top, max_iter=500).fit(a, y).coef_.T
+    else:
+        gram = centred @ centred.T
+        v = centred.T @ np.linalg.solve(gram + 0.1 * np.trace(gram) / len(y) * np.eye(len(y)), rest)
+    return (v**2).sum(1)
+
+
+def found_share(scores: Array, truth: Array) -> float:
+    k = len(truth) // 10
+    return len(set(np.argsort(-scores)[:k]) & set(np.argsort(-truth)[:k])) / k
+
+
+def of_units(units: Units, e: Effects) -> Array:
+    """Effects of given units."""
+    return np.array(
+        [
+            float(e.group[n][i])
+            if kind == 0
+            else float(e.channel[n][units.order[n][i * units.size : (i + 1) * units.size]].sum())
+            for n, kind, i in zip(units.layer, units.kind, units.index, strict=True)
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--generic")
+    parser.add_argument("--on-generic", action="store_true", help="probe the generic reference itself")
+    parser.add_argument("--rows", type=int, default=4, help="of the 8 rows of the ground truth")
+    parser.add_argument("--block", type=int, default=64)
+    a = parser.parse_args()
+    keep_freed()
+    warnings.filterwarnings("ignore")
+    p, model = opened(a.model, a.data, a.generic)
+    units = generic_units(p, model, a.block)
+    d = len(units.layer)
+    rows = probing_rows(p, a.on_generic, 8)
+    exact = leave_one_out(model, p.source.sha256, units, rows, "truth")
+    truth, rows = exact["kl"][:, : a.rows].mean(1), rows[: a.rows]
+    print(
+        f"{'generic' if a.on_generic else Path(a.data).name}: {d} units, {rows.numel()} tokens a probe; share of the true highest tenth found",
+        flush=True,
+    )
+
+    def tell(name: str, scores: Array, seconds: float) -> None:
+        print(
+            f"  {name:64s} {found_share(scores, truth):5.2f}  rank {spearmanr(scores, truth).statistic:5.2f}  {seconds:5.0f} s",
+            flush=True,
+        )
+
+    own = training_rows(p.texts.generic_train if a.on_generic else p.texts.train, p.tokenizer)
+    backward: dict[int, Array] = {}
+    for n in (16, 64, 192):
+        started = time.monotonic()
+        backward[n] = of_units(units, effects_of(anatomy(model), feel(model, sample(own, n, 0))))
+        tell(f"backward probes, {n} rows of other text", backward[n], time.monotonic() - started)
+    started = time.monotonic()
+    same = np.mean([of_units(units, effects_of(anatomy(model), feel(model, rows, s))) for s in range(16)], 0)
+    tell("backward probes, the same rows 16 times", same, time.monotonic() - started)
+    seen = look(model, sample(own, 64, 0))
+    per_channel = {
+        "activations (Wanda-sp), 64 rows": lambda n, s, w: w.square().sum(0) * seen.moments.c[n, s].diagonal(),
+        "Taylor, 64 rows": lambda n, s, w: seen.taylor[n, s].abs(),
+    }
+    for name, score in per_channel.items():
+        tell(name, of_units(units, _as_effects(model, score)), float("nan"))
+    tell("random", np.random.default_rng(0).random(d), 0.0)
+    each = float(exact["seconds"]) / d * a.rows / 8
+    for part in SPENT:
+        m = d // part
+        first = np.argsort(-backward[64])[:m]
+        mixed = backward[64] * 1e-6
+        mixed[first] += truth[first]
+        tell(f"d/{part} = {m}: screened leave-one-out", mixed, m * each)
+    for design in DESIGNS:
+        got = readings(model, p.source.sha256, units, rows, design, d // SPENT[-1])
+        for part in SPENT:
+            m = d // part
+            masks, seconds = got["removed"][:m], float(got["seconds"]) * m / len(got["removed"])
+            for name, solve in SOLVERS.items():
+                tell(f"d/{part} = {m}: {design}, KL, {name}", solve(masks, got["kl"][:m], backward[64]), seconds)
+            for kind in ("loss", "hidden"):
+                tell(
+                    f"d/{part} = {m}: {design}, {kind}, LASSO",
+                    SOLVERS["LASSO"](masks, got[kind][:m], backward[64]),
+                    seconds,
+                )
+            for sparse, name in ((False, "ridge"), (True, "jointly sparse")):
+                tell(
+                    f"d/{part} = {m}: {design}, vector, {name}", from_vectors(masks, got["vector"][:m], sparse), seconds
+                )
+
+
+def _as_effects(model: Any, score: Callable[[int, str, torch.Tensor], torch.Tensor]) -> Effects:
+    """Scores of inputs in the shape of effects."""
+    from sartor.model.network import linear
+
+    a = anatomy(model)
+    channel, group = {}, {}
+    for n in range(a.layers):
+        channel[n] = score(n, "down", linear(model, n, "mlp.down_proj").weight.data.float())
+        group[n] = (
+            score(n, "output", linear(model, n, "self_attn.o_proj").weight.data.float())
+            .reshape(a.groups[n], -1)
+            .sum(-1)
+        )
+    return Effects(channel, group, {}, 0)
+
+
+if __name__ == "__main__":
+    main()
