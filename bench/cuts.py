@@ -71,7 +71,7 @@ def chosen(a: Any, r: Ranking, removed: float) -> list[tuple[list[int], list[int
 
 def plan_of(a: Any, kept: list[tuple[list[int], list[int]]], seed: int) -> Plan:
     layers = tuple(LayerPlan(to_mask(g, a.groups[n]), to_mask(c, a.ffn[n])) for n, (g, c) in enumerate(kept))
-    return Plan("", a.family, 0, 0, None, None, layers, {}, 0.0, 0.0, {}, {}, 0.3, seed)
+    return Plan("", a.family, 0, 0, None, None, layers, {}, 0.0, 0.0, {}, {}, {}, 0.3, seed)
 
 
 def without_repair(model: Any, plan: Plan, seen: Seen) -> Any:

@@ -196,7 +196,7 @@ def test_probing_tells_draws_and_is_remembered(
     ask = ["probe", str(place["model"]), "--data", str(place["user"]), "--generic", str(place["generic"])]
     assert main([*ask, "--out", str(tmp_path / "probed")]) == 0
     told, progress = capsys.readouterr()
-    assert "gradients on generic text" in progress
+    assert "gradients on the user's text" in progress
     assert all(f"{n} {part}" in told for n in range(3) for part in ("attention", "MLP"))
     assert "Without the" in told
     page = (tmp_path / "probed" / "probe.html").read_text()
@@ -229,7 +229,9 @@ def test_an_interrupted_job_resumes(stage: str, place: dict[str, Path], tmp_path
     assert "probe" not in seen
     assert "recover" in seen
     assert ("quantize" in seen) == (stage != "recover")
-    assert (tmp_path / "out" / "plan.json").read_text() == plan
+    before, after = sartor.Plan.from_json(plan), sartor.Plan.from_json((tmp_path / "out" / "plan.json").read_text())
+    assert before.vocabulary == after.vocabulary
+    assert (before == after) == (stage != "adapt")  # once it has adapted, the network settles what goes
     assert not (tmp_path / "out" / "checkpoint").exists()
     assert (tmp_path / "out" / "model.gguf").stat().st_size <= json.loads(plan)["budget_bytes"]
 

@@ -160,7 +160,7 @@ def plan_of(model: Any, groups: list[list[int]], channels: list[list[int]]) -> P
         LayerPlan(to_mask(g, a.groups[n]), to_mask(c, a.ffn[n]))
         for n, (g, c) in enumerate(zip(groups, channels, strict=True))
     ]
-    return Plan("", a.family, 0, 0, None, None, tuple(layers), {}, 0.0, 0.0, {}, {}, 0.3, 0)
+    return Plan("", a.family, 0, 0, None, None, tuple(layers), {}, 0.0, 0.0, {}, {}, {}, 0.3, 0)
 
 
 HALF = ([[0, 1], [1], [0, 1]], [list(range(128)), list(range(256)), []])

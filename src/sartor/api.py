@@ -192,7 +192,8 @@ def _apply(
     p: Prepared, job: Job, plan: Plan, point: storage.Checkpoint | None, seconds: dict[str, float], tell: Tell
 ) -> Compressed:
     """Act on the plan, from the last checkpoint where there is one."""
-    made = apply_plan(p.release, p.tokenizer, plan, p.texts, job.effort, None, tell, point.of if point else None)
+    kept, settled = (point.of, point.save_plan) if point else (None, lambda plan: None)
+    made = apply_plan(p.release, p.tokenizer, plan, p.texts, job.effort, None, tell, kept, settled)
     seconds |= made.seconds
     return made
 

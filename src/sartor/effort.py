@@ -29,8 +29,8 @@ class Effort:
     """How much work each stage does; one row an effort level.
 
     Attributes:
-        rows: rows of 256 tokens for second moments, and generic ones in training. guided_rows: for those of error feedback. felt_rows: for backward probes, half as many
-        on generic text. probe_rows: on which damage is measured. checks: random masks. expected_rows: rows on which the model says what words it expects.
+        rows: rows of 256 tokens for second moments, and generic ones in training. guided_rows: for those of error feedback. felt_rows: for backward probes, of the original and of the adapted network, half as
+        many on generic text. probe_rows: on which damage is measured. checks: random masks. expected_rows: rows on which the model says what words it expects.
         layers_at_once: whose three-bit damage is measured together. repair_rows: the user's rows that repair is fitted on.
         validation_bytes, test_bytes: text measured on.
     """
@@ -52,7 +52,7 @@ EFFORTS: dict[str, Effort] = {
     "quick": Effort(
         rows=32,
         guided_rows=48,
-        felt_rows=48,
+        felt_rows=40,
         probe_rows=4,
         checks=8,
         expected_rows=64,
@@ -65,7 +65,7 @@ EFFORTS: dict[str, Effort] = {
     "standard": Effort(
         rows=64,
         guided_rows=128,
-        felt_rows=128,
+        felt_rows=96,
         probe_rows=8,
         checks=16,
         expected_rows=96,

@@ -28,7 +28,7 @@ from sartor.stages.bits import (
     poorer_damage,
 )
 from sartor.stages.calibrate import Moments, guided_moments, second_moments
-from sartor.stages.decide import Bytes, Measured, decide, smallest_bytes
+from sartor.stages.decide import Bytes, Measured, decide, settle, smallest_bytes
 from sartor.stages.distil import Anchor, DistilConfig, InMemory, Kept, Latents, Trained, anchor, distil_, joined, put_
 from sartor.stages.likelihood import expected_use, top_of
 from sartor.stages.probe import Effects, Units, Worth, check, effects_of, order_units, without_parts
@@ -93,16 +93,28 @@ def sense(
     Args:
         dense: in bf16. recall: given what is to be measured, on which rows, with which seed and how, returns it, from an earlier job where it can.
     """
-    rows = EFFORTS[effort].felt_rows
-    user = _probe_rows(texts.train, tokenizer, rows, seed)
-    generic = _probe_rows(texts.generic_train, tokenizer, rows // 2, seed)
+    rows = training_rows(texts.train, tokenizer), training_rows(texts.generic_train, tokenizer)
+    return _felt(dense, rows, effort, seed, lambda share, note: tell("probe", 0.8 * share, note), recall)
+
+
+def _felt(
+    model: Any,
+    rows: tuple[Tensor, Tensor],
+    effort: str,
+    seed: int,
+    tell: Callable[[float, str], None],
+    recall: Recall = _anew,
+) -> tuple[Effects, Effects]:
+    """Backward probes on some of the user's rows and of generic ones."""
 
     def felt(rows: Tensor, start: float, name: str) -> Effects:
-        told = lambda share: tell("probe", start + 0.4 * share, f"gradients on {name}")  # noqa: E731
-        measure = lambda: effects_of(anatomy(dense), feel(dense, rows, seed, told), seed).to_dict()  # noqa: E731
+        told = lambda share: tell(start + 0.5 * share, f"gradients on {name}")  # noqa: E731
+        measure = lambda: effects_of(anatomy(model), feel(model, rows, seed, told), seed).to_dict()  # noqa: E731
         return Effects.from_dict(recall("effects", rows, seed, measure))
 
-    return felt(user, 0.0, "the user's text"), felt(generic, 0.4, "generic text")
+    many = EFFORTS[effort].felt_rows
+    user, generic = sample(rows[0], many, seed), sample(rows[1], many // 2, seed)
+    return felt(user, 0.0, "the user's text"), felt(generic, 0.5, "generic text")
 
 
 def worth_of(dense: Any, tokenizer: Any, texts: Texts, units: Units, effort: str, seed: int, tell: Tell) -> Worth:
@@ -217,14 +229,15 @@ def apply_plan(
     training: Training | None = None,
     tell: Tell = _silent,
     kept: Callable[[str], Kept] | None = None,
+    settled: Callable[[Plan], None] = lambda plan: None,
 ) -> Compressed:
-    """Trim, adapt, prune and repair, quantize, recover.
+    """Trim, adapt, settle the cuts, prune and repair, quantize, recover.
 
     Args:
         model: dense, fp32; never changed. A function that returns it lets it be freed once it is trimmed (training needs
         the room). training: None for the effort's own, UNTRAINED for none.
         kept: where the best weights of a training ("adapt", "recover") are kept (None: in memory);
-        what is there already is not done again.
+        what is there already is not done again. settled: told the plan whose cuts the adapted network has decided.
     """
     e = EFFORTS[effort]
     training = training or e.training
@@ -241,7 +254,13 @@ def apply_plan(
     pruning: dict[str, float] = {}
     latents, before = school.kept("recover").load() or (None, 0.0)
     if latents is None:
-        pruning = prune_(small, plan, rows, validation, e.repair_rows, lambda s, n: tell("prune", s, n))
+        if said is not None:
+            tell("prune", 0.0, "gradients of the adapted network")
+            told = lambda s, n: tell("prune", 0.4 * s, f"the adapted network's {n}")  # noqa: E731
+            felt = _felt(clone(small, torch.bfloat16), rows, effort, plan.seed, told)
+            plan = settle(plan, anatomy(small), *felt)
+            settled(plan)
+        pruning = prune_(small, plan, rows, validation, e.repair_rows, lambda s, n: tell("prune", 0.4 + 0.6 * s, n))
         clock.lap("prune")
         latents = _quantized(small, rows, plan, e, tell)
         clock.lap("quantize")

@@ -104,7 +104,7 @@ class Plan:
     Attributes:
         model_sha256: of the model it was made for. budget_bytes, predicted_bytes: of the file. vocabulary: mask of the
         kept tokens, or None for all. seen_again: mask of those the training text is spelled with. grids: parameter name -> grid.
-        predicted_damage: nats per token before recovery. price: damage per byte of the last step. ladders: the step taken on each ladder. probing: worth of the recovery. rho: share of generic second moments.
+        predicted_damage: nats per token before recovery. price: damage per byte of the last step. ladders: the step taken on each ladder. probing: what effects are worth. poorer_damage: of every layer's down_proj on coarser grids, None where they do not fit. rho: share of generic second moments.
     """
 
     model_sha256: str
@@ -119,9 +119,10 @@ class Plan:
     price: float
     ladders: dict[str, list[float]]
     probing: dict[str, float]
+    poorer_damage: dict[str, list[float | None]]
     rho: float
     seed: int
-    version: int = 2
+    version: int = 3
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

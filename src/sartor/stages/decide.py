@@ -22,7 +22,7 @@ from sartor.numerics.allocate import Choice, Ladder, allocate
 from sartor.numerics.grids import fits, tensor_bytes
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.bits import BASE, DOWN, POORER, RICHER, all_on_base, embeddings_of, kinds_of
-from sartor.stages.probe import PARTS, Effects, Units, Worth
+from sartor.stages.probe import PARTS, Effects, Units, Worth, order_units
 from sartor.stages.words import Words, least_size
 
 LEAST_BLOCKS = 4  # FFN blocks that every layer keeps: below it the additive damage means nothing
@@ -80,7 +80,7 @@ def decide(
         BudgetError: the smallest model that makes sense is still larger.
     """
     a = anatomy(model)
-    mlps = _mlp_ladders(a, measured)
+    mlps = _mlp_ladders(a, measured.units, measured.poorer_damage)
     cuts = _cut_ladders(a, measured, mlps)
     kinds = kinds_of(model)
     rich = {k: names for k, names in kinds.items() if (k, FINEST_FIRST[0]) in measured.kind_damage}
@@ -123,47 +123,46 @@ class Option:
 MlpLadders = dict[str, tuple[list[int], list[Option]]]
 
 
-def mlp_options(a: Anatomy, m: Measured, layers: Sequence[int]) -> list[Option]:
+def mlp_options(a: Anatomy, units: Units, poorer: Mapping[str, np.ndarray], layers: Sequence[int]) -> list[Option]:
     """All ways to make these layers' MLPs smaller by the same blocks, the smallest saving first; option 0 changes nothing."""
     cumulative = np.zeros(1)
     depth = min(a.ffn[n] for n in layers) // BLOCK - LEAST_BLOCKS
     for n in layers:
-        cumulative = cumulative + np.concatenate([[0.0], np.cumsum(m.units.of(n, "mlp")[:depth])])
+        cumulative = cumulative + np.concatenate([[0.0], np.cumsum(units.of(n, "mlp")[:depth])])
     whole = sum(_mlp_bytes(a, a.ffn[n], BASE) for n in layers)
     options = []
     for b in range(depth + 1):
         for grid in (BASE, *POORER):
             if all(fits(grid, a.ffn[n] - b * BLOCK) for n in layers):
                 left = sum(_mlp_bytes(a, a.ffn[n] - b * BLOCK, grid) for n in layers)
-                options.append(Option(b, grid, whole - left, float(cumulative[b] + _coarser(a, m, layers, b, grid))))
+                options.append(
+                    Option(b, grid, whole - left, float(cumulative[b] + _coarser(a, poorer, layers, b, grid)))
+                )
     return sorted((o for o in options if np.isfinite(o.damage)), key=lambda o: (o.saved, o.damage))
 
 
-def _coarser(a: Anatomy, m: Measured, layers: Sequence[int], blocks: int, grid: str) -> float:
+def _coarser(a: Anatomy, poorer: Mapping[str, np.ndarray], layers: Sequence[int], blocks: int, grid: str) -> float:
     """Damage of the grid on what is left of `down_proj`, beyond BASE."""
     if grid == BASE:
         return 0.0
-    return sum(m.poorer_damage[grid][n] * (1 - blocks * BLOCK / a.ffn[n]) for n in layers)
+    return sum(poorer[grid][n] * (1 - blocks * BLOCK / a.ffn[n]) for n in layers)
 
 
 def _mlp_bytes(a: Anatomy, channels: int, down: str) -> int:
     return 2 * tensor_bytes(BASE, (channels, a.width)) + tensor_bytes(down, (a.width, channels))
 
 
-def _mlp_ladders(a: Anatomy, m: Measured) -> MlpLadders:
+def _mlp_ladders(a: Anatomy, units: Units, poorer: Mapping[str, np.ndarray]) -> MlpLadders:
     """{ladder: (its layers, options)}; one for all layers where llama.cpp wants them equal."""
     if family_of(a.family).gguf_flexible is not None:
-        return {f"mlp.{n}": ([n], mlp_options(a, m, [n])) for n in range(a.layers)}
+        return {f"mlp.{n}": ([n], mlp_options(a, units, poorer, [n])) for n in range(a.layers)}
     every = list(range(a.layers))
-    return {"mlp.all": (every, mlp_options(a, m, every))}
+    return {"mlp.all": (every, mlp_options(a, units, poorer, every))}
 
 
 def _cut_ladders(a: Anatomy, m: Measured, mlps: MlpLadders) -> list[Ladder]:
     """Ladders of MLPs and query groups; they are the same whatever grid the embedding has."""
-    ladders = [
-        Ladder(name, tuple(o.saved for o in options), tuple(o.damage for o in options))
-        for name, (_, options) in mlps.items()
-    ]
+    ladders = _ladders_of(mlps)
     if family_of(a.family).gguf_flexible is None:
         return ladders
     for n in range(a.layers):
@@ -172,6 +171,13 @@ def _cut_ladders(a: Anatomy, m: Measured, mlps: MlpLadders) -> list[Ladder]:
         cost = 2 * tensor_bytes(BASE, (size, a.width)) + 2 * tensor_bytes(BASE, (a.head_dim, a.width))
         ladders.append(_ladder(f"attention.{n}", np.full(len(groups), cost), groups))
     return ladders
+
+
+def _ladders_of(mlps: MlpLadders) -> list[Ladder]:
+    return [
+        Ladder(name, tuple(o.saved for o in options), tuple(o.damage for o in options))
+        for name, (_, options) in mlps.items()
+    ]
 
 
 def _ladder(name: str, saved: np.ndarray, damage_: np.ndarray) -> Ladder:
@@ -237,9 +243,45 @@ def _plan(
         choice.price,
         steps,
         worth,
+        {g: [float(x) if np.isfinite(x) else None for x in d] for g, d in m.poorer_damage.items()},
         rho,
         seed,
     )
+
+
+def settle(plan: Plan, a: Anatomy, user: Effects, generic: Effects) -> Plan:
+    """The plan with its cuts chosen anew, for the same bytes, by what the network needs now that it has adapted.
+
+    Vocabulary, bits elsewhere and the number of query groups in each layer stay; which groups go, how many blocks each MLP loses, which ones, and the grid of
+    what is left of its `down_proj` follow the new effects.
+
+    Args:
+        a: anatomy of the trimmed network before any cut.
+    """
+    units = order_units(user, generic, plan.rho)
+    poorer = {g: np.array([np.inf if x is None else x for x in d]) for g, d in plan.poorer_damage.items()}
+    mlps = _mlp_ladders(a, units, poorer)
+    grids = [plan.grids.get(f"model.layers.{n}.{DOWN}.weight", BASE) for n in range(a.layers)]
+    saved = sum(
+        _mlp_bytes(a, a.ffn[n], BASE) - _mlp_bytes(a, len(layer.kept_channels()), grids[n])
+        for n, layer in enumerate(plan.layers)
+    )
+    choice = allocate(_ladders_of(mlps), saved)
+    blocks, chosen = _chosen(a, mlps, choice, plan.grids)
+    layers = []
+    for n, layer in enumerate(plan.layers):
+        gone = set(
+            np.argsort(units.of(n, "attention"), kind="stable")[: a.groups[n] - len(layer.kept_groups())].tolist()
+        )
+        groups = to_mask((g for g in range(a.groups[n]) if g not in gone), a.groups[n])
+        layers.append(replace(layer, groups=groups, channels=to_mask(_kept(units, n, blocks[n]), a.ffn[n])))
+    steps = plan.ladders | {name: [float(i)] for name, i in choice.step.items()}
+    return replace(plan, layers=tuple(layers), grids=chosen, ladders=steps)
+
+
+def _kept(units: Units, n: int, blocks: int) -> list[int]:
+    order: list[int] = units.order[n].tolist()
+    return order[blocks * units.size :]
 
 
 def _exists(parameter: str, a: Anatomy) -> bool:
@@ -266,14 +308,15 @@ def _layer_plans(
 ) -> tuple[tuple[LayerPlan, ...], list[int], list[int]]:
     layers, groups, ffn = [], [], []
     for n in range(a.layers):
-        order = m.units.order[n].tolist()
         gone = np.argsort(m.units.of(n, "attention"), kind="stable")[: choice.step.get(f"attention.{n}", 0)].tolist()
         kept = [g for g in range(a.groups[n]) if g not in gone]
         groups.append(len(kept))
         ffn.append(a.ffn[n] - blocks[n] * BLOCK)
         user, generic, verdict = _diagnose(m, n)
         layers.append(
-            LayerPlan(to_mask(kept, a.groups[n]), to_mask(order[blocks[n] * BLOCK :], a.ffn[n]), user, generic, verdict)
+            LayerPlan(
+                to_mask(kept, a.groups[n]), to_mask(_kept(m.units, n, blocks[n]), a.ffn[n]), user, generic, verdict
+            )
         )
     return tuple(layers), groups, ffn
 

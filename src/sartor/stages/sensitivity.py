@@ -23,7 +23,7 @@ from sartor.stages.calibrate import SITE_OF, Site
 from sartor.stages.likelihood import drawn_gradients, hidden_of
 
 CUT = ("output", "down")  # sites whose inputs are units
-BATCH = 8  # rows a pass
+BATCH = 4  # rows a pass; more need more memory and are no faster
 
 
 @dataclass(frozen=True)
