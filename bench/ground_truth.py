@@ -23,12 +23,12 @@ from sartor.memory import keep_freed
 from sartor.model.network import anatomy, clone, masked
 from sartor.model.tail import Tail
 from sartor.sources import cache_dir
-from sartor.stages.calibrate import second_moments
-from sartor.stages.probe import Units, fisher, order_units, unit_masks
+from sartor.stages.probe import Units, effects_of, order_units, unit_masks
+from sartor.stages.sensitivity import feel
 from sartor.stages.tokens import sample, training_rows
 from sartor.stages.yardstick import Yardstick
 
-VERSION = 1
+VERSION = 2
 
 
 def opened(model: str, data: str, generic: str | None) -> tuple[Prepared, Any]:
@@ -39,9 +39,9 @@ def opened(model: str, data: str, generic: str | None) -> tuple[Prepared, Any]:
 
 def generic_units(p: Prepared, model: Any, block: int) -> Units:
     """Units ordered by what generic text needs."""
-    rows = training_rows(p.texts.generic_train, p.tokenizer)
-    moments, scores = second_moments(model, sample(rows, 32, 0)), fisher(model, sample(rows, 32, 0))
-    return order_units(anatomy(model), scores, moments, block)[0]
+    rows = sample(training_rows(p.texts.generic_train, p.tokenizer), 64, 0)
+    generic = effects_of(anatomy(model), feel(model, rows))
+    return order_units(generic, generic, 0.0, block)
 
 
 def probing_rows(p: Prepared, generic: bool, rows: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from sartor.model import network as net
 from sartor.model.tail import Tail
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages import probe
-from sartor.stages.decide import verdict
+from sartor.stages.decide import settle, verdict
 from sartor.stages.likelihood import hidden_of, kl_of, nats_of, top_of
 from sartor.stages.measure import score
 from sartor.stages.prune import cut_, prune_
@@ -237,3 +237,23 @@ def test_a_repair_that_does_not_help_is_undone(
         assert same != helps
         assert score(model, windows).bits_per_byte <= score(plain, windows).bits_per_byte + 1e-6
         assert told["channels"] == 384
+
+
+def test_settling_keeps_the_bytes_and_follows_the_new_effects(model: Any, rows: torch.Tensor) -> None:
+    a = net.anatomy(model)
+    user, generic = effects(model, rows), effects(model, rows.flip(0))
+    kept = [[0, 1], [1], [0, 1]], [list(range(160)), list(range(256)), list(range(96))]
+    before = plan_of(model, *kept)
+    after = settle(before, a, user, generic)
+    count = lambda plan: sum(len(layer.kept_channels()) for layer in plan.layers)  # noqa: E731
+    assert count(before) - net.BLOCK < count(after) <= count(before)
+    assert [len(x.kept_groups()) for x in after.layers] == [2, 1, 2]
+    assert settle(after, a, user, generic) == after
+    units = probe.order_units(user, generic, before.rho)
+    gone = [
+        float(units.of(n, "mlp")[: (256 - len(x.kept_channels())) // net.BLOCK].max(initial=0))
+        for n, x in enumerate(after.layers)
+    ]
+    stays = [float(units.of(n, "mlp")[(256 - len(x.kept_channels())) // net.BLOCK]) for n, x in enumerate(after.layers)]
+    assert max(gone) <= min(s for s, x in zip(stays, after.layers, strict=True) if len(x.kept_channels()) > 128)
+    assert after.layers[1].kept_groups() == [int(np.argmax(units.of(1, "attention")))]

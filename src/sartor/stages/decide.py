@@ -21,7 +21,7 @@ from sartor.model.vocabulary import can_trim, closed_order, trim_tokenizer
 from sartor.numerics.allocate import Choice, Ladder, allocate
 from sartor.numerics.grids import fits, tensor_bytes
 from sartor.plan import LayerPlan, Plan, to_mask
-from sartor.stages.bits import BASE, DOWN, POORER, RICHER, all_on_base, embeddings_of, kinds_of
+from sartor.stages.bits import BASE, DOWN, RICHER, all_on_base, embeddings_of, kinds_of
 from sartor.stages.probe import PARTS, Effects, Units, Worth, order_units
 from sartor.stages.words import Words, least_size
 
@@ -132,7 +132,7 @@ def mlp_options(a: Anatomy, units: Units, poorer: Mapping[str, np.ndarray], laye
     whole = sum(_mlp_bytes(a, a.ffn[n], BASE) for n in layers)
     options = []
     for b in range(depth + 1):
-        for grid in (BASE, *POORER):
+        for grid in (BASE, *poorer):
             if all(fits(grid, a.ffn[n] - b * BLOCK) for n in layers):
                 left = sum(_mlp_bytes(a, a.ffn[n] - b * BLOCK, grid) for n in layers)
                 options.append(
