@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,19 @@ def test_equal_seeds_give_equal_plans_and_more_room_less_damage(place: dict[str,
     assert a.predicted_bytes <= a.budget_bytes
     assert a.predicted_damage >= roomy.predicted_damage >= rich.predicted_damage
     assert {"Q5_0", "Q8_0"} & set(rich.grids.values())
+
+
+def test_a_settled_plan_is_replayed_as_it_stands(place: dict[str, Path], tiny: None) -> None:
+    p = api.Prepared(
+        api.Job(str(place["model"]), str(place["user"]), "24%", generic=str(place["generic"])), lambda *a: None
+    )
+    plan = sartor.make_plan(p.model, p.tokenizer, p.texts, p.budget_bytes, p.bytes_of, p.source.sha256)
+    assert not plan.settled
+    mine = replace(plan, layers=plan.layers[::-1], settled=True)
+    made = sartor.apply_plan(p.model, p.tokenizer, mine, p.texts)
+    assert made.plan == mine
+    assert net.anatomy(made.model).ffn == tuple(len(x.kept_channels()) for x in mine.layers)
+    assert sartor.apply_plan(p.model, p.tokenizer, plan, p.texts).plan.settled
 
 
 def test_what_cannot_be_reached_names_the_nearest(place: dict[str, Path], tiny: None, tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def apply_plan(
     pruning: dict[str, float] = {}
     latents, before = school.kept("recover").load() or (None, 0.0)
     if latents is None:
-        if said is not None:
+        if said is not None and not plan.settled:
             tell("prune", 0.0, "gradients of the adapted network")
             told = lambda s, n: tell("prune", 0.4 * s, f"the adapted network's {n}")  # noqa: E731
             felt = _felt(clone(small, torch.bfloat16), rows, effort, plan.seed, told)

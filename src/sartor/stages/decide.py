@@ -276,7 +276,7 @@ def settle(plan: Plan, a: Anatomy, user: Effects, generic: Effects) -> Plan:
         groups = to_mask((g for g in range(a.groups[n]) if g not in gone), a.groups[n])
         layers.append(replace(layer, groups=groups, channels=to_mask(_kept(units, n, blocks[n]), a.ffn[n])))
     steps = plan.ladders | {name: [float(i)] for name, i in choice.step.items()}
-    return replace(plan, layers=tuple(layers), grids=chosen, ladders=steps)
+    return replace(plan, layers=tuple(layers), grids=chosen, ladders=steps, settled=True)
 
 
 def _kept(units: Units, n: int, blocks: int) -> list[int]:
