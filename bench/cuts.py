@@ -1,5 +1,6 @@
 """Pruning alone: a share of FFN and attention removed without any training, ours beside published methods.
 
+    pip install -e '.[bench]'
     python bench/cuts.py MODEL --data DIR [DIR ...] [--generic DIR] [--removed 0.2 0.3 0.4] [--seeds 1] [--rows 128]
 
 Every method sees the same rows of the user's training split (and, where it uses them, the same generic rows), removes the same share of the
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from ground_truth import kept_file, opened
-from rivals import RIVALS, Ranking, Seen, look
+from rivals import RIVALS, Ranking, Seen, look, sizes
 
 from sartor.memory import keep_freed
 from sartor.model.network import BLOCK, anatomy, clone, linear, linears_of, query_rows
@@ -40,7 +41,7 @@ TEST_BYTES = 49_152
 
 def chosen(a: Any, r: Ranking, removed: float) -> list[tuple[list[int], list[int]]]:
     """Kept query groups and channels of every layer, so that `removed` of all parameters of attention and FFN go."""
-    block, group = 3 * BLOCK * a.width, 2 * a.width * a.head_dim * (a.queries_per_group + 1)
+    block, group = sizes(a)
     blocks, groups = [0] * a.layers, [0] * a.layers
     if r.uniform:
         for n in range(a.layers):
@@ -134,6 +135,8 @@ REPAIR: dict[str, Callable[[Any, Plan, Seen], Any]] = {
     "Wanda-sp": without_repair,
     "FLAP": with_bias,
     "OBS (SlimGPT-like)": by_moments,
+    "block drop (ShortGPT)": without_repair,
+    "the paper's rule (our reading)": by_moments,
 }
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sartor.model.network import BLOCK, anatomy, linear
+from sartor.model.network import BLOCK, Anatomy, anatomy, linear, masked
+from sartor.model.tail import Tail
 from sartor.stages.calibrate import Moments, second_moments
-from sartor.stages.likelihood import cross_entropy
+from sartor.stages.likelihood import cross_entropy, kl_of, top_of
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,67 @@ def random(seen: Seen) -> Ranking:
     return by_channel(seen, lambda n, s: torch.rand(len(seen.means[n, s]), generator=generator), uniform=True)
 
 
+def paper_rule(seen: Seen) -> Ranking:
+    """The two-rate rule of arXiv:2408.08684, in *our reading* (only its abstract could be had): random sub-sampling of parts, sparse recovery, two rates.
+
+    Parts are attentions and MLPs; a probe takes half of the units (by activation) off six of them; y is the KL on the user's rows; a non-negative LASSO gives each part
+    an importance. Parts above the mean are personalized and lose half as much of themselves as the others.
+    """
+    from sklearn.linear_model import Lasso
+
+    a, plain = anatomy(seen.model), wanda_sp(seen)
+    rng, rows = np.random.default_rng(0), seen.rows[:4]
+    reference = top_of(seen.model, rows)
+    removed, y = np.zeros((60, 2 * a.layers)), np.zeros(60)
+    for i, row in enumerate(removed):
+        row[rng.permutation(len(row))[: len(row) // 10]] = 1
+        channels, groups = {}, {}
+        for part in np.flatnonzero(row):
+            n = int(part) // 2
+            if part % 2:
+                channels[n] = torch.ones(a.ffn[n], dtype=torch.bool)
+                channels[n][plain.order[n][: a.ffn[n] // 2]] = False
+            else:
+                groups[n] = torch.ones(a.groups[n], dtype=torch.bool)
+                groups[n][np.argsort(plain.groups[n])[: a.groups[n] // 2]] = False
+        with masked(seen.model, groups, channels):
+            y[i] = kl_of(seen.model, rows, reference)
+    top = np.abs((removed - removed.mean(0)).T @ (y - y.mean())).max() / len(y)
+    found = Lasso(alpha=0.05 * top, positive=True).fit(removed, y).coef_
+    rate = np.where(found > found.mean(), 0.5, 1.0)
+    count = lambda n, of, unit: unit * np.arange(1, of + 1) / of / rate[n]  # noqa: E731 (the t-th unit goes once the common rate reaches t / of / rate)
+    block, group = sizes(a)
+    blocks = {n: count(2 * n + 1, a.ffn[n] // BLOCK, block) for n in range(a.layers)}
+    groups = {n: count(2 * n, a.groups[n], group)[np.argsort(np.argsort(plain.groups[n]))] for n in range(a.layers)}
+    return Ranking(plain.order, blocks, groups, uniform=False)
+
+
+def block_drop(seen: Seen) -> Ranking:
+    """Whole layers, those first that turn the stream least (block influence: ShortGPT, arXiv:2403.03853); four blocks of each MLP stay."""
+    a, tail = anatomy(seen.model), Tail(seen.model, seen.rows[:16])
+    states = [*tail.states, tail.dense]
+    turn = [float(1 - torch.cosine_similarity(x.float(), y.float(), -1).mean()) for x, y in pairwise(states)]
+    block, group = sizes(a)
+    plain = wanda_sp(seen)
+    blocks = {n: np.full(a.ffn[n] // BLOCK, block * turn[n]) for n in range(a.layers)}
+    return Ranking(
+        plain.order, blocks, {n: np.full(a.groups[n], group * turn[n]) for n in range(a.layers)}, uniform=False
+    )
+
+
+def sizes(a: Anatomy) -> tuple[int, int]:
+    """Parameters of a block of channels and of a query group."""
+    return 3 * BLOCK * a.width, 2 * a.width * a.head_dim * (a.queries_per_group + 1)
+
+
 RIVALS: dict[str, Callable[[Seen], Ranking]] = {
     "random": random,
     "Taylor": taylor,
     "Wanda-sp": wanda_sp,
     "FLAP": flap,
     "OBS (SlimGPT-like)": slim_like,
+    "block drop (ShortGPT)": block_drop,
+    "the paper's rule (our reading)": paper_rule,
 }
 
 
