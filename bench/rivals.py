@@ -99,10 +99,20 @@ def flap(seen: Seen) -> Ranking:
         x = _weight(seen, n, s).square().sum(0) * variance
         return (x - x.mean()) / x.std()
 
-    r = by_channel(seen, score, uniform=False)
-    least = min(min(v.min() for v in r.blocks.values()), min(v.min() for v in r.groups.values()))
-    shift = lambda d: {n: v - least + 1e-6 for n, v in d.items()}  # noqa: E731 (costs are positive; order and threshold stay)
-    return Ranking(r.order, shift(r.blocks), shift(r.groups), uniform=False)
+    r, (block, group) = by_channel(seen, score, uniform=False), sizes(anatomy(seen.model))
+    mean = {n: v / BLOCK for n, v in r.blocks.items()}, {n: v / _width(seen, n) for n, v in r.groups.items()}
+    least = min(v.min() for side in mean for v in side.values())
+    priced = [
+        {n: (v - least + 1e-6) * size for n, v in side.items()} for side, size in zip(mean, (block, group), strict=True)
+    ]
+    return Ranking(
+        r.order, *priced, uniform=False
+    )  # a unit's mean score is its price per parameter, so one threshold rules all
+
+
+def _width(seen: Seen, n: int) -> int:
+    """Columns of o_proj that a query group has."""
+    return len(seen.means[n, "output"]) // anatomy(seen.model).groups[n]
 
 
 def taylor(seen: Seen) -> Ranking:
