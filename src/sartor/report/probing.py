@@ -11,6 +11,7 @@ from sartor.report.html import STYLE
 NAMES = {"attention": "attention", "mlp": "MLP"}
 BAR = 24  # characters
 TOLD = 5  # parts that are told in words
+LEAST = 0.005  # shares below it count as this when two are compared
 
 
 def _parts(r: dict[str, Any]) -> Iterator[tuple[int, str, list[float], list[float], str]]:
@@ -23,7 +24,8 @@ def _parts(r: dict[str, Any]) -> Iterator[tuple[int, str, list[float], list[floa
 def sentences(r: dict[str, Any]) -> list[str]:
     """For a reader who does not know what a layer is made of."""
     parts = list(_parts(r))
-    mine = sorted((p for p in parts if p[4] == "personalized"), key=lambda p: p[3][0] - p[2][0])
+    times = lambda p: max(p[2][0], LEAST) / max(p[3][0], LEAST)  # noqa: E731
+    mine = sorted((p for p in parts if p[4] == "personalized"), key=times, reverse=True)
     counts = {v: sum(p[4] == v for p in parts) for v in ("personalized", "generic", "undecided")}
     out = [
         f"{len(parts)} parts were left out, one at a time: {counts['personalized']} matter to your texts otherwise than to generic text (the intervals do not meet), "
