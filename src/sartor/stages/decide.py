@@ -270,13 +270,16 @@ def settle(plan: Plan, a: Anatomy, user: Effects, generic: Effects) -> Plan:
     blocks, chosen = _chosen(a, mlps, choice, plan.grids)
     layers = []
     for n, layer in enumerate(plan.layers):
-        gone = set(
-            np.argsort(units.of(n, "attention"), kind="stable")[: a.groups[n] - len(layer.kept_groups())].tolist()
-        )
-        groups = to_mask((g for g in range(a.groups[n]) if g not in gone), a.groups[n])
+        kept = kept_groups(units.of(n, "attention"), a.groups[n] - len(layer.kept_groups()))
+        groups = to_mask(kept, a.groups[n])
         layers.append(replace(layer, groups=groups, channels=to_mask(_kept(units, n, blocks[n]), a.ffn[n])))
     steps = plan.ladders | {name: [float(i)] for name, i in choice.step.items()}
     return replace(plan, layers=tuple(layers), grids=chosen, ladders=steps, settled=True)
+
+
+def kept_groups(effects: np.ndarray, removed: int) -> list[int]:
+    """Query groups of a layer that stay when the `removed` cheapest go."""
+    return sorted(np.argsort(effects, kind="stable")[removed:].tolist())
 
 
 def _kept(units: Units, n: int, blocks: int) -> list[int]:
@@ -308,8 +311,7 @@ def _layer_plans(
 ) -> tuple[tuple[LayerPlan, ...], list[int], list[int]]:
     layers, groups, ffn = [], [], []
     for n in range(a.layers):
-        gone = np.argsort(m.units.of(n, "attention"), kind="stable")[: choice.step.get(f"attention.{n}", 0)].tolist()
-        kept = [g for g in range(a.groups[n]) if g not in gone]
+        kept = kept_groups(m.units.of(n, "attention"), choice.step.get(f"attention.{n}", 0))
         groups.append(len(kept))
         ffn.append(a.ffn[n] - blocks[n] * BLOCK)
         user, generic, verdict = _diagnose(m, n)

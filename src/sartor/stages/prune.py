@@ -11,7 +11,7 @@ from torch import Tensor
 from sartor.model.network import anatomy, clone, linear, linears_of, shrink_attention_, shrink_mlp_
 from sartor.plan import Plan
 from sartor.stages.measure import score
-from sartor.stages.repair import WRITERS, repair_
+from sartor.stages.repair import WRITERS, mixed, repair_
 from sartor.stages.tokens import Window, sample
 
 
@@ -47,9 +47,8 @@ def prune_(
     plain = score(running, validation).bits_per_byte
     writers = {(n, name): linear(small, n, name).weight.data for n, name, _ in linears_of(small) if name in WRITERS}
     own, generic = sample(rows[0], sampled, plan.seed), sample(rows[1], sampled // 2, plan.seed)
-    weight = torch.cat([torch.full((len(r),), s / len(r)) for r, s in ((own, 1 - plan.rho), (generic, plan.rho))])
     told = lambda share: tell(share, f"repair after the cut ({plain:.3f} bits per byte)")  # noqa: E731
-    repair_(small, running, whole, torch.cat([own, generic]), weight, told)
+    repair_(small, running, whole, *mixed(own, generic, plan.rho), told)
     repaired = score(running, validation).bits_per_byte
     if repaired > plain:
         for at, weights in writers.items():

@@ -24,6 +24,14 @@ BATCH = 8  # rows a pass
 LAMBDA = 0.3  # pull towards the plain cut; from 0.1 to 1 it hardly matters (docs/log.md)
 
 
+def mixed(
+    own: Int[Tensor, "m t"], generic: Int[Tensor, "k t"], rho: float
+) -> tuple[Int[Tensor, "n t"], Float[Tensor, " n"]]:
+    """Rows of both texts, and the weight of each: the generic ones have `rho` of it all."""
+    weight = torch.cat([torch.full((len(r),), s / len(r)) for r, s in ((own, 1 - rho), (generic, rho))])
+    return torch.cat([own, generic]), weight
+
+
 @torch.no_grad()
 def repair_(
     small: Any,
