@@ -28,12 +28,13 @@ from sartor.model.network import BLOCK, Anatomy, anatomy, clone, linear, linears
 from sartor.numerics.allocate import Ladder, allocate
 from sartor.numerics.compensate import refit
 from sartor.plan import LayerPlan, Plan, to_mask
-from sartor.stages.calibrate import Site
+from sartor.stages.calibrate import Site, heard
 from sartor.stages.decide import LEAST_BLOCKS, kept_groups
+from sartor.stages.distil import put_
+from sartor.stages.fit import Lesson, fit, mixed
 from sartor.stages.measure import score
 from sartor.stages.probe import Effects, effects_of, order_units
 from sartor.stages.prune import cut_
-from sartor.stages.repair import mixed, repair_
 from sartor.stages.sensitivity import feel
 from sartor.stages.tokens import cut_windows, encode_windows, sample, training_rows
 
@@ -136,12 +137,11 @@ def by_effects(user: Effects, generic: Effects, rho: float) -> Ranking:
     )
 
 
-def stream_repaired(model: Any, plan: Plan, own: torch.Tensor, generic: torch.Tensor, rho: float) -> Any:
-    small, whole = clone(model), clone(model, torch.bfloat16)
+def stream_repaired(model: Any, plan: Plan, lesson: Lesson) -> Any:
+    small = clone(model)
     cut_(small, plan)
-    running = clone(small, torch.bfloat16)
-    repair_(small, running, whole, *mixed(own, generic, rho))
-    return running
+    put_(small, fit(small, clone(model, torch.bfloat16), lesson, {}))
+    return small.to(torch.bfloat16)
 
 
 def ours(
@@ -151,11 +151,15 @@ def ours(
     half, a = clone(model, torch.bfloat16), anatomy(model)
     user, other = (effects_of(a, feel(half, r, seed)) for r in (own, generic))
     few = generic[: len(generic) // 2]
+    lesson = {}
+    for key, texts, rho in (("both", own, 0.3), ("mine", own, 0.0), ("theirs", generic, 0.3)):
+        rows, weight = mixed(texts, few, rho)
+        lesson[key] = Lesson(rows, weight, heard(half, rows, weight))
     both, mine, theirs = by_effects(user, other, 0.3), by_effects(user, other, 0.0), by_effects(other, other, 0.0)
     return {
-        "Sartor": (both, lambda m, plan, seen: stream_repaired(m, plan, own, few, 0.3)),
-        "Sartor, own text only": (mine, lambda m, plan, seen: stream_repaired(m, plan, own, few, 0.0)),
-        "Sartor, generic text only": (theirs, lambda m, plan, seen: stream_repaired(m, plan, generic, few, 0.3)),
+        "Sartor": (both, lambda m, plan, seen: stream_repaired(m, plan, lesson["both"])),
+        "Sartor, own text only": (mine, lambda m, plan, seen: stream_repaired(m, plan, lesson["mine"])),
+        "Sartor, generic text only": (theirs, lambda m, plan, seen: stream_repaired(m, plan, lesson["theirs"])),
         "Sartor, repair on the dense stream": (both, by_moments),
         "Sartor, no repair": (both, without_repair),
     }

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sartor.model.network import BLOCK, Anatomy, anatomy, linear, masked
+from sartor.model.network import BLOCK, Anatomy, anatomy, linear
 from sartor.model.tail import Tail
+from sartor.stages import paper
 from sartor.stages.calibrate import Moments, second_moments
-from sartor.stages.likelihood import cross_entropy, kl_of, top_of
+from sartor.stages.likelihood import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Seen:
     moments: Moments
     means: dict[tuple[int, str], Tensor]
     taylor: dict[tuple[int, str], Tensor]
+    fisher: dict[tuple[int, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def look(model: Any, rows: Tensor) -> Seen:
     """Statistics of the rows."""
     means: dict[tuple[int, str], Tensor] = {}
     signed: dict[tuple[int, str], Tensor] = {}
+    squared: dict[tuple[int, str], Tensor] = {}
     sites = [
         ((n, site), linear(model, n, name))
         for n in range(anatomy(model).layers)
@@ -64,8 +67,10 @@ def look(model: Any, rows: Tensor) -> Seen:
             handle.remove()
         for key, z in read.items():
             means[key] = means.get(key, torch.zeros(())) + z.detach().float().sum((0, 1)) / rows.numel()
-            signed[key] = signed.get(key, torch.zeros(())) + (z.detach() * z.grad).float().sum((0, 1))
-    return Seen(model, rows, second_moments(model, rows), means, signed)
+            felt = (z.detach() * z.grad).float().sum(1)
+            signed[key] = signed.get(key, torch.zeros(())) + felt.sum(0)
+            squared[key] = squared.get(key, torch.zeros(())) + felt.square().sum(0)
+    return Seen(model, rows, second_moments(model, rows), means, signed, squared)
 
 
 def by_channel(seen: Seen, score: Callable[[int, str], Tensor], uniform: bool) -> Ranking:
@@ -140,38 +145,17 @@ def random(seen: Seen) -> Ranking:
 
 
 def paper_rule(seen: Seen) -> Ranking:
-    """The two-rate rule of arXiv:2408.08684, in *our reading* (only its abstract could be had): random sub-sampling of parts, sparse recovery, two rates.
-
-    Parts are attentions and MLPs; a probe takes half of the units (by activation) off six of them; y is the KL on the user's rows; a non-negative LASSO gives each part
-    an importance. Parts above the mean are personalized and lose half as much of themselves as the others.
-    """
-    from sklearn.linear_model import Lasso
-
-    a, plain = anatomy(seen.model), wanda_sp(seen)
-    rng, rows = np.random.default_rng(0), seen.rows[:4]
-    reference = top_of(seen.model, rows)
-    removed, y = np.zeros((60, 2 * a.layers)), np.zeros(60)
-    for i, row in enumerate(removed):
-        row[rng.permutation(len(row))[: len(row) // 10]] = 1
-        channels, groups = {}, {}
-        for part in np.flatnonzero(row):
-            n = int(part) // 2
-            if part % 2:
-                channels[n] = torch.ones(a.ffn[n], dtype=torch.bool)
-                channels[n][plain.order[n][: a.ffn[n] // 2]] = False
-            else:
-                groups[n] = torch.ones(a.groups[n], dtype=torch.bool)
-                groups[n][np.argsort(plain.groups[n])[: a.groups[n] // 2]] = False
-        with masked(seen.model, groups, channels):
-            y[i] = kl_of(seen.model, rows, reference)
-    top = np.abs((removed - removed.mean(0)).T @ (y - y.mean())).max() / len(y)
-    found = Lasso(alpha=0.05 * top, positive=True).fit(removed, y).coef_
-    rate = np.where(found > found.mean(), 0.5, 1.0)
-    count = lambda n, of, unit: unit * np.arange(1, of + 1) / of / rate[n]  # noqa: E731 (the t-th unit goes once the common rate reaches t / of / rate)
+    """The two-rate rule of arXiv:2408.08684, in *our reading* (`stages/paper.py`)."""
+    a = anatomy(seen.model)
+    order = paper.by_activation(seen.model, seen.moments)
+    rate = paper.rates(paper.importance(seen.model, order, seen.rows[:4]))
     block, group = sizes(a)
-    blocks = {n: count(2 * n + 1, a.ffn[n] // BLOCK, block) for n in range(a.layers)}
-    groups = {n: count(2 * n, a.groups[n], group)[np.argsort(np.argsort(plain.groups[n]))] for n in range(a.layers)}
-    return Ranking(plain.order, blocks, groups, uniform=False)
+    # the t-th unit of a part goes once the common rate reaches t / all / rate
+    blocks = {n: block * np.arange(1, (f := a.ffn[n] // BLOCK) + 1) / f / rate[2 * n + 1] for n in range(a.layers)}
+    groups = {n: np.empty(a.groups[n]) for n in range(a.layers)}
+    for n, first in order.groups.items():
+        groups[n][first] = group * np.arange(1, len(first) + 1) / len(first) / rate[2 * n]
+    return Ranking(order.channels, blocks, groups, uniform=False)
 
 
 def block_drop(seen: Seen) -> Ranking:

@@ -214,7 +214,7 @@ def test_probing_tells_draws_and_is_remembered(
     assert main([*ask, "--out", str(tmp_path / "probed")]) == 2
 
 
-@pytest.mark.parametrize("stage", ["adapt", "quantize", "recover"])
+@pytest.mark.parametrize("stage", ["adapt", "fit", "recover"])
 def test_an_interrupted_job_resumes(stage: str, place: dict[str, Path], tmp_path: Path, tiny: None) -> None:
     def stop(now: str, share: float, note: str) -> None:
         if now == stage and share > 0.3:
@@ -229,7 +229,7 @@ def test_an_interrupted_job_resumes(stage: str, place: dict[str, Path], tmp_path
     sartor.compress(*ask, generic=place["generic"], controls="none", resume=True, tell=lambda s, f, n: seen.append(s))
     assert "probe" not in seen
     assert "recover" in seen
-    assert ("quantize" in seen) == (stage != "recover")
+    assert ("fit" in seen) == (stage != "recover")
     before, after = sartor.Plan.from_json(plan), sartor.Plan.from_json((tmp_path / "out" / "plan.json").read_text())
     assert before.vocabulary == after.vocabulary
     assert (before == after) == (stage != "adapt")  # once it has adapted, the network settles what goes
@@ -248,6 +248,20 @@ def test_equal_seeds_give_equal_plans_and_more_room_less_damage(place: dict[str,
     assert a.predicted_bytes <= a.budget_bytes
     assert a.predicted_damage >= roomy.predicted_damage >= rich.predicted_damage
     assert {"Q5_0", "Q8_0"} & set(rich.grids.values())
+
+
+def test_a_network_that_lost_an_attention_still_learns(place: dict[str, Path], tokenizer: Any) -> None:
+    model, _ = net.load_dense(place["model"])
+    rows = training_rows(texts("cook", 20, 3), tokenizer, 64)[:16]
+    said = anchor(model, rows)
+    net.shrink_attention_(model, 1, [])
+    latents = Latents({n: p.detach().clone() for n, p in model.named_parameters()})
+    windows = encode_windows(cut_windows(texts("cook", 4, 50)), tokenizer)
+    before = latents.masters["model.layers.2.mlp.up_proj.weight"].clone()
+    lost = latents.masters["model.layers.1.input_layernorm.weight"].clone()
+    distil_(model, latents, None, said, windows, DistilConfig(2.0, 3e-4, checks=4))
+    assert not torch.equal(latents.masters["model.layers.2.mlp.up_proj.weight"], before)
+    assert torch.allclose(latents.masters["model.layers.1.input_layernorm.weight"], lost)
 
 
 def test_a_settled_plan_is_replayed_as_it_stands(place: dict[str, Path], tiny: None) -> None:

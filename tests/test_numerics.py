@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from sartor.numerics.allocate import Ladder, allocate
-from sartor.numerics.compensate import refit
+from sartor.numerics.compensate import refit, strength
 from sartor.numerics.gptq import gptq
 from sartor.numerics.grids import GRIDS, decode_scales, encode, nearest_index, search_scales, snap, tensor_bytes
 from sartor.numerics.metrics import Score, interval
@@ -107,6 +107,20 @@ def lost(w: torch.Tensor, c: torch.Tensor, kept: list[int], new: torch.Tensor) -
     change = w.clone()
     change[:, kept] -= new
     return float((change @ c * change).sum())
+
+
+def test_a_fit_is_as_strong_as_other_text_bears() -> None:
+    w, truth = random(6, 12), random(6, 12, seed=1)
+
+    def pair(tokens: int, says: torch.Tensor, noise: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        z = random(tokens, 12, seed=seed)
+        t = z @ says.T + noise * random(tokens, 6, seed=seed + 1)
+        return t.T @ z, z.T @ z
+
+    held = pair(50, truth, 0.0, 9)
+    assert strength(w, pair(400, truth, 0.0, 2), held) == 0.1
+    assert strength(w, pair(400, -truth, 0.0, 2), held) > 0.1
+    assert strength(w, pair(14, w, 3.0, 4), pair(50, w, 0.0, 9)) == float("inf")
 
 
 def test_allocation_is_the_optimum_on_convex_ladders() -> None:

@@ -12,15 +12,18 @@ import torch
 
 from sartor.model import network as net
 from sartor.model.tail import Tail
+from sartor.numerics.gptq import gptq
+from sartor.numerics.grids import GRIDS, snap
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages import probe
+from sartor.stages.calibrate import heard, second_moments
 from sartor.stages.decide import settle, verdict
+from sartor.stages.distil import put_
+from sartor.stages.fit import Lesson, fit
 from sartor.stages.likelihood import hidden_of, kl_of, nats_of, top_of
-from sartor.stages.measure import score
-from sartor.stages.prune import cut_, prune_
-from sartor.stages.repair import repair_
+from sartor.stages.prune import cut_
 from sartor.stages.sensitivity import feel
-from sartor.stages.tokens import cut_windows, encode_windows, training_rows
+from sartor.stages.tokens import training_rows
 from sartor.stages.yardstick import Yardstick
 from sartor.storage import remembered
 from tests.conftest import make_model, texts
@@ -200,43 +203,60 @@ def test_what_a_part_is_worth_is_what_the_text_costs_without_it(
     assert all(low <= x <= high for part in found.values() for x, low, high in part)
 
 
-def test_an_empty_cut_needs_no_repair(model: Any, rows: torch.Tensor) -> None:
-    plan = plan_of(model, [[0, 1]] * 3, [list(range(256))] * 3)
+def lesson_on(model: Any, rows: torch.Tensor) -> Lesson:
+    weight = torch.full((len(rows),), 1 / len(rows))
+    return Lesson(rows, weight, heard(model, rows, weight))
+
+
+def test_where_nothing_is_cut_or_rounded_nothing_is_to_repair(model: Any, rows: torch.Tensor) -> None:
     before = {n: p.clone() for n, p in model.named_parameters()}
-    assert prune_(model, plan, (rows, rows), [], 4, lambda share, note: None) == {}
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    repair_(model, net.clone(model), net.clone(model), rows, torch.full((len(rows),), 1 / len(rows)))
+    assert cut_(model, plan_of(model, [[0, 1]] * 3, [list(range(256))] * 3)) == {}
+    latents = fit(model, net.clone(model), lesson_on(model, rows), {})
+    assert not latents.grids
     for n, p in model.named_parameters():
-        assert torch.allclose(p, before[n], atol=1e-4), n
+        assert torch.equal(p, before[n]), n
+        assert torch.allclose(latents.value(n), before[n], atol=1e-4), n
 
 
 def test_repair_brings_the_cut_networks_stream_nearer_to_the_whole_ones(model: Any, rows: torch.Tensor) -> None:
     whole = net.clone(model)
-    cut_(model, plan_of(model, *HALF))
+    assert cut_(model, plan_of(model, *HALF)) == {"channels": 384.0, "groups": 1.0}
     assert net.anatomy(model).groups == (2, 1, 2)
     assert net.anatomy(model).ffn == (128, 256, 0)
+    lesson = lesson_on(whole, rows)
     with torch.no_grad():
         expected = hidden_of(whole, rows)
         plain = (hidden_of(model, rows) - expected).square().sum()
-        repair_(model, net.clone(model), whole, rows, torch.full((len(rows),), 1 / len(rows)))
+        put_(model, fit(model, whole, lesson, {}))
         assert (hidden_of(model, rows) - expected).square().sum() < 0.8 * plain
 
 
-def test_a_repair_that_does_not_help_is_undone(
-    place: dict[str, Any], tokenizer: Any, rows: torch.Tensor, other: torch.Tensor
-) -> None:
-    windows = encode_windows(cut_windows(texts("cook", 6, 70)), tokenizer)
-    for fitted_on, helps in ((rows, True), (torch.zeros_like(rows), False)):
-        model, _ = net.load_dense(place["model"])
-        plan = plan_of(model, *HALF)
-        plain = net.clone(model)
-        cut_(plain, plan)
-        told = prune_(model, plan, (fitted_on, fitted_on), windows, 12, lambda share, note: None)
-        assert (told["validation_repaired"] < told["validation_cut"]) == helps
-        same = all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
-        assert same != helps
-        assert score(model, windows).bits_per_byte <= score(plain, windows).bits_per_byte + 1e-6
-        assert told["channels"] == 384
+def test_rounding_on_the_way_is_taken_up_by_later_layers(place: dict[str, Any], tokenizer: Any) -> None:
+    """Against error feedback with every matrix for itself, on what the whole network reads."""
+    whole, _ = net.load_dense(place["model"])
+    rows = training_rows(texts("cook", 40, 8), tokenizer, 64)
+    grids = {n: "IQ4_NL" for n, p in whole.named_parameters() if p.ndim == 2}
+    latents = fit(whole, whole, lesson_on(whole, rows), grids)
+    assert latents.grids.keys() == grids.keys() == latents.scales.keys()
+    assert latents.masters.keys() == dict(whole.named_parameters()).keys()
+    moments, apart, walked = second_moments(whole, rows), net.clone(whole), net.clone(whole)
+    put_(walked, latents)
+    for n, p in apart.named_parameters():
+        if n in grids:
+            q = gptq(p.data, moments.of(n), GRIDS["IQ4_NL"])
+            p.data = snap(q.latent, q.scales, GRIDS["IQ4_NL"])
+    with torch.no_grad():
+        expected = hidden_of(whole, rows)
+        away = [float((hidden_of(m, rows) - expected).square().sum()) for m in (walked, apart)]
+    assert away[0] < 0.9 * away[1]
+
+
+def test_a_grid_that_is_absent_leaves_a_matrix_free(model: Any, rows: torch.Tensor) -> None:
+    grids = {f"model.layers.1.{n}.weight": g for n, g in (("self_attn.q_proj", "Q8_0"), ("self_attn.k_proj", "Q5_0"))}
+    latents = fit(model, net.clone(model), lesson_on(model, rows), grids)
+    assert {n: g.name for n, g in latents.grids.items()} == grids
+    value = latents.value("model.layers.1.self_attn.v_proj.weight")
+    assert torch.equal(value, net.linear(model, 1, "self_attn.v_proj").weight)
 
 
 def test_settling_keeps_the_bytes_and_follows_the_new_effects(model: Any, rows: torch.Tensor) -> None:

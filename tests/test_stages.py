@@ -14,7 +14,7 @@ from sartor.model import network as net
 from sartor.model.vocabulary import count_tokens, trim_tokenizer
 from sartor.stages import likelihood, words
 from sartor.stages.bits import BASE, DOWN, RICHER, base_damage, damage_by_grid, kinds_of, poorer_damage
-from sartor.stages.calibrate import guided_moments, second_moments
+from sartor.stages.calibrate import heard, second_moments
 from sartor.stages.tokens import sample, training_rows
 from tests.conftest import make_model, texts
 
@@ -139,29 +139,28 @@ def test_three_bits_cost_more_than_four_and_leave_the_model_alone(model: Any, ro
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_guided_moments_weigh_tokens_and_keep_their_scale(model: Any, rows: torch.Tensor) -> None:
-    plain, guided = second_moments(model, rows), guided_moments(model, rows)
-    assert plain.c.keys() == guided.c.keys()
-    assert torch.allclose(plain.head, guided.head, rtol=1e-3, atol=1e-5)
-    for site, c in guided.c.items():
-        assert torch.linalg.eigvalsh(c.double()).min() > -1e-4
-        assert 0.1 < float(c.trace() / plain.c[site].trace()) < 10
-        assert not torch.allclose(c, plain.c[site], rtol=1e-2)
+def test_what_is_heard_of_tokens_has_mean_one_and_no_heavy_tail(model: Any, rows: torch.Tensor) -> None:
+    weight = torch.full((len(rows),), 1 / len(rows))
+    found = heard(model, rows, weight)
+    assert torch.allclose(found.head, second_moments(model, rows).head, rtol=1e-3, atol=1e-5)
+    assert len(found.tokens) == 4 * net.anatomy(model).layers
+    for tokens in found.tokens.values():
+        assert tokens.shape == rows.shape
+        assert tokens.min() >= 0
+        assert float(tokens.mean()) == pytest.approx(1, rel=1e-4)
+        assert float(tokens.max()) < 20
+        assert float(tokens.std()) > 0.05
+        assert (
+            torch.all(tokens[:, -1] < 1e-6) or tokens[:, -1].mean() < tokens.mean()
+        )  # the last token foretells nothing
 
 
-def test_moments_of_two_texts_are_mixed_by_share(model: Any, rows: torch.Tensor) -> None:
-    a, b, both = (second_moments(model, *r) for r in ((rows[:2],), (rows[2:],), (rows[:2], rows[2:], 0.3)))
-    for site in both.c:
-        assert torch.allclose(both.c[site], 0.7 * a.c[site] + 0.3 * b.c[site], rtol=1e-4, atol=1e-6)
-    assert both.tokens == rows.numel()
-
-
-def test_moments_skip_what_a_layer_has_lost(model: Any, rows: torch.Tensor) -> None:
+def test_moments_and_gradients_skip_what_a_layer_has_lost(model: Any, rows: torch.Tensor) -> None:
     net.shrink_attention_(model, 0, [])
     net.shrink_mlp_(model, 1, torch.tensor([], dtype=torch.long))
-    for moments in (second_moments(model, rows), guided_moments(model, rows)):
-        assert {(0, "attention"), (0, "output"), (1, "mlp"), (1, "down")}.isdisjoint(moments.c)
-        assert {(0, "mlp"), (1, "output"), (2, "down")} <= moments.c.keys()
+    for sites in (second_moments(model, rows).c, heard(model, rows, torch.full((len(rows),), 1 / len(rows))).tokens):
+        assert {(0, "attention"), (0, "output"), (1, "mlp"), (1, "down")}.isdisjoint(sites)
+        assert {(0, "mlp"), (1, "output"), (2, "down")} <= sites.keys()
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -26,8 +26,9 @@ from sartor.job import Job, Prepared
 from sartor.memory import hand_back
 from sartor.model.network import Anatomy, anatomy, clone
 from sartor.numerics.metrics import Score
-from sartor.pipeline import Compressed, Recall, Tell, apply_plan, explain, make_plan, sense, worth_of
-from sartor.plan import Budget, Plan, parse_budget
+from sartor.pipeline import Compressed, apply_plan, make_plan
+from sartor.plan import Budget, Plan
+from sartor.probing import Recall, Tell, explain, sense, worth_of
 from sartor.report.html import page
 from sartor.sources import cache_dir, resolve
 from sartor.stages.decide import verdict
@@ -63,6 +64,8 @@ def compress(
     seed: int = 0,
     resume: bool = False,
     tell: Tell = lambda stage, share, note: None,
+    method: str = "sartor",
+    steps: int = 1,
 ) -> Compressed:
     """Fit a model to one user's data and a budget.
 
@@ -71,27 +74,14 @@ def compress(
         budget: "25%", "67MB" or a Budget. out: where to write artifact and report; None keeps the result in memory.
         effort: quick, standard or thorough. controls: none, fast (without recovery) or full (with it).
         resume: go on with an interrupted job in `out`. tell: called with (stage, share done, note).
+        method: how cuts are chosen; sartor, or paper: the two-rate rule of arXiv:2408.08684 in our reading, as a baseline. steps: that the cuts are made in, each healed and measured.
     Raises:
         InputError, BudgetError, OutputError, MissingExtra, ParityError: each with the way out.
     """
-    size = (
-        budget
-        if isinstance(budget, str)
-        else (f"{budget.size}B" if budget.size is not None else f"{100 * (budget.share or 0)}%")
-    )
-    job = Job(
-        model,
-        str(data),
-        size,
-        to,
-        effort if isinstance(budget, str) else budget.effort,
-        str(generic) if generic else None,
-        controls,
-        seed=seed,
-    )
-    if to not in RUNTIMES:
-        raise InputError(f"the runtime '{to}' is unknown: Sartor writes {', '.join(RUNTIMES)}")
-    parse_budget(job.size, job.effort)
+    size, effort = (budget, effort) if isinstance(budget, str) else (budget.text(), budget.effort)
+    general = str(generic) if generic else None
+    job = Job(model, str(data), size, to, effort, general, controls, seed=seed, method=method, steps=steps)
+    job.check(RUNTIMES)
     folder = storage.claim_folder(Path(out), resume) if out is not None else None
     torch.set_num_threads(os.cpu_count() or 1)
     started = time.monotonic()
@@ -145,7 +135,7 @@ def _plan(p: Prepared, job: Job, point: storage.Checkpoint | None, seconds: dict
 def _decide(p: Prepared, job: Job, tell: Tell) -> Plan:
     return make_plan(
         p.model, p.tokenizer, p.texts, p.budget_bytes, p.bytes_of, p.source.sha256, job.effort, job.rho, job.seed, tell,
-        _memory(p),
+        _memory(p), job.method,
     )  # fmt: skip
 
 
@@ -193,7 +183,7 @@ def _apply(
 ) -> Compressed:
     """Act on the plan, from the last checkpoint where there is one."""
     kept, settled = (point.of, point.save_plan) if point else (None, lambda plan: None)
-    made = apply_plan(p.release, p.tokenizer, plan, p.texts, job.effort, None, tell, kept, settled)
+    made = apply_plan(p.release, p.tokenizer, plan, p.texts, job.effort, None, tell, kept, settled, job.steps)
     seconds |= made.seconds
     return made
 
@@ -223,6 +213,7 @@ def finish(
         "layers": _layer_rows(made.plan, shape),
         "probing": made.plan.probing,
         "plan": {
+            "method": made.plan.method,
             "price": made.plan.price,
             "predicted_damage": made.plan.predicted_damage,
             "vocabulary": shape.vocab,

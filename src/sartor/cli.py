@@ -35,7 +35,7 @@ class Progress:
         "decide": (0.10, 0.15),
         "adapt": (0.15, 0.42),
         "prune": (0.42, 0.47),
-        "quantize": (0.47, 0.52),
+        "fit": (0.47, 0.52),
         "recover": (0.52, 0.80),
         "export": (0.80, 0.82),
         "measure": (0.82, 0.9),
@@ -124,6 +124,18 @@ def _add_compress(c: argparse.ArgumentParser) -> None:
         choices=["none", "fast", "full"],
         help="control arms to compare with: fast leaves out recovery, full trains the generic arm as long as yours and doubles the time",
     )
+    c.add_argument(
+        "--method",
+        default="sartor",
+        choices=["sartor", "paper"],
+        help="how cuts are chosen; paper: the two-rate rule of arXiv:2408.08684 in our reading, as a baseline",
+    )
+    c.add_argument(
+        "--steps",
+        type=int,
+        default=1,
+        help="make the cuts in so many steps of equal damage, each healed, measured, and taken back where it costs more than foretold (default: 1)",
+    )
     c.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
     c.add_argument("--resume", action="store_true", help="go on with an interrupted job in --out")
     c.set_defaults(do=do_compress)
@@ -175,7 +187,21 @@ def do_compress(a: argparse.Namespace) -> None:
 
     progress = Progress()
     try:
-        compress(a.model, a.data, a.size, a.out, a.effort, a.to, a.generic, a.controls, a.seed, a.resume, progress)
+        compress(
+            a.model,
+            a.data,
+            a.size,
+            a.out,
+            a.effort,
+            a.to,
+            a.generic,
+            a.controls,
+            a.seed,
+            a.resume,
+            progress,
+            a.method,
+            a.steps,
+        )
     except KeyboardInterrupt:
         progress.end()
         command = [
@@ -192,6 +218,10 @@ def do_compress(a: argparse.Namespace) -> None:
             a.effort,
             "--controls",
             a.controls,
+            "--method",
+            a.method,
+            "--steps",
+            str(a.steps),
             "--seed",
             str(a.seed),
             "--out",

@@ -17,7 +17,8 @@ from sartor.export import gguf_file
 from sartor.job import Job, Prepared
 from sartor.model.network import clone, load_dense
 from sartor.numerics.metrics import Score
-from sartor.pipeline import Compressed, Tell, Texts, apply_plan, make_plan
+from sartor.pipeline import Compressed, apply_plan, make_plan
+from sartor.probing import Tell, Texts
 from sartor.stages.calibrate import second_moments
 from sartor.stages.tokens import sample, training_rows
 

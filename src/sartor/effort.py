@@ -29,20 +29,19 @@ class Effort:
     """How much work each stage does; one row an effort level.
 
     Attributes:
-        rows: rows of 256 tokens for second moments, and generic ones in training. guided_rows: for those of error feedback. felt_rows: for backward probes, of the original and of the adapted network, half as
+        rows: rows of 256 tokens for second moments, and generic ones in training. felt_rows: for backward probes, of the original and of the adapted network, half as
         many on generic text. probe_rows: on which damage is measured. checks: random masks. expected_rows: rows on which the model says what words it expects.
-        layers_at_once: whose three-bit damage is measured together. repair_rows: the user's rows that repair is fitted on.
+        layers_at_once: whose three-bit damage is measured together. fit_rows: the user's rows that the cut network is fitted and rounded on.
         validation_bytes, test_bytes: text measured on.
     """
 
     rows: int
-    guided_rows: int
     felt_rows: int
     probe_rows: int
     checks: int
     expected_rows: int
     layers_at_once: int
-    repair_rows: int
+    fit_rows: int
     training: Training
     validation_bytes: int
     test_bytes: int
@@ -51,39 +50,36 @@ class Effort:
 EFFORTS: dict[str, Effort] = {
     "quick": Effort(
         rows=32,
-        guided_rows=48,
         felt_rows=40,
         probe_rows=4,
         checks=8,
         expected_rows=64,
         layers_at_once=5,
-        repair_rows=64,
+        fit_rows=64,
         training=Training(DistilConfig(50.0, 2e-4, checks=1), DistilConfig(50.0, 2e-4, checks=1), lessons=96),
         validation_bytes=12_288,
         test_bytes=32_768,
     ),
     "standard": Effort(
         rows=64,
-        guided_rows=128,
         felt_rows=96,
         probe_rows=8,
         checks=16,
         expected_rows=96,
         layers_at_once=3,
-        repair_rows=192,
+        fit_rows=192,
         training=Training(DistilConfig(300.0, 1.5e-4, checks=3), DistilConfig(330.0, 3e-4, checks=3), lessons=768),
         validation_bytes=24_576,
         test_bytes=98_304,
     ),
     "thorough": Effort(
         rows=192,
-        guided_rows=384,
         felt_rows=384,
         probe_rows=16,
         checks=48,
         expected_rows=512,
         layers_at_once=1,
-        repair_rows=768,
+        fit_rows=768,
         training=Training(DistilConfig(1200.0, 1e-4), DistilConfig(2800.0, 1.5e-4), lessons=1024),
         validation_bytes=32_768,
         test_bytes=196_608,

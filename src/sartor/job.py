@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from sartor import evaluate
 from sartor.data.generic import generic_corpus
 from sartor.data.readers import read_folder
 from sartor.data.split import Corpus, split
+from sartor.errors import InputError
 from sartor.export import gguf_file
 from sartor.model.network import Anatomy, anatomy, load_dense
-from sartor.pipeline import Tell, Texts
-from sartor.plan import Budget, parse_budget
+from sartor.plan import METHODS, Budget, parse_budget
+from sartor.probing import Tell, Texts
 from sartor.sources import Source, resolve
 
 GENERIC_DOCUMENTS = 200  # of the generic training split that help to fit; the rest plays the user in the control arm
@@ -33,6 +35,18 @@ class Job:
     controls: str = "fast"
     rho: float = 0.3
     seed: int = 0
+    method: str = "sartor"
+    steps: int = 1
+
+    def check(self, runtimes: Collection[str]) -> None:
+        """Raises InputError or BudgetError for what no job can be."""
+        if self.to not in runtimes:
+            raise InputError(f"the runtime '{self.to}' is unknown: Sartor writes {', '.join(runtimes)}")
+        if self.method not in METHODS:
+            raise InputError(f"the method '{self.method}' is unknown: it must be one of {', '.join(METHODS)}")
+        if self.steps < 1:
+            raise InputError(f"the number of steps is {self.steps}: it must be 1 or more")
+        parse_budget(self.size, self.effort)
 
 
 class Prepared:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sartor.effort import EFFORTS, Effort, Training
+from sartor.effort import EFFORTS, Training
 from sartor.errors import BudgetError
 from sartor.model.families import ATTENTION
 from sartor.model.network import anatomy, clone, shrink_vocabulary_
 from sartor.model.vocabulary import can_trim, trim_tokenizer
 from sartor.plan import Plan, from_mask
+from sartor.probing import Recall, Tell, Texts, anew, probe_rows, sense, worth_of
+from sartor.stages import paper
 from sartor.stages.bits import (
     BASE,
     DOWN,
@@ -27,33 +30,19 @@ from sartor.stages.bits import (
     kinds_of,
     poorer_damage,
 )
-from sartor.stages.calibrate import Moments, guided_moments, second_moments
-from sartor.stages.decide import Bytes, Measured, decide, settle, smallest_bytes
+from sartor.stages.calibrate import Moments, second_moments
+from sartor.stages.decide import Bytes, Measured, decide, smallest_bytes
 from sartor.stages.distil import Anchor, DistilConfig, InMemory, Kept, Latents, Trained, anchor, distil_, joined, put_
 from sartor.stages.likelihood import expected_use, top_of
-from sartor.stages.probe import Effects, Units, Worth, check, effects_of, order_units, without_parts
-from sartor.stages.prune import cut_, prune_
-from sartor.stages.quantize import quantize
-from sartor.stages.sensitivity import feel
+from sartor.stages.probe import order_units
+from sartor.stages.prune import cut_
 from sartor.stages.tokens import Window, cut_windows, encode_windows, sample, training_rows
 from sartor.stages.words import whole, words
-
-Tell = Callable[[str, float, str], None]
+from sartor.surgery import Surgery, after_steps
 
 
 def _silent(stage: str, share: float, note: str) -> None:
     """Progress that nobody wants to see."""
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What the stages read: the user's splits and the generic reference's."""
-
-    probe: Sequence[str]
-    train: Sequence[str]
-    validation: Sequence[str]
-    generic_probe: Sequence[str]
-    generic_train: Sequence[str]
 
 
 @dataclass
@@ -63,7 +52,7 @@ class Compressed:
     Attributes:
         model: the network in bf16 with snapped weights. tokenizer: the trimmed one. latents: masters, scales, grids.
         plan: what was done. adapted, trained: the courses of adaptation and recovery, or None. seconds: per stage. pruning: what was cut, and
-        validation bits per byte before and after the repair.
+        validation bits per byte before any repair.
     """
 
     model: Any
@@ -73,72 +62,7 @@ class Compressed:
     adapted: Trained | None = None
     trained: Trained | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    pruning: dict[str, float] = field(default_factory=dict)
-
-
-Compute = Callable[[], dict[str, Any]]
-Recall = Callable[[str, Tensor, int, Compute], dict[str, Any]]
-
-
-def _anew(what: str, rows: Tensor, seed: int, compute: Compute) -> dict[str, Any]:
-    """Nothing is remembered."""
-    return compute()
-
-
-def sense(
-    dense: Any, tokenizer: Any, texts: Texts, effort: str, seed: int, tell: Tell, recall: Recall = _anew
-) -> tuple[Effects, Effects]:
-    """What the user's text and generic text need of every unit.
-
-    Args:
-        dense: in bf16. recall: given what is to be measured, on which rows, with which seed and how, returns it, from an earlier job where it can.
-    """
-    rows = training_rows(texts.train, tokenizer), training_rows(texts.generic_train, tokenizer)
-    return _felt(dense, rows, effort, seed, lambda share, note: tell("probe", 0.8 * share, note), recall)
-
-
-def _felt(
-    model: Any,
-    rows: tuple[Tensor, Tensor],
-    effort: str,
-    seed: int,
-    tell: Callable[[float, str], None],
-    recall: Recall = _anew,
-) -> tuple[Effects, Effects]:
-    """Backward probes on some of the user's rows and of generic ones."""
-
-    def felt(rows: Tensor, start: float, name: str) -> Effects:
-        told = lambda share: tell(start + 0.5 * share, f"gradients on {name}")  # noqa: E731
-        measure = lambda: effects_of(anatomy(model), feel(model, rows, seed, told), seed).to_dict()  # noqa: E731
-        return Effects.from_dict(recall("effects", rows, seed, measure))
-
-    many = EFFORTS[effort].felt_rows
-    user, generic = sample(rows[0], many, seed), sample(rows[1], many // 2, seed)
-    return felt(user, 0.0, "the user's text"), felt(generic, 0.5, "generic text")
-
-
-def worth_of(dense: Any, tokenizer: Any, texts: Texts, units: Units, effort: str, seed: int, tell: Tell) -> Worth:
-    """Whether the units' effects foretell what random cuts cost on the user's probe split."""
-    e = EFFORTS[effort]
-    told = lambda share, note: tell("probe", 0.8 + 0.2 * share, note)  # noqa: E731
-    return check(dense, units, _probe_rows(texts.probe, tokenizer, e.probe_rows, seed), e.checks, seed, told)
-
-
-def _probe_rows(texts: Sequence[str], tokenizer: Any, n: int, seed: int) -> Tensor:
-    return sample(training_rows(texts, tokenizer), n, seed)
-
-
-def explain(
-    dense: Any, tokenizer: Any, texts: Texts, effort: str, seed: int, tell: Tell, recall: Recall = _anew
-) -> dict[str, Any]:
-    """Every sub-layer left out alone, on text that shaped nothing: {"user" or "generic": {part: by layer, [share, low, high]}}."""
-
-    def without(of: Sequence[str], start: float) -> dict[str, Any]:
-        rows = _probe_rows(of, tokenizer, 2 * EFFORTS[effort].probe_rows, seed)
-        told = lambda share, note: tell("explain", start + share / 2, note)  # noqa: E731
-        return recall("without", rows, seed, lambda: without_parts(dense, rows, seed, told))
-
-    return {"user": without(texts.probe, 0.0), "generic": without(texts.generic_probe, 0.5)}
+    pruning: dict[str, Any] = field(default_factory=dict)
 
 
 def make_plan(
@@ -152,13 +76,14 @@ def make_plan(
     rho: float = 0.3,
     seed: int = 0,
     tell: Tell = _silent,
-    recall: Recall = _anew,
+    recall: Recall = anew,
+    method: str = "sartor",
 ) -> Plan:
     """Probe, diagnose, allocate.
 
     Args:
         model: dense, fp32 or bf16; never changed. budget: bytes of the file. bytes_of: exact size of a file.
-        sha256: of the model's source. rho: share of generic text in effects and second moments. recall: see `sense`.
+        sha256: of the model's source. rho: share of generic text in effects and second moments. recall: see `sense`. method: sartor, or paper.
     Raises:
         BudgetError: the budget is below what can be reached.
     """
@@ -173,20 +98,25 @@ def make_plan(
     user, generic = sense(dense, tokenizer, texts, effort, seed, tell, recall)
     units = order_units(user, generic, rho)
     worth = worth_of(dense, tokenizer, texts, units, effort, seed, tell)
-    probe_rows = _probe_rows(texts.probe, tokenizer, e.probe_rows, seed)
-    reference = top_of(dense, probe_rows)
+    rows = probe_rows(texts.probe, tokenizer, e.probe_rows, seed)
+    reference = top_of(dense, rows)
     user_rows = training_rows(texts.train, tokenizer)
     user_moments = second_moments(dense, sample(user_rows, e.rows // 2, seed))
     told = lambda share, note: tell("decide", share, note)  # noqa: E731
     listed = whole(anatomy(dense).vocab)
+    if method == "paper":
+        measured = Measured(units, user, generic, worth, listed, {}, {}, {})
+        order = paper.by_activation(dense, user_moments)
+        found = paper.importance(dense, order, rows, seed, told)
+        return paper.decide(dense, tokenizer, measured, order, found, budget, bytes_of, sha256, rho, seed)
     if can_trim(tokenizer):
         told(0.0, "words the model expects of the user")
         expected = expected_use(dense, sample(user_rows, e.expected_rows, seed))
         said = lambda share, note: told(0.45 * share, note)  # noqa: E731
         listed = words(dense, tokenizer, texts.train, expected, texts.probe, e.validation_bytes, said)
-    kinds = _damage_of_bits(dense, tokenizer, user_moments, probe_rows, reference, budget, bytes_of, told)
+    kinds = _damage_of_bits(dense, tokenizer, user_moments, rows, reference, budget, bytes_of, told)
     poorer = poorer_damage(
-        dense, user_moments, kinds[1][DOWN, BASE], probe_rows, reference, e.layers_at_once,
+        dense, user_moments, kinds[1][DOWN, BASE], rows, reference, e.layers_at_once,
         lambda share, note: told(0.7 + 0.3 * share, note),
     )  # fmt: skip
     measured = Measured(units, user, generic, worth, listed, *kinds, poorer)
@@ -230,14 +160,16 @@ def apply_plan(
     tell: Tell = _silent,
     kept: Callable[[str], Kept] | None = None,
     settled: Callable[[Plan], None] = lambda plan: None,
+    steps: int = 1,
 ) -> Compressed:
-    """Trim, adapt, settle the cuts, prune and repair, quantize, recover.
+    """Trim, adapt, settle the cuts, prune, fit what is left onto its grids, recover.
 
     Args:
         model: dense, fp32; never changed. A function that returns it lets it be freed once it is trimmed (training needs
         the room). training: None for the effort's own, UNTRAINED for none.
         kept: where the best weights of a training ("adapt", "recover") are kept (None: in memory);
         what is there already is not done again. settled: told the plan whose cuts the adapted network has decided.
+        steps: that the cuts are made in (`buffer.py`).
     """
     e = EFFORTS[effort]
     training = training or e.training
@@ -251,19 +183,17 @@ def apply_plan(
     if training.recover.seconds > 0:
         said, adapted = _adapt(small, rows[0], sample(rows[1], e.rows, plan.seed), training, school)
         clock.lap("adapt")
-    pruning: dict[str, float] = {}
+    pruning: dict[str, Any] = {}
     latents, before = school.kept("recover").load() or (None, 0.0)
     if latents is None:
-        if said is not None and not plan.settled:
-            tell("prune", 0.0, "gradients of the adapted network")
-            told = lambda s, n: tell("prune", 0.4 * s, f"the adapted network's {n}")  # noqa: E731
-            felt = _felt(clone(small, torch.bfloat16), rows, effort, plan.seed, told)
-            plan = settle(plan, anatomy(small), *felt)
-            settled(plan)
-        pruning = prune_(small, plan, rows, validation, e.repair_rows, lambda s, n: tell("prune", 0.4 + 0.6 * s, n))
+        surgery = Surgery(clone(small, torch.bfloat16), rows, validation, said, training.recover, effort, tell)
+        held = probe_rows(texts.validation, fitted, e.probe_rows, plan.seed)
+        small, plan, pruning = surgery.cut(small, plan, steps, held)
+        settled(plan)
         clock.lap("prune")
-        latents = _quantized(small, rows, plan, e, tell)
-        clock.lap("quantize")
+        latents = surgery.fitted(small, plan, e.fit_rows, partial(tell, "fit"))
+        clock.lap("fit")
+        del surgery
     else:
         cut_(small, plan)
     student = small.to(torch.bfloat16)
@@ -271,17 +201,10 @@ def apply_plan(
     put_(student, latents)
     trained = None
     if said is not None:
-        trained = school.train("recover", student, latents, None, said, training.recover, before)
+        recover = after_steps(training.recover, steps)
+        trained = school.train("recover", student, latents, None, said, recover, before)
         clock.lap("recover")
     return Compressed(student, fitted, latents, plan, adapted, trained, clock.seconds, pruning)
-
-
-def _quantized(small: Any, rows: tuple[Tensor, Tensor], plan: Plan, e: Effort, tell: Tell) -> Latents:
-    """The pruned model on the plan's grids, with second moments of the model as it is now."""
-    told = lambda s: tell("quantize", 0.4 * s, "activations and gradients")  # noqa: E731
-    own, generic = (sample(r, e.guided_rows // 2, plan.seed) for r in rows)
-    moments = guided_moments(clone(small, torch.bfloat16), own, generic, plan.rho, told)
-    return quantize(small, moments, plan.grids, lambda s, n: tell("quantize", 0.4 + 0.6 * s, n))
 
 
 def _given(model: Any) -> Any:

@@ -12,6 +12,7 @@ from sartor.errors import BudgetError, InputError
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 EFFORTS = ("quick", "standard", "thorough")
+METHODS = ("sartor", "paper")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Budget:
             raise BudgetError(f"the share is {self.share:.0%}: it must lie between 0% and 100%")
         if self.effort not in EFFORTS:
             raise BudgetError(f"the effort is '{self.effort}': it must be one of {', '.join(EFFORTS)}")
+
+    def text(self) -> str:
+        """As a user would write it."""
+        return f"{self.size}B" if self.size is not None else f"{100 * (self.share or 0)}%"
 
     def bytes_of(self, original_fp16: int) -> int:
         return self.size if self.size is not None else int(original_fp16 * (self.share or 0))
@@ -105,7 +110,7 @@ class Plan:
         model_sha256: of the model it was made for. budget_bytes, predicted_bytes: of the file. vocabulary: mask of the
         kept tokens, or None for all. seen_again: mask of those the training text is spelled with. grids: parameter name -> grid.
         predicted_damage: nats per token before recovery. price: damage per byte of the last step. ladders: the step taken on each ladder. probing: what effects are worth. poorer_damage: of every layer's down_proj on coarser grids, None where they do not fit. rho: share of generic second moments.
-        settled: the cuts are final; else `apply_plan` chooses which channels go, for the same bytes, once the network has adapted.
+        settled: the cuts are final; else `apply_plan` chooses which channels go, for the same bytes, once the network has adapted. method: sartor, or paper for the two-rate rule.
     """
 
     model_sha256: str
@@ -124,6 +129,7 @@ class Plan:
     rho: float
     seed: int
     settled: bool = False
+    method: str = "sartor"
     version: int = 3
 
     def to_json(self) -> str:

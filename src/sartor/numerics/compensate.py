@@ -11,6 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+LAMBDA = 0.3  # pull towards the weights as they are, where nothing says how strong; from 0.1 to 1 it hardly matters (docs/log.md)
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, float("inf"))
+Pair = tuple[Tensor, Tensor]
+
 
 def refit(
     w: Float[Tensor, "out f"], a: Float[Tensor, "out f"], b: Float[Tensor, "f f"], lam: float
@@ -25,3 +29,18 @@ def refit(
     damped = b.clone()
     damped.diagonal().mul_(1 + lam).clamp_min_(1e-12 + 1e-6 * float(b.diagonal().mean()))
     return w + torch.linalg.solve(damped, (a - w @ b).T).T
+
+
+def strength(w: Float[Tensor, "out f"], seen: Pair, held: Pair) -> float:
+    """The damping whose fit on `seen` says `t` best on `held`; infinity where any fit does harm there.
+
+    Args:
+        w: the weights as they are. seen, held: (a, b) as for `refit`, of text fitted on and of other text.
+    """
+    a, b = held
+
+    def error(lam: float) -> float:
+        new = refit(w, *seen, lam)
+        return float(((new @ b) * new).sum() - 2 * (new * a).sum())
+
+    return min(STRENGTHS, key=error)

@@ -158,6 +158,13 @@ def _method(r: dict[str, Any]) -> str:
         f"The split is {'by time, the test set being the latest part' if d['ordered_by_time'] else 'by document'}; test documents shaped nothing.",
         f"Parity with PyTorch: {r['parity']['mean_absolute']:.4f} nats per token on {r['parity']['tokens']} tokens (mean {r['parity']['mean_difference']:+.4f}; allowed {r['parity']['tolerance']} and {r['parity']['tolerance_mean']}).",
         f"Times: {', '.join(f'{k} {v:.0f} s' for k, v in r['seconds'].items())}; peak memory of the job {mb(r['job_peak_rss_bytes'])}.",
+        *(
+            [
+                "Cuts were chosen by the two-rate rule of arXiv:2408.08684, in our reading of it (--method paper), a baseline."
+            ]
+            if r["plan"].get("method") == "paper"
+            else []
+        ),
         f"Seed {r['seed']}; {', '.join(f'{k} {v}' for k, v in r['versions'].items())}; model sha256 {r['model']['sha256'][:16]}...",
         *r["notes"],
     ]

@@ -1,4 +1,4 @@
-"""Second moments of what every linear layer reads, on own and on generic text.
+"""Second moments of what every linear layer reads, and how much the loss feels of it.
 
 Sites: "attention" (read by q, k, v), "output" (read by o), "mlp" (read by gate and up), "down" (read by down).
 """
@@ -34,6 +34,7 @@ READER = {
     "down": "mlp.down_proj",
 }
 MOST = 10.0  # times the mean weight that one token may have
+PASS = 2  # rows of a backward pass
 Site = tuple[int, str]
 HEAD: Site = (-1, "head")  # where the last hidden state is read, while collecting
 
@@ -63,79 +64,61 @@ def site_of(parameter: str) -> Site | None:
     return int(layer), SITE_OF[name.removesuffix(".weight")]
 
 
-def second_moments(
+@torch.no_grad()
+def second_moments(model: Any, rows: Int[Tensor, "n t"]) -> Moments:
+    """Run the rows through the model and collect every C, in fp32."""
+    c: dict[Site, Tensor] = {}
+    add = partial(_add_, c, 1 / rows.numel())
+    for part in rows.split(8):
+        with _listening(model, add):
+            add(HEAD, hidden_of(model, part))
+    return Moments(c, c.pop(HEAD), rows.numel(), anatomy(model).tied)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """How much the loss feels of every token at every site, mean 1, (rows, length); head: E[h h^T] of the last hidden state."""
+
+    tokens: dict[Site, Tensor]
+    head: Tensor
+
+
+def heard(
     model: Any,
     rows: Int[Tensor, "n t"],
-    other: Int[Tensor, "m t"] | None = None,
-    rho: float = 0.0,
+    weight: Float[Tensor, " n"],
     tell: Callable[[float], None] = lambda share: None,
-) -> Moments:
-    """Run the rows through the model and collect every C, in fp32: (1 - rho) C(rows) + rho C(other).
-
-    With few tokens of one's own a mixture with generic text beats own text alone, and it guards the rest.
-    """
-    return _collected(model, rows, other, rho, 8, _plain, tell)
-
-
-def guided_moments(
-    model: Any,
-    rows: Int[Tensor, "n t"],
-    other: Int[Tensor, "m t"] | None = None,
-    rho: float = 0.0,
-    tell: Callable[[float], None] = lambda share: None,
-) -> Moments:
-    """The same with every token weighed by how much the loss feels what its linears say: the gradient's norm at their outputs.
+) -> Heard:
+    """The norm of the loss's gradient at what the linears of a site say, token by token, at most MOST times the mean.
 
     After GuidedQuant (arXiv:2505.07004), whose weights are squared and apart for groups of outputs; here one weight a token
-    and site, to the first power, at most MOST times the mean: heavier tails would leave few tokens to estimate C from.
+    and site, to the first power, and no heavier tails: they would leave few tokens to estimate C from.
     An error where nobody listens is free, so error feedback puts it there. C of the last hidden state stays plain.
+
+    Args:
+        weight: of each row in C of the last hidden state; they sum to 1.
     """
-    return _collected(model, rows, other, rho, 2, _guided, tell)
+    norms: dict[Site, list[Tensor]] = {}
+    head: dict[Site, Tensor] = {}
+    for at in range(0, len(rows), PASS):
+        part, felt = rows[at : at + PASS], dict[Site, Tensor]()
+        with _feeling(model, felt):
+            hidden = hidden_of(model, part, model.model.embed_tokens(part).detach().requires_grad_(True))
+            loss_of(model, hidden, part).backward()
+        for site, squared in felt.items():
+            norms.setdefault(site, []).append(squared.sqrt())
+        scale = (weight[at : at + PASS, None, None] / rows.shape[1]).sqrt().to(hidden.dtype)
+        _add_(head, 1.0, HEAD, hidden.detach() * scale)
+        tell(min(1.0, (at + PASS) / len(rows)))
+    return Heard({site: _tamed(torch.cat(found)) for site, found in norms.items()}, head[HEAD])
+
+
+def _tamed(norm: Float[Tensor, "n t"]) -> Float[Tensor, "n t"]:
+    weight = (norm / norm.mean().clamp_min(1e-30)).clamp_max(MOST)
+    return weight / weight.mean().clamp_min(1e-30)
 
 
 Hear = Callable[[Site, Tensor], None]
-
-
-def _collected(
-    model: Any,
-    rows: Tensor,
-    other: Tensor | None,
-    rho: float,
-    batch: int,
-    run: Callable[[Any, Tensor, Hear], Tensor],
-    tell: Callable[[float], None],
-) -> Moments:
-    """One set of matrices for both texts: they are the largest thing in memory beside the model."""
-    texts = [(rows, 1.0)] if other is None else [(rows, 1 - rho), (other, rho)]
-    c: dict[Site, Tensor] = {}
-    done, all_rows = 0, sum(len(text) for text, _ in texts)
-    for text, share in texts:
-        add = partial(_add_, c, share / text.numel())
-        for part in text.split(batch):
-            add(HEAD, run(model, part, add))
-            done += len(part)
-            tell(done / all_rows)
-    return Moments(c, c.pop(HEAD), sum(text.numel() for text, _ in texts), anatomy(model).tied)
-
-
-@torch.no_grad()
-def _plain(model: Any, part: Tensor, hear: Hear) -> Tensor:
-    with _listening(model, hear):
-        return hidden_of(model, part)
-
-
-def _guided(model: Any, part: Tensor, hear: Hear) -> Tensor:
-    z: dict[Site, Tensor] = {}
-    felt: dict[Site, Tensor] = {}
-    with _listening(model, z.__setitem__), _feeling(model, felt):
-        hidden = hidden_of(model, part, model.model.embed_tokens(part).detach().requires_grad_(True))
-        loss_of(model, hidden, part).backward()
-    for site, squared in felt.items():
-        norm = squared.sqrt()
-        weight = (norm / norm.mean().clamp_min(1e-30)).clamp_max(MOST)
-        weight = (weight / weight.mean().clamp_min(1e-30)).sqrt()
-        hear(site, z.pop(site).detach() * weight[..., None].to(hidden.dtype))
-    return hidden.detach()
 
 
 @contextmanager

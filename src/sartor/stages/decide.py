@@ -65,7 +65,7 @@ def smallest_bytes(model: Any, tokenizer: Any, bytes_of: Bytes) -> int:
         tokenizer = trim_tokenizer(tokenizer, order[:rows])[0]
     groups = tuple(0 for _ in a.groups) if flexible else a.groups
     least = replace(a, vocab=rows, groups=groups, ffn=tuple(LEAST_BLOCKS * BLOCK for _ in a.ffn))
-    grids = {n: BASE for names in kinds_of(model).values() for n in names if _exists(n, least)}
+    grids = {n: BASE for names in kinds_of(model).values() for n in names if exists(n, least)}
     return bytes_of(least, tokenizer, grids | dict.fromkeys(embeddings_of(a), BASE))
 
 
@@ -221,14 +221,12 @@ def _plan(
     blocks, grids = _chosen(a, mlps, choice, grids)
     layers, groups, ffn = _layer_plans(a, m, choice, blocks)
     cut = replace(a, groups=tuple(groups), ffn=tuple(ffn))
-    grids = {n: g for n, g in grids.items() if _exists(n, cut)}
+    grids = {n: g for n, g in grids.items() if exists(n, cut)}
     rows = _fit_vocabulary(cut, tokenizer, m, choice, budget, bytes_of, grids)
     kept = m.words.order[:rows] if rows < a.vocab else None
     again = m.words.seen_again(rows) if kept else None
     smaller = tokenizer if kept is None else trim_tokenizer(tokenizer, kept)[0]
     size = bytes_of(replace(cut, vocab=rows), smaller, grids)
-    worth = {k: float(v) for k, v in asdict(m.worth).items()}
-    worth |= {"user_tokens": float(m.user.tokens), "generic_tokens": float(m.generic.tokens)}
     steps = {name: [float(s)] for name, s in choice.step.items()}
     return Plan(
         sha256,
@@ -242,11 +240,16 @@ def _plan(
         total,
         choice.price,
         steps,
-        worth,
+        worth_of(m),
         {g: [float(x) if np.isfinite(x) else None for x in d] for g, d in m.poorer_damage.items()},
         rho,
         seed,
     )
+
+
+def worth_of(m: Measured) -> dict[str, float]:
+    worth = {k: float(v) for k, v in asdict(m.worth).items()}
+    return worth | {"user_tokens": float(m.user.tokens), "generic_tokens": float(m.generic.tokens)}
 
 
 def settle(plan: Plan, a: Anatomy, user: Effects, generic: Effects) -> Plan:
@@ -287,7 +290,7 @@ def _kept(units: Units, n: int, blocks: int) -> list[int]:
     return order[blocks * units.size :]
 
 
-def _exists(parameter: str, a: Anatomy) -> bool:
+def exists(parameter: str, a: Anatomy) -> bool:
     if not parameter.startswith("model.layers."):
         return True
     _, _, layer, rest = parameter.split(".", 3)
@@ -314,7 +317,7 @@ def _layer_plans(
         kept = kept_groups(m.units.of(n, "attention"), choice.step.get(f"attention.{n}", 0))
         groups.append(len(kept))
         ffn.append(a.ffn[n] - blocks[n] * BLOCK)
-        user, generic, verdict = _diagnose(m, n)
+        user, generic, verdict = diagnose(m, n)
         layers.append(
             LayerPlan(
                 to_mask(kept, a.groups[n]), to_mask(_kept(m.units, n, blocks[n]), a.ffn[n]), user, generic, verdict
@@ -323,7 +326,7 @@ def _layer_plans(
     return tuple(layers), groups, ffn
 
 
-def _diagnose(m: Measured, n: int) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, str]]:
+def diagnose(m: Measured, n: int) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, str]]:
     """[effect, low, high] of the layer's attention and MLP on either text, and what that makes them."""
     user = {k: m.user.parts[k][n] for k in PARTS}
     generic = {k: m.generic.parts[k][n] for k in PARTS}

@@ -263,6 +263,7 @@ def _backward(model: Any, own: Int[Tensor, "n t"], said: Anchor, dealt: Int[Tens
 
 def _update_(named: dict[str, Any], optimizers: dict[str, _Adam], rate: float) -> None:
     """Gradients of the running network to the masters, clipped to norm 1 over all, and one step."""
+    named = {n: p for n, p in named.items() if p.grad is not None}  # the norm in front of a lost attention has none
     norm = float(torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in named.values()]).norm())
     clip = min(1.0, 1.0 / max(norm, 1e-12))
     for name, p in named.items():

@@ -1,0 +1,179 @@
+"""Step buffering: a deep cut in steps of equal entropy allowance; what a step takes can come back until its real damage is known.
+
+Our definition (of arXiv:2408.08684 only the abstract could be had, which names the mechanism and no more). A step senses the network as it is now, takes
+the cheapest units of what the whole cut would now remove, heals what is left, and measures. Where the real damage is above the step's allowance, what summed effects
+foretold for it, the network of before comes back, only the cheaper half of the step's units goes, and what remains is divided anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sartor.model.network import BLOCK, Anatomy, anatomy, clone
+from sartor.plan import LayerPlan, Plan, to_mask
+from sartor.stages.decide import settle
+from sartor.stages.probe import Effects
+from sartor.stages.prune import cut_
+
+GONE = -1e-9  # effect of what is no longer there: it is the first to go, and cannot cost anything
+Sense = Callable[[Any], tuple[Effects, Effects]]
+Layers = tuple[LayerPlan, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did; damages in nats per token on text that shaped nothing.
+
+    Attributes:
+        blocks, groups: what it took. allowed: the damage foretold. real: measured, beyond that before it. kept: False where it was taken back.
+    """
+
+    blocks: int
+    groups: int
+    allowed: float
+    real: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A block of channels or a query group (one member) that is to go."""
+
+    layer: int
+    block: bool
+    members: tuple[int, ...]
+    effect: float
+    parameters: int
+
+
+def buffered(
+    small: Any,
+    plan: Plan,
+    sense: Sense,
+    heal: Callable[[Any], Any],
+    damage: Callable[[Any], float],
+    steps: int,
+    by_entropy: bool = True,
+    tell: Callable[[float, str], None] = lambda share, note: None,
+) -> tuple[Any, Plan, list[Step]]:
+    """Cut in about so many steps; after twice as many the budget rules, whatever it costs.
+
+    Args:
+        small: the network before any cut, left as it is. plan: whose bytes are to be saved. sense: effects of a network on the user's text and on generic text.
+        heal: a cut network (it may be changed), healed. damage: of a network, in nats per token. by_entropy: equal allowances; else equal numbers of parameters (an ablation).
+    Returns:
+        (the cut network, the plan of what was done, every step).
+    """
+    a, most, left = anatomy(small), 2 * steps, steps
+    goal, now, before = plan, _whole(plan.layers, anatomy(small)), damage(small)
+    history: list[Step] = []
+
+    def attempt(taken: Sequence[_Unit], of: int, turn: int) -> tuple[Any, Step]:
+        allowed, blocks = sum(u.effect for u in taken), sum(u.block for u in taken)
+        trial = heal(_cut(small, plan, now, _without(now, taken, a)))
+        real = damage(trial) - before
+        said = f"{len(taken)} of {of} units cost {real:.3f} nats per token of {allowed:.3f} foretold"
+        tell((turn + 1) / most, f"step {turn + 1}: {said}")
+        return trial, Step(blocks, len(taken) - blocks, allowed, real, real <= allowed)
+
+    for turn in range(most):
+        effects = [_in_place(e, now, a) for e in sense(small)]
+        goal = settle(plan, a, *effects)
+        rest = _to_go(now, goal.layers, a, effects, plan.rho)
+        if not rest:
+            break
+        final = turn == most - 1
+        taken = rest if final else _first(rest, left, by_entropy)
+        trial, step = attempt(taken, len(rest), turn)
+        if step.kept or final or len(taken) == 1:
+            left = max(1, left - 1)
+        else:
+            history.append(step)
+            taken = taken[: (len(taken) + 1) // 2]
+            trial, step = attempt(taken, len(rest), turn)
+        history.append(replace(step, kept=True))
+        small, now, before = trial, _without(now, taken, a), before + step.real
+    return small, replace(goal, layers=now), history
+
+
+def _whole(layers: Layers, a: Anatomy) -> Layers:
+    return tuple(
+        replace(x, groups=to_mask(range(a.groups[n]), a.groups[n]), channels=to_mask(range(a.ffn[n]), a.ffn[n]))
+        for n, x in enumerate(layers)
+    )
+
+
+def _in_place(e: Effects, now: Layers, a: Anatomy) -> Effects:
+    """Effects felt by a cut network, with the indices of the whole one."""
+    channel = {n: torch.full((f,), GONE) for n, f in enumerate(a.ffn)}
+    group = {n: torch.full((g,), GONE) for n, g in enumerate(a.groups)}
+    for n, felt in e.channel.items():
+        channel[n][now[n].kept_channels()] = felt
+    for n, felt in e.group.items():
+        group[n][now[n].kept_groups()] = felt
+    return Effects(channel, group, e.parts, e.tokens)
+
+
+def _to_go(now: Layers, goal: Layers, a: Anatomy, effects: Sequence[Effects], rho: float) -> list[_Unit]:
+    """What `goal` lacks of `now`, the least effect per parameter first."""
+    user, generic = effects
+    of_group, of_block = 2 * a.width * a.head_dim * (a.queries_per_group + 1), 3 * BLOCK * a.width
+    found = []
+    for n, (here, there) in enumerate(zip(now, goal, strict=True)):
+        mixed = (1 - rho) * user.channel[n] + rho * generic.channel[n]
+        gone = sorted(set(here.kept_channels()) - set(there.kept_channels()), key=lambda c: float(mixed[c]))
+        for at in range(0, len(gone), BLOCK):
+            block = tuple(gone[at : at + BLOCK])
+            found.append(_Unit(n, True, block, float(mixed[list(block)].sum()), of_block))
+        mixed = (1 - rho) * user.group[n] + rho * generic.group[n]
+        for g in set(here.kept_groups()) - set(there.kept_groups()):
+            found.append(_Unit(n, False, (g,), float(mixed[g]), of_group))
+    return sorted(found, key=lambda u: u.effect / u.parameters)
+
+
+def _first(units: Sequence[_Unit], left: int, by_entropy: bool) -> list[_Unit]:
+    """The first of them that make up one of `left` equal parts of all."""
+    size = [u.effect if by_entropy else float(u.parameters) for u in units]
+    total, taken = 0.0, 0
+    while taken < len(units) and total + size[taken] / 2 < sum(size) / left:
+        total += size[taken]
+        taken += 1
+    return list(units[: max(taken, 1)])
+
+
+def _without(now: Layers, taken: Sequence[_Unit], a: Anatomy) -> Layers:
+    gone: dict[tuple[int, bool], set[int]] = {}
+    for u in taken:
+        gone.setdefault((u.layer, u.block), set()).update(u.members)
+    return tuple(
+        replace(
+            x,
+            groups=to_mask(set(x.kept_groups()) - gone.get((n, False), set()), a.groups[n]),
+            channels=to_mask(set(x.kept_channels()) - gone.get((n, True), set()), a.ffn[n]),
+        )
+        for n, x in enumerate(now)
+    )
+
+
+def _cut(small: Any, plan: Plan, now: Layers, after: Layers) -> Any:
+    """A copy of the network, which has what `now` keeps, with what `after` keeps."""
+
+    def among(kept: Sequence[int], had: Sequence[int]) -> str:
+        there = set(kept)
+        return to_mask([i for i, x in enumerate(had) if x in there], len(had))
+
+    layers = tuple(
+        replace(
+            x,
+            groups=among(y.kept_groups(), x.kept_groups()),
+            channels=among(y.kept_channels(), x.kept_channels()),
+        )
+        for x, y in zip(now, after, strict=True)
+    )
+    copy = clone(small)
+    cut_(copy, replace(plan, layers=layers))
+    return copy

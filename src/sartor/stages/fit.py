@@ -1,0 +1,197 @@
+"""After a cut: every matrix goes onto its grid, and those that write to the residual stream first make up for what is missing from it.
+
+Layer by layer, two networks read the same rows: the whole one, and the cut one as far as it is done, cut and rounded. Each matrix is rounded with error
+feedback on what it will really read. o_proj and down_proj are first fitted to the difference between their *own* stream and the whole one's, so that
+each layer also takes up what those before it got wrong, by cuts as by rounding, whether or not it lost anything itself. The usual form of this (targets
+from the whole network's matrix, inputs from the cut one, each matrix for itself) knows nothing of the stream and made things worse (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sartor.model.families import ATTENTION, MLP
+from sartor.model.network import clone, has_attention, has_mlp, layers_of, linear
+from sartor.model.tail import arguments_of
+from sartor.numerics.compensate import LAMBDA, refit, strength
+from sartor.numerics.gptq import gptq
+from sartor.numerics.grids import GRIDS, snap
+from sartor.stages.calibrate import Heard, Site
+from sartor.stages.distil import Latents
+
+EMBEDDING = "model.embed_tokens.weight"
+BATCH = 8  # rows a pass; the last of each judges how strong the fit may be
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is fitted on.
+
+    Attributes:
+        rows: text. weight: of each row; they sum to 1. heard: how much the loss feels of every token, or None for all alike.
+    """
+
+    rows: Int[Tensor, "n t"]
+    weight: Float[Tensor, " n"]
+    heard: Heard | None = None
+
+
+def mixed(
+    own: Int[Tensor, "m t"], generic: Int[Tensor, "k t"], rho: float
+) -> tuple[Int[Tensor, "n t"], Float[Tensor, " n"]]:
+    """Rows of both texts, and the weight of each: the generic ones have `rho` of it all."""
+    weight = torch.cat([torch.full((len(r),), s / len(r)) for r, s in ((own, 1 - rho), (generic, rho))])
+    return torch.cat([own, generic]), weight
+
+
+@torch.no_grad()
+def fit(
+    small: Any,
+    whole: Any,
+    lesson: Lesson,
+    grids: Mapping[str, str],
+    tell: Callable[[float, str], None] = lambda share, note: None,
+) -> Latents:
+    """Weights of the cut network, on their grids, that keep the whole one's residual stream.
+
+    Args:
+        small: the cut network in fp32, left as it is. whole: what it was cut from, in the precision to run in.
+        grids: {parameter name: grid name}; what is absent stays free (fp32).
+    """
+    fitting = _Fitting(small, clone(small, next(whole.parameters()).dtype), lesson, grids)
+    tied = small.config.tie_word_embeddings  # then the embedding is the head above all; an untied one is only looked up
+    said = lesson.heard.head if tied and lesson.heard else torch.eye(small.config.hidden_size)
+    fitting.round_([EMBEDDING], said)
+    parts = lesson.rows.split(BATCH)
+    arguments = {len(part): arguments_of(whole, part) for part in parts}
+    theirs = [whole.model.embed_tokens(part) for part in parts]
+    ours = [fitting.running.model.embed_tokens(part) for part in parts]
+    last = len(layers_of(small))
+    for n in range(last):
+        ours, theirs = fitting.layer(layers_of(whole)[n], n, ours, theirs, arguments)
+        tell((n + 1) / last, f"layer {n}")
+    if not tied:
+        read = [fitting.running.model.norm(x) for x in ours]
+        fitting.round_(["lm_head.weight"], fitting.moments(read, None))
+    return fitting.result()
+
+
+class _Fitting:
+    """The pass as it stands: `running` is the cut network with everything that is done."""
+
+    def __init__(self, small: Any, running: Any, lesson: Lesson, grids: Mapping[str, str]) -> None:
+        self.small, self.running, self.lesson, self.grids = small, running, lesson, grids
+        self.parameters = dict(small.named_parameters())
+        self.latents = Latents({})
+
+    def result(self) -> Latents:
+        done = self.latents.masters
+        self.latents.masters = {n: done.get(n, p.data.float().clone()) for n, p in self.parameters.items()}
+        return self.latents
+
+    def layer(
+        self, other: Any, n: int, ours: list[Tensor], theirs: list[Tensor], arguments: Mapping[int, Any]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Both streams behind layer n, which is done on the way."""
+        block = layers_of(self.running)[n]
+        middles, ends = [], []
+        for x in theirs:
+            with _read(other.post_attention_layernorm) as middle:
+                ends.append(other(x, **arguments[len(x)][n]))
+            middles.append(middle[0])
+        if has_attention(self.running, n):
+            self.readers(n, ATTENTION[:-1], [block.input_layernorm(x) for x in ours], (n, "attention"))
+            read = []
+            for x in ours:
+                with _read(block.self_attn.o_proj) as z:
+                    block.self_attn(hidden_states=block.input_layernorm(x), **arguments[len(x)][n])
+                read.append(z[0])
+            ours = self.writer(n, ATTENTION[-1], read, ours, middles, (n, "output"))
+        if has_mlp(self.running, n):
+            self.readers(n, MLP[:-1], [block.post_attention_layernorm(x) for x in ours], (n, "mlp"))
+            read = []
+            for x in ours:
+                with _read(block.mlp.down_proj) as z:
+                    block.mlp(block.post_attention_layernorm(x))
+                read.append(z[0])
+            ours = self.writer(n, MLP[-1], read, ours, ends, (n, "down"))
+        return ours, ends
+
+    def readers(self, n: int, names: Sequence[str], read: list[Tensor], site: Site) -> None:
+        """Matrices that read the stream: onto their grids."""
+        if any(_parameter(n, name) in self.grids for name in names):
+            self.round_([_parameter(n, name) for name in names], self.moments(read, site))
+
+    def writer(
+        self, n: int, name: str, read: list[Tensor], stream: list[Tensor], wanted: list[Tensor], site: Site
+    ) -> list[Tensor]:
+        """The stream once the matrix has written to it, fitted to `wanted` and on its grid."""
+        old, new = linear(self.small, n, name), linear(self.running, n, name)
+        w = old.weight.data.float()
+        bias = 0 if old.bias is None else old.bias.data
+        a, b = torch.zeros(2, *w.shape), torch.zeros(2, w.shape[1], w.shape[1])
+        for z, x, target, scale in zip(read, stream, wanted, self.scales(site), strict=True):
+            z, missing = z * scale, (target - x - bias).to(z.dtype) * scale
+            for i, rows in enumerate((slice(0, len(z) - 1), slice(len(z) - 1, None)) if len(z) > 1 else (slice(None),)):
+                flat = z[rows].flatten(0, 1)
+                a[i] += (missing[rows].flatten(0, 1).T @ flat).float()
+                b[i] += (flat.T @ flat).float()
+        lam = strength(w, (a[0], b[0]), (a[1], b[1])) if b[1].any() else LAMBDA
+        fitted, both = refit(w, a.sum(0), b.sum(0), lam), b.sum(0)
+        self.put_(_parameter(n, name), fitted)
+        self.round_([_parameter(n, name)], both, {_parameter(n, name): fitted})
+        return [x + new(z) for z, x in zip(read, stream, strict=True)]
+
+    def scales(self, site: Site | None) -> Iterator[Tensor]:
+        """Roots of the weights of all tokens, part by part."""
+        weight = (self.lesson.weight / self.lesson.rows.shape[1])[:, None]
+        if site is not None and self.lesson.heard is not None:
+            weight = weight * self.lesson.heard.tokens[site]
+        dtype = next(self.running.parameters()).dtype
+        return (w.sqrt()[..., None].to(dtype) for w in weight.split(BATCH))
+
+    def moments(self, read: list[Tensor], site: Site | None) -> Float[Tensor, "f f"]:
+        c = torch.zeros(())
+        for z, scale in zip(read, self.scales(site), strict=True):
+            flat = (z * scale).flatten(0, 1)
+            c = c + (flat.T @ flat).float()
+        return c
+
+    def put_(self, name: str, w: Tensor) -> None:
+        self.latents.masters[name] = w
+        parameter = self.running.get_parameter(name)
+        parameter.data = w.to(parameter.dtype)
+
+    def round_(self, names: Sequence[str], c: Tensor, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Matrices that read the same go onto their grids, those of one grid in one sweep: rows do not depend on each other."""
+        weights = weights or {n: self.parameters[n].data.float() for n in names}
+        for grid in {self.grids[n] for n in names if n in self.grids}:
+            some = [n for n in names if self.grids.get(n) == grid]
+            q = gptq(torch.cat([weights[n] for n in some]), c, GRIDS[grid])
+            sizes = [len(weights[n]) for n in some]
+            for name, latent, scales in zip(some, q.latent.split(sizes), q.scales.split(sizes), strict=True):
+                self.put_(name, snap(latent, scales, GRIDS[grid]))
+                self.latents.masters[name], self.latents.scales[name] = latent.clone(), scales.clone()
+                self.latents.grids[name] = GRIDS[grid]
+
+
+def _parameter(n: int, name: str) -> str:
+    return f"model.layers.{n}.{name}.weight"
+
+
+@contextmanager
+def _read(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What the module reads while the body runs."""
+    found: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    try:
+        yield found
+    finally:
+        handle.remove()

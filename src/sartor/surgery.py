@@ -1,0 +1,112 @@
+"""What is cut of the adapted network, and what is left fitted onto its grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sartor.effort import EFFORTS
+from sartor.model.network import anatomy, clone
+from sartor.plan import Plan
+from sartor.probing import Tell, felt
+from sartor.stages.buffer import buffered
+from sartor.stages.calibrate import heard
+from sartor.stages.decide import settle
+from sartor.stages.distil import Anchor, DistilConfig, Latents, distil_, put_
+from sartor.stages.fit import Lesson, fit, mixed
+from sartor.stages.likelihood import kl_of, top_of
+from sartor.stages.measure import score
+from sartor.stages.probe import Effects
+from sartor.stages.prune import cut_, gone
+from sartor.stages.tokens import Window, sample
+
+IN_STEPS = 0.4  # of the time of recovery, where cuts are made in steps
+
+
+def after_steps(recover: DistilConfig, steps: int) -> DistilConfig:
+    """What is left of recovery when the cuts were made in so many steps."""
+    return recover if steps == 1 else replace(recover, seconds=recover.seconds * (1 - IN_STEPS))
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What a cut is made by.
+
+    Attributes:
+        whole: the network before it, in bf16; adapted, where there is training. rows: the user's and generic ones. validation: of the user.
+        said: what the adapted network and the original say, or None where nothing is trained. training: of recovery.
+    """
+
+    whole: Any
+    rows: tuple[Tensor, Tensor]
+    validation: Sequence[Window]
+    said: Anchor | None
+    training: DistilConfig
+    effort: str
+    tell: Tell
+
+    def cut(self, small: Any, plan: Plan, steps: int, held: Tensor) -> tuple[Any, Plan, dict[str, Any]]:
+        """Settle what goes on the adapted network, and take it out.
+
+        Args:
+            small: in fp32; changed or not. held: rows of the user's validation text, that steps are judged by.
+        Returns:
+            (the cut network, the plan as it was done, what went and what validation says of it before the last repair).
+        """
+        before, done = anatomy(small), dict[str, Any]()
+        if self.said is not None and not plan.settled:
+            if steps > 1:
+                small, plan, done["steps"] = self._in_steps(small, plan, steps, held)
+            else:
+                plan = settle(plan, before, *self._sense(self.whole, plan.seed, self.tell))
+        if anatomy(small) == before:
+            cut_(small, plan)
+        if what := gone(before, anatomy(small)):
+            done |= what | {"validation_cut": score(clone(small, torch.bfloat16), self.validation).bits_per_byte}
+            self.tell("prune", 1.0, f"validation {done['validation_cut']:.3f} bits per byte")
+        return small, plan, done
+
+    def _in_steps(self, small: Any, plan: Plan, steps: int, held: Tensor) -> tuple[Any, Plan, list[dict[str, Any]]]:
+        reference = top_of(self.whole, held)
+        training = replace(self.training, seconds=self.training.seconds * IN_STEPS / steps)
+        silent: Tell = lambda stage, share, note: None  # noqa: E731
+        small, plan, done = buffered(
+            small,
+            plan,
+            lambda network: self._sense(clone(network, torch.bfloat16), plan.seed, silent),
+            lambda network: self._healed(network, plan, training),
+            lambda network: kl_of(clone(network, torch.bfloat16), held, reference),
+            steps,
+            tell=partial(self.tell, "prune"),
+        )
+        return small, plan, [asdict(step) for step in done]
+
+    def _sense(self, network: Any, seed: int, tell: Tell) -> tuple[Effects, Effects]:
+        told = lambda share, note: tell("prune", 0.8 * share, f"the adapted network's {note}")  # noqa: E731
+        return felt(network, self.rows, self.effort, seed, told)
+
+    def _healed(self, network: Any, plan: Plan, training: DistilConfig) -> Any:
+        """Repaired in closed form, then a little distillation."""
+        few = EFFORTS[self.effort].fit_rows // 2
+        latents = self.fitted(network, replace(plan, grids={}), few, lambda share, note: None)
+        if training.seconds > 0 and self.said is not None:
+            distil_(clone(network, torch.bfloat16), latents, None, self.said, self.validation, training, plan.seed)
+        put_(network, latents)
+        return network
+
+    def fitted(self, small: Any, plan: Plan, many: int, told: Callable[[float, str], None]) -> Latents:
+        """The cut network on the plan's grids.
+
+        Args:
+            many: of the user's rows; half as many generic ones join them, and all of those count as the plan's `rho` says.
+        """
+        own, generic = sample(self.rows[0], many, plan.seed), sample(self.rows[1], many // 2, plan.seed)
+        texts, weight = mixed(own, generic, plan.rho)
+        feeling = heard(self.whole, texts, weight, lambda share: told(0.4 * share, "gradients at every token"))
+        lesson = Lesson(texts, weight, feeling)
+        return fit(small, self.whole, lesson, plan.grids, lambda s, n: told(0.4 + 0.6 * s, n))
