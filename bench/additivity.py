@@ -68,7 +68,7 @@ def main() -> None:
     shape = anatomy(model)
     felt = feel(model, sample(training_rows(p.texts.train, p.tokenizer), a.rows, 0))
     effects = effects_of(shape, felt)
-    units = order_units(effects, effects, 0.0)
+    units = order_units(effects)
     v = sketches(units, felt, shape.queries_per_group * shape.head_dim)
     rows = sample(training_rows(p.texts.probe, p.tokenizer), 8, 0)
     reference = top_of(model, rows)

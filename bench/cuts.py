@@ -33,9 +33,9 @@ from sartor.stages.decide import LEAST_BLOCKS, kept_groups
 from sartor.stages.distil import put_
 from sartor.stages.fit import Lesson, fit, mixed
 from sartor.stages.measure import score
-from sartor.stages.probe import Effects, effects_of, order_units
+from sartor.stages.probe import Effects, effects_of, order_units, recovered
 from sartor.stages.prune import cut_
-from sartor.stages.sensitivity import feel
+from sartor.stages.sensitivity import feel, together
 from sartor.stages.tokens import cut_windows, encode_windows, sample, training_rows
 
 TEST_BYTES = 49_152
@@ -129,12 +129,20 @@ REPAIR: dict[str, Callable[[Any, Plan, Seen], Any]] = {
 }
 
 
-def by_effects(user: Effects, generic: Effects, rho: float) -> Ranking:
-    units = order_units(user, generic, rho)
-    layers = sorted(user.channel)
+def by_effects(e: Effects) -> Ranking:
+    units, layers = order_units(e), sorted(e.channel)
     return Ranking(
         units.order, {n: units.of(n, "mlp") for n in layers}, {n: units.of(n, "attention") for n in layers}, False
     )
+
+
+def blended(user: Effects, generic: Effects, rho: float) -> Effects:
+    """Effects on both texts, by share."""
+    channel, group = (
+        {n: (1 - rho) * x + rho * theirs[n] for n, x in mine.items()}
+        for mine, theirs in ((user.channel, generic.channel), (user.group, generic.group))
+    )
+    return Effects(channel, group, user.parts, user.tokens)
 
 
 def stream_repaired(model: Any, plan: Plan, lesson: Lesson) -> Any:
@@ -149,19 +157,28 @@ def ours(
 ) -> dict[str, tuple[Ranking, Callable[..., Any]]]:
     """Sartor's arms: as it is, and with parts exchanged."""
     half, a = clone(model, torch.bfloat16), anatomy(model)
-    user, other = (effects_of(a, feel(half, r, seed)) for r in (own, generic))
+    halves = [feel(half, r, seed) for r in own.chunk(2)]
+    user, one, two, other = (
+        effects_of(a, f) for f in (together(*halves), *halves, feel(half, generic[: len(generic) // 2], seed))
+    )
     few = generic[: len(generic) // 2]
     lesson = {}
     for key, texts, rho in (("both", own, 0.3), ("mine", own, 0.0), ("theirs", generic, 0.3)):
         rows, weight = mixed(texts, few, rho)
         lesson[key] = Lesson(rows, weight, heard(half, rows, weight))
-    both, mine, theirs = by_effects(user, other, 0.3), by_effects(user, other, 0.0), by_effects(other, other, 0.0)
+    ranking = by_effects(recovered(user, (one, two), other))
+
+    def repaired(key: str) -> Callable[..., Any]:
+        return lambda m, plan, seen: stream_repaired(m, plan, lesson[key])
+
     return {
-        "Sartor": (both, lambda m, plan, seen: stream_repaired(m, plan, lesson["both"])),
-        "Sartor, own text only": (mine, lambda m, plan, seen: stream_repaired(m, plan, lesson["mine"])),
-        "Sartor, generic text only": (theirs, lambda m, plan, seen: stream_repaired(m, plan, lesson["theirs"])),
-        "Sartor, repair on the dense stream": (both, by_moments),
-        "Sartor, no repair": (both, without_repair),
+        "Sartor": (ranking, repaired("both")),
+        "Sartor, effects from own text only": (by_effects(user), repaired("both")),
+        "Sartor, effects mixed": (by_effects(blended(user, other, 0.3)), repaired("both")),
+        "Sartor, effects and repair from own text": (by_effects(user), repaired("mine")),
+        "Sartor, effects and repair from generic text": (by_effects(other), repaired("theirs")),
+        "Sartor, repair on the dense stream": (ranking, by_moments),
+        "Sartor, no repair": (ranking, without_repair),
     }
 
 
@@ -201,7 +218,7 @@ def main() -> None:
                         file.write_text(json.dumps([*cell, time.monotonic() - started]))
                     mine, theirs, seconds = json.loads(file.read_text())
                     print(
-                        f"{removed:.0%} removed, seed {seed}: {name:36s} user {mine:.3f} ({mine / base[0] - 1:+.1%})  generic {theirs:.3f} ({theirs / base[1] - 1:+.1%})",
+                        f"{removed:.0%} removed, seed {seed}: {name:46s} user {mine:.3f} ({mine / base[0] - 1:+.1%})  generic {theirs:.3f} ({theirs / base[1] - 1:+.1%})",
                         flush=True,
                     )
                     print(f"  ({seconds:.0f} s)", file=sys.stderr)

@@ -41,7 +41,7 @@ def generic_units(p: Prepared, model: Any, block: int) -> Units:
     """Units ordered by what generic text needs."""
     rows = sample(training_rows(p.texts.generic_train, p.tokenizer), 64, 0)
     generic = effects_of(anatomy(model), feel(model, rows))
-    return order_units(generic, generic, 0.0, block)
+    return order_units(generic, block)
 
 
 def probing_rows(p: Prepared, generic: bool, rows: int) -> torch.Tensor:

@@ -40,9 +40,8 @@ def rows(tokenizer: Any) -> torch.Tensor:
 def in_steps(model: Any, rows: torch.Tensor, steps: int, damage: Any = None, **more: Any) -> Any:
     reference = top_of(model, rows)
 
-    def sense(network: Any) -> tuple[probe.Effects, probe.Effects]:
-        e = probe.effects_of(net.anatomy(network), feel(network, rows))
-        return e, e
+    def sense(network: Any) -> probe.Effects:
+        return probe.effects_of(net.anatomy(network), feel(network, rows))
 
     return buffered(
         model, plan_of(model, *PLAN), sense, lambda x: x, damage or (lambda m: kl_of(m, rows, reference)), steps, **more

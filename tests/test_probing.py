@@ -15,6 +15,7 @@ from sartor.model.tail import Tail
 from sartor.numerics.gptq import gptq
 from sartor.numerics.grids import GRIDS, snap
 from sartor.plan import LayerPlan, Plan, to_mask
+from sartor.probing import FIRST, sounded
 from sartor.stages import probe
 from sartor.stages.calibrate import heard, second_moments
 from sartor.stages.decide import settle, verdict
@@ -22,7 +23,7 @@ from sartor.stages.distil import put_
 from sartor.stages.fit import Lesson, fit
 from sartor.stages.likelihood import hidden_of, kl_of, nats_of, top_of
 from sartor.stages.prune import cut_
-from sartor.stages.sensitivity import feel
+from sartor.stages.sensitivity import feel, together
 from sartor.stages.tokens import training_rows
 from sartor.stages.yardstick import Yardstick
 from sartor.storage import remembered
@@ -74,7 +75,7 @@ def test_effects_foretell_the_order_of_random_cuts_on_other_text(
     model, _ = net.load_dense(place["model"])
     fresh = training_rows(texts("cook", 20, 77), tokenizer, 64)[:12]
     e = effects(model, rows)
-    worth = probe.check(model, probe.order_units(e, e, 0.0), fresh, 12)
+    worth = probe.check(model, probe.order_units(e), fresh, 12)
     assert worth.spearman > 0.9
     assert worth.r2 > 0.8
     assert worth.factor > 0
@@ -101,17 +102,69 @@ def test_intervals_hold_their_effect_and_layers_without_parts_have_none(model: A
     assert 1 not in e.channel
 
 
-def test_a_units_effect_is_that_of_its_channels_on_both_texts(
-    model: Any, rows: torch.Tensor, other: torch.Tensor
-) -> None:
-    user, generic = effects(model, rows), effects(model, other)
-    units = probe.order_units(user, generic, 0.3)
+def test_a_units_effect_is_that_of_its_channels(model: Any, rows: torch.Tensor) -> None:
+    e = effects(model, rows)
+    units = probe.order_units(e)
     for n in range(3):
-        assert units.of(n, "mlp").sum() == pytest.approx(
-            float(0.7 * user.channel[n].sum() + 0.3 * generic.channel[n].sum())
-        )
+        assert units.of(n, "mlp").sum() == pytest.approx(float(e.channel[n].sum()))
         assert (np.diff(units.of(n, "mlp")) >= 0).all()
         assert sorted(units.order[n].tolist()) == list(range(256))
+        assert units.of(n, "attention") == pytest.approx(e.group[n].numpy())
+
+
+def made_up(noise: float, seed: int, difference: float) -> tuple[probe.Effects, list[probe.Effects], probe.Effects]:
+    """(true effects of a user, two noisy halves, generic effects)."""
+    rng = torch.Generator().manual_seed(seed)
+    normal = lambda n: torch.randn(n, generator=rng)  # noqa: E731
+    effects = lambda c: probe.Effects({0: c[:3000].exp(), 1: c[3000:6000].exp()}, {0: c[6000:6100].exp()}, {}, 1)  # noqa: E731
+    generic = 2 * normal(6100)
+    own = generic + difference * normal(6100) + torch.cat([torch.ones(3000), torch.zeros(3100)])
+    return effects(own), [effects(own + noise * normal(6100)) for _ in range(2)], effects(generic)
+
+
+@pytest.mark.parametrize("difference", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("noise", [0.1, 1.0])
+def test_recovery_beside_generic_effects_is_never_worse_than_either(noise: float, difference: float) -> None:
+    true, (one, two), generic = made_up(noise, 1, difference)
+    got = probe.recovered(one, (one, two), generic)
+    mean = {n: (one.channel[n] * two.channel[n]).sqrt() for n in (0, 1)}
+    error = lambda channel: sum(float((channel[n] / true.channel[n]).log().square().mean()) for n in (0, 1))  # noqa: E731
+    assert error(got.channel) <= 1.02 * error(mean) + 1e-4
+    assert error(got.channel) < error(generic.channel)  # one layer matters e times as much to the user
+    if noise > difference:
+        assert error(got.channel) < 0.5 * error(mean)
+
+
+def test_reliability_is_what_both_halves_together_would_agree_on() -> None:
+    for noise in (0.2, 2.0):
+        _, halves, _ = made_up(noise, 2, 1.0)
+        _, others, _ = made_up(noise, 2, 1.0)
+        whole = [np.log(h.channel[0].numpy()) for h in (*halves, *others)]
+        r = probe.reliability(halves[0], halves[1])
+        assert 0 < r < 1
+        assert r > np.corrcoef(whole[0], whole[1])[0, 1] - 0.05
+    assert probe.reliability(*made_up(0.2, 3, 1.0)[1]) > probe.reliability(*made_up(2.0, 3, 1.0)[1])
+
+
+def test_rows_are_felt_until_the_order_is_known(model: Any, rows: torch.Tensor) -> None:
+    many = torch.cat([rows] * 4)
+    enough, one, other = sounded(model, many, 0.0, 0, lambda share: None)
+    assert enough.tokens == FIRST * rows.shape[1] == one.tokens + other.tokens
+    all_of_it, *_ = sounded(model, many, 1.0, 0, lambda share: None)
+    assert all_of_it.tokens == many.numel()
+    assert enough.known == pytest.approx(probe.reliability(one, other))
+    assert sounded(model, rows[:1], 0.9, 0, lambda share: None)[0].tokens == 2 * rows.shape[1]
+
+
+def test_what_two_texts_say_together_is_what_one_pass_over_both_says(model: Any, rows: torch.Tensor) -> None:
+    one, other = feel(model, rows[:4]), feel(model, rows[4:])
+    both = together(one, other)
+    assert both.tokens == rows.numel()
+    site = (1, "down")
+    expected = (one.alone[site] * one.tokens + other.alone[site] * other.tokens) / rows.numel()
+    assert torch.allclose(both.alone[site], expected)
+    squares = one.sketch[site].square().sum(0) * one.tokens + other.sketch[site].square().sum(0) * other.tokens
+    assert torch.allclose(both.sketch[site].square().sum(0), squares / rows.numel())
 
 
 def test_masks_take_cheap_units_only_and_ever_more(model: Any) -> None:
@@ -261,15 +314,15 @@ def test_a_grid_that_is_absent_leaves_a_matrix_free(model: Any, rows: torch.Tens
 
 def test_settling_keeps_the_bytes_and_follows_the_new_effects(model: Any, rows: torch.Tensor) -> None:
     a = net.anatomy(model)
-    user, generic = effects(model, rows), effects(model, rows.flip(0))
+    e = effects(model, rows)
     kept = [[0, 1], [1], [0, 1]], [list(range(160)), list(range(256)), list(range(96))]
     before = plan_of(model, *kept)
-    after = settle(before, a, user, generic)
+    after = settle(before, a, e)
     count = lambda plan: sum(len(layer.kept_channels()) for layer in plan.layers)  # noqa: E731
     assert count(before) - net.BLOCK < count(after) <= count(before)
     assert [len(x.kept_groups()) for x in after.layers] == [2, 1, 2]
-    assert settle(after, a, user, generic) == after
-    units = probe.order_units(user, generic, before.rho)
+    assert settle(after, a, e) == after
+    units = probe.order_units(e)
     gone = [
         float(units.of(n, "mlp")[: (256 - len(x.kept_channels())) // net.BLOCK].max(initial=0))
         for n, x in enumerate(after.layers)

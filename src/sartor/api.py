@@ -162,13 +162,14 @@ def probe(
     p = Prepared(job, tell)
     dense = clone(p.release(), torch.bfloat16)
     user, general = sense(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
-    worth = worth_of(dense, p.tokenizer, p.texts, order_units(user, general, 0.0), effort, seed, tell)
+    worth = worth_of(dense, p.tokenizer, p.texts, order_units(user), effort, seed, tell)
     without = explain(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
     return {
         "model": p.source.provenance(),
         "effort": effort,
         "seed": seed,
         "tokens": {"user": user.tokens, "generic": general.tokens},
+        "known": user.known,
         "worth": asdict(worth),
         "without": without,
         "verdicts": {

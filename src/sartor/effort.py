@@ -29,14 +29,15 @@ class Effort:
     """How much work each stage does; one row an effort level.
 
     Attributes:
-        rows: rows of 256 tokens for second moments, and generic ones in training. felt_rows: for backward probes, of the original and of the adapted network, half as
-        many on generic text. probe_rows: on which damage is measured. checks: random masks. expected_rows: rows on which the model says what words it expects.
+        rows: rows of 256 tokens for second moments, and generic ones in training. felt_rows: for backward probes on either text, at most; known: reliability of the units' order that is enough
+        (`probing.sounded`). probe_rows: on which damage is measured. checks: random masks. expected_rows: rows on which the model says what words it expects.
         layers_at_once: whose three-bit damage is measured together. fit_rows: the user's rows that the cut network is fitted and rounded on.
         validation_bytes, test_bytes: text measured on.
     """
 
     rows: int
     felt_rows: int
+    known: float
     probe_rows: int
     checks: int
     expected_rows: int
@@ -50,7 +51,8 @@ class Effort:
 EFFORTS: dict[str, Effort] = {
     "quick": Effort(
         rows=32,
-        felt_rows=40,
+        felt_rows=32,
+        known=0.9,
         probe_rows=4,
         checks=8,
         expected_rows=64,
@@ -62,7 +64,8 @@ EFFORTS: dict[str, Effort] = {
     ),
     "standard": Effort(
         rows=64,
-        felt_rows=96,
+        felt_rows=128,
+        known=0.92,
         probe_rows=8,
         checks=16,
         expected_rows=96,
@@ -74,7 +77,8 @@ EFFORTS: dict[str, Effort] = {
     ),
     "thorough": Effort(
         rows=192,
-        felt_rows=384,
+        felt_rows=512,
+        known=0.97,
         probe_rows=16,
         checks=48,
         expected_rows=512,

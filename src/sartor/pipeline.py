@@ -83,7 +83,7 @@ def make_plan(
 
     Args:
         model: dense, fp32 or bf16; never changed. budget: bytes of the file. bytes_of: exact size of a file.
-        sha256: of the model's source. rho: share of generic text in effects and second moments. recall: see `sense`. method: sartor, or paper.
+        sha256: of the model's source. rho: share of generic text in what repair and rounding are fitted on. recall: see `sense`. method: sartor, or paper.
     Raises:
         BudgetError: the budget is below what can be reached.
     """
@@ -96,7 +96,7 @@ def make_plan(
         )
     dense = clone(model, torch.bfloat16)
     user, generic = sense(dense, tokenizer, texts, effort, seed, tell, recall)
-    units = order_units(user, generic, rho)
+    units = order_units(user)
     worth = worth_of(dense, tokenizer, texts, units, effort, seed, tell)
     rows = probe_rows(texts.probe, tokenizer, e.probe_rows, seed)
     reference = top_of(dense, rows)

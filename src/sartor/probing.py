@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from sartor.effort import EFFORTS
 from sartor.model.network import anatomy
-from sartor.stages.probe import Effects, Units, Worth, check, effects_of, without_parts
-from sartor.stages.sensitivity import feel
+from sartor.stages.probe import Effects, Units, Worth, check, effects_of, recovered, reliability, without_parts
+from sartor.stages.sensitivity import Felt, feel, together
 from sartor.stages.tokens import sample, training_rows
 
 Tell = Callable[[str, float, str], None]
@@ -57,16 +57,52 @@ def felt(
     tell: Callable[[float, str], None],
     recall: Recall = anew,
 ) -> tuple[Effects, Effects]:
-    """Backward probes on some of the user's rows and of generic ones."""
+    """Backward probes on the user's rows and on generic ones: (the user's effects, recovered beside the generic ones; the generic ones)."""
 
-    def on(rows: Tensor, start: float, name: str) -> Effects:
-        told = lambda share: tell(start + 0.5 * share, f"gradients on {name}")  # noqa: E731
-        measure = lambda: effects_of(anatomy(model), feel(model, rows, seed, told), seed).to_dict()  # noqa: E731
-        return Effects.from_dict(recall("effects", rows, seed, measure))
+    e = EFFORTS[effort]
+    own, other = (sample(r, e.felt_rows, seed) for r in rows)
 
-    many = EFFORTS[effort].felt_rows
-    user, generic = sample(rows[0], many, seed), sample(rows[1], many // 2, seed)
-    return on(user, 0.0, "the user's text"), on(generic, 0.5, "generic text")
+    def on(rows: Tensor, start: float, name: str) -> tuple[Effects, Effects, Effects]:
+        return sounded(model, rows, e.known, seed, lambda share: tell(start + 0.5 * share, f"gradients on {name}"))
+
+    def measure() -> dict[str, Any]:
+        return {str(i): x.to_dict() for i, x in enumerate(on(own, 0.0, "the user's text"))}
+
+    raw = recall("halves", own, seed, measure)
+    user, *halves = (Effects.from_dict(raw[str(i)]) for i in range(3))
+    profile = recall("effects", other, seed, lambda: on(other, 0.5, "generic text")[0].to_dict())
+    generic = Effects.from_dict(profile)
+    return recovered(user, (halves[0], halves[1]), generic), generic
+
+
+FIRST = 16  # rows that are felt at least
+
+
+def sounded(
+    model: Any, rows: Tensor, known: float, seed: int, tell: Callable[[float], None]
+) -> tuple[Effects, Effects, Effects]:
+    """Effects on as many of the rows as it takes, and those of the two halves: twice as many again until the order of all units is known well enough.
+
+    Args:
+        known: least reliability of the order (`reliability`), or all rows.
+    """
+    a, n, told = anatomy(model), min(FIRST, len(rows)), 0.0
+
+    def read(start: int, end: int) -> Felt:
+        return feel(
+            model, rows[start:end], seed + start, lambda share: tell((start + share * (end - start)) / len(rows))
+        )
+
+    halves = [read(0, n // 2), read(n // 2, n)] if n > 1 else [read(0, 1), read(0, 1)]
+    while True:
+        one, other = (effects_of(a, h, seed) for h in halves)
+        told = reliability(one, other)
+        if told >= known or n == len(rows):
+            break
+        more = min(2 * n, len(rows))
+        halves, n = [together(*halves), read(n, more)], more
+    tell(1.0)
+    return replace(effects_of(a, together(*halves), seed), known=told), one, other
 
 
 def worth_of(dense: Any, tokenizer: Any, texts: Texts, units: Units, effort: str, seed: int, tell: Tell) -> Worth:

@@ -63,7 +63,7 @@ class Surgery:
             if steps > 1:
                 small, plan, done["steps"] = self._in_steps(small, plan, steps, held)
             else:
-                plan = settle(plan, before, *self._sense(self.whole, plan.seed, self.tell))
+                plan = settle(plan, before, self._sense(self.whole, plan.seed, self.tell))
         if anatomy(small) == before:
             cut_(small, plan)
         if what := gone(before, anatomy(small)):
@@ -86,9 +86,9 @@ class Surgery:
         )
         return small, plan, [asdict(step) for step in done]
 
-    def _sense(self, network: Any, seed: int, tell: Tell) -> tuple[Effects, Effects]:
+    def _sense(self, network: Any, seed: int, tell: Tell) -> Effects:
         told = lambda share, note: tell("prune", 0.8 * share, f"the adapted network's {note}")  # noqa: E731
-        return felt(network, self.rows, self.effort, seed, told)
+        return felt(network, self.rows, self.effort, seed, told)[0]
 
     def _healed(self, network: Any, plan: Plan, training: DistilConfig) -> Any:
         """Repaired in closed form, then a little distillation."""

@@ -20,7 +20,7 @@ from sartor.stages.probe import Effects
 from sartor.stages.prune import cut_
 
 GONE = -1e-9  # effect of what is no longer there: it is the first to go, and cannot cost anything
-Sense = Callable[[Any], tuple[Effects, Effects]]
+Sense = Callable[[Any], Effects]
 Layers = tuple[LayerPlan, ...]
 
 
@@ -63,7 +63,7 @@ def buffered(
     """Cut in about so many steps; after twice as many the budget rules, whatever it costs.
 
     Args:
-        small: the network before any cut, left as it is. plan: whose bytes are to be saved. sense: effects of a network on the user's text and on generic text.
+        small: the network before any cut, left as it is. plan: whose bytes are to be saved. sense: effects of a network on the user's text.
         heal: a cut network (it may be changed), healed. damage: of a network, in nats per token. by_entropy: equal allowances; else equal numbers of parameters (an ablation).
     Returns:
         (the cut network, the plan of what was done, every step).
@@ -81,9 +81,9 @@ def buffered(
         return trial, Step(blocks, len(taken) - blocks, allowed, real, real <= allowed)
 
     for turn in range(most):
-        effects = [_in_place(e, now, a) for e in sense(small)]
-        goal = settle(plan, a, *effects)
-        rest = _to_go(now, goal.layers, a, effects, plan.rho)
+        effects = _in_place(sense(small), now, a)
+        goal = settle(plan, a, effects)
+        rest = _to_go(now, goal.layers, a, effects)
         if not rest:
             break
         final = turn == most - 1
@@ -118,20 +118,18 @@ def _in_place(e: Effects, now: Layers, a: Anatomy) -> Effects:
     return Effects(channel, group, e.parts, e.tokens)
 
 
-def _to_go(now: Layers, goal: Layers, a: Anatomy, effects: Sequence[Effects], rho: float) -> list[_Unit]:
+def _to_go(now: Layers, goal: Layers, a: Anatomy, effects: Effects) -> list[_Unit]:
     """What `goal` lacks of `now`, the least effect per parameter first."""
-    user, generic = effects
-    of_group, of_block = 2 * a.width * a.head_dim * (a.queries_per_group + 1), 3 * BLOCK * a.width
+    per_group, per_block = 2 * a.width * a.head_dim * (a.queries_per_group + 1), 3 * BLOCK * a.width
     found = []
     for n, (here, there) in enumerate(zip(now, goal, strict=True)):
-        mixed = (1 - rho) * user.channel[n] + rho * generic.channel[n]
-        gone = sorted(set(here.kept_channels()) - set(there.kept_channels()), key=lambda c: float(mixed[c]))
+        of_channel, of_group = effects.channel[n], effects.group[n]
+        gone = sorted(set(here.kept_channels()) - set(there.kept_channels()), key=lambda c: float(of_channel[c]))
         for at in range(0, len(gone), BLOCK):
             block = tuple(gone[at : at + BLOCK])
-            found.append(_Unit(n, True, block, float(mixed[list(block)].sum()), of_block))
-        mixed = (1 - rho) * user.group[n] + rho * generic.group[n]
+            found.append(_Unit(n, True, block, float(of_channel[list(block)].sum()), per_block))
         for g in set(here.kept_groups()) - set(there.kept_groups()):
-            found.append(_Unit(n, False, (g,), float(mixed[g]), of_group))
+            found.append(_Unit(n, False, (g,), float(of_group[g]), per_group))
     return sorted(found, key=lambda u: u.effect / u.parameters)
 
 

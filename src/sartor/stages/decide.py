@@ -39,7 +39,7 @@ class Measured:
     """All that the decision rests on; damages in nats per token.
 
     Attributes:
-        units: what may go, with its effects on both texts mixed. user, generic: effects on either. worth: of the effects, on random masks. words: the vocabulary's ladder.
+        units: what may go, with its effects on the user's text. user, generic: effects on either. worth: of the effects, on random masks. words: the vocabulary's ladder.
         embedding_damage: of the embedding on each grid. kind_damage: of one kind of linear in all layers on each grid. poorer_damage: of
         every layer's `down_proj` on each grid of POORER, beyond BASE.
     """
@@ -249,19 +249,23 @@ def _plan(
 
 def worth_of(m: Measured) -> dict[str, float]:
     worth = {k: float(v) for k, v in asdict(m.worth).items()}
-    return worth | {"user_tokens": float(m.user.tokens), "generic_tokens": float(m.generic.tokens)}
+    return worth | {
+        "user_tokens": float(m.user.tokens),
+        "generic_tokens": float(m.generic.tokens),
+        "known": m.user.known,
+    }
 
 
-def settle(plan: Plan, a: Anatomy, user: Effects, generic: Effects) -> Plan:
+def settle(plan: Plan, a: Anatomy, effects: Effects) -> Plan:
     """The plan with its cuts chosen anew, for the same bytes, by what the network needs now that it has adapted.
 
     Vocabulary, bits elsewhere and the number of query groups in each layer stay; which groups go, how many blocks each MLP loses, which ones, and the grid of
     what is left of its `down_proj` follow the new effects.
 
     Args:
-        a: anatomy of the trimmed network before any cut.
+        a: anatomy of the trimmed network before any cut. effects: on the user's text.
     """
-    units = order_units(user, generic, plan.rho)
+    units = order_units(effects)
     poorer = {g: np.array([np.inf if x is None else x for x in d]) for g, d in plan.poorer_damage.items()}
     mlps = _mlp_ladders(a, units, poorer)
     grids = [plan.grids.get(f"model.layers.{n}.{DOWN}.weight", BASE) for n in range(a.layers)]

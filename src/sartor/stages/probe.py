@@ -22,6 +22,7 @@ from sartor.stages.likelihood import kl_of, top_of
 from sartor.stages.sensitivity import Felt
 from sartor.stages.yardstick import Yardstick
 
+TINY = 1e-30  # of an effect whose logarithm is taken
 DRAWS = 200  # of the bootstrap over rows
 SHARES = (0.02, 0.25)  # of all units that a mask takes, from few to many
 PARTS = {"attention": 0, "mlp": 1}
@@ -33,23 +34,30 @@ class Effects:
 
     Attributes:
         channel, group: {layer: effect of every FFN channel, of every query group}. parts: {"attention" or "mlp": by layer, [effect, low, high]} of
-        all of them together, with 95% intervals over rows of text. tokens: how much text it was.
+        all of them together, with 95% intervals over rows of text. tokens: how much text it was. known: reliability of the units' order.
     """
 
     channel: dict[int, Float[Tensor, " f"]]
     group: dict[int, Float[Tensor, " g"]]
     parts: dict[str, list[list[float]]]
     tokens: int
+    known: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, with four digits; nothing in it but numbers of the model's own parts."""
         short = lambda d: {str(n): [float(f"{x:.4g}") for x in v.tolist()] for n, v in d.items()}  # noqa: E731
-        return {"channel": short(self.channel), "group": short(self.group), "parts": self.parts, "tokens": self.tokens}
+        return {
+            "channel": short(self.channel),
+            "group": short(self.group),
+            "parts": self.parts,
+            "tokens": self.tokens,
+            "known": round(self.known, 4),
+        }
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> Effects:
         read = lambda d: {int(n): torch.tensor(v) for n, v in d.items()}  # noqa: E731
-        return Effects(read(raw["channel"]), read(raw["group"]), raw["parts"], raw["tokens"])
+        return Effects(read(raw["channel"]), read(raw["group"]), raw["parts"], raw["tokens"], raw["known"])
 
 
 def effects_of(a: Anatomy, felt: Felt, seed: int = 0) -> Effects:
@@ -70,6 +78,51 @@ def effects_of(a: Anatomy, felt: Felt, seed: int = 0) -> Effects:
         for k, rows in by_row.items():
             parts[k].append(_interval(rows * len(rows), rng))
     return Effects(channel, group, parts, felt.tokens)
+
+
+def reliability(one: Effects, other: Effects) -> float:
+    """How well the order of all channels and query groups is known from two halves of a text together (Spearman and Brown, from the halves' rank correlation)."""
+    r = float(spearmanr(_flat(one), _flat(other)).statistic)
+    return 2 * r / (1 + r) if r > 0 else 0.0
+
+
+def _flat(e: Effects) -> Float[np.ndarray, " d"]:
+    flat: np.ndarray = torch.cat([*e.channel.values(), *e.group.values()]).numpy()
+    return flat
+
+
+def recovered(user: Effects, halves: tuple[Effects, Effects], generic: Effects) -> Effects:
+    """The user's effects as generic ones times a difference, of which only as much is believed as two halves of the text agree on.
+
+    The logarithm of the ratio to the generic effect, once as a mean of each layer and once for every unit beside it, is shrunk by signal / (signal + noise), the noise being
+    what the halves differ by: the posterior mean of a Gaussian difference (James and Stein 1961; Efron and Morris 1973). Soft thresholds, for a sparse difference, do a little
+    worse: few units differ greatly, but nearly all differ (docs/log.md).
+    """
+    channel = _shrunk([h.channel for h in halves], generic.channel)
+    group = _shrunk([h.group for h in halves], generic.group)
+    return Effects(channel, group, user.parts, user.tokens, user.known)
+
+
+def _shrunk(halves: list[dict[int, Tensor]], prior: dict[int, Tensor]) -> dict[int, Tensor]:
+    ratios = [{n: _log(h[n]) - _log(prior[n]) for n in prior} for h in halves]
+    means = torch.tensor([[float(r[n].mean()) for n in prior] for r in ratios])
+    level, believed = means.mean(), _believed(means[0], means[1])
+    layers = {n: level + believed * (m - level) for n, m in zip(prior, means.mean(0), strict=True)}
+    beside = [torch.cat([r[n] - r[n].mean() for n in prior]) for r in ratios]
+    believed = _believed(*beside)
+    units = (believed * (beside[0] + beside[1]) / 2).split([len(x) for x in prior.values()])
+    return {n: prior[n] * (layers[n] + u).exp() for n, u in zip(prior, units, strict=True)}
+
+
+def _log(x: Tensor) -> Tensor:
+    return x.clamp_min(TINY).log()
+
+
+def _believed(one: Tensor, other: Tensor) -> float:
+    """Signal / (signal + noise) of the mean of two noisy measurements of the same things."""
+    noise = float((one - other).square().mean()) / 4
+    signal = max(0.0, float(((one + other) / 2).var(correction=0)) - noise)
+    return signal / max(signal + noise, TINY)
 
 
 def _interval(by_row: Float[np.ndarray, " n"], rng: np.random.Generator) -> list[float]:
@@ -124,18 +177,16 @@ class Units:
         return here
 
 
-def order_units(user: Effects, generic: Effects, rho: float, size: int = BLOCK) -> Units:
-    """Units and their effects on the user's text and, to the share `rho`, on generic text."""
+def order_units(e: Effects, size: int = BLOCK) -> Units:
+    """Units and their effects."""
     order: dict[int, Tensor] = {}
     rows: list[tuple[int, int, int, float]] = []
-    for n in sorted(user.group.keys() | user.channel.keys()):
-        if n in user.group:
-            mixed = (1 - rho) * user.group[n] + rho * generic.group[n]
-            rows += [(n, 0, g, float(x)) for g, x in enumerate(mixed)]
-        if n in user.channel:
-            mixed = (1 - rho) * user.channel[n] + rho * generic.channel[n]
-            order[n] = mixed.argsort()
-            rows += [(n, 1, b, float(x)) for b, x in enumerate(mixed[order[n]].reshape(-1, size).sum(-1))]
+    for n in sorted(e.group.keys() | e.channel.keys()):
+        if n in e.group:
+            rows += [(n, 0, g, float(x)) for g, x in enumerate(e.group[n])]
+        if n in e.channel:
+            order[n] = e.channel[n].argsort()
+            rows += [(n, 1, b, float(x)) for b, x in enumerate(e.channel[n][order[n]].reshape(-1, size).sum(-1))]
     layer, kind, index, effects = (np.array(column) for column in zip(*rows, strict=True))
     return Units(order, layer, kind, index, effects, size)
 

@@ -45,6 +45,14 @@ class Felt:
         return alone * self.sketch[site].square().sum() / alone.sum().clamp_min(1e-30)
 
 
+def together(one: Felt, other: Felt) -> Felt:
+    """What the rows of both say."""
+    share = one.tokens / (one.tokens + other.tokens)
+    sketch = {s: torch.cat([x * share**0.5, other.sketch[s] * (1 - share) ** 0.5]) for s, x in one.sketch.items()}
+    alone = {s: share * x + (1 - share) * other.alone[s] for s, x in one.alone.items()}
+    return Felt(sketch, alone, one.tokens + other.tokens)
+
+
 def feel(
     model: Any, rows: Int[Tensor, "n t"], seed: int = 0, tell: Callable[[float], None] = lambda share: None
 ) -> Felt:
