@@ -28,10 +28,10 @@ from sartor.model.network import BLOCK, Anatomy, anatomy, clone, linear, linears
 from sartor.numerics.allocate import Ladder, allocate
 from sartor.numerics.compensate import refit
 from sartor.plan import LayerPlan, Plan, to_mask
-from sartor.stages.calibrate import Site, heard
+from sartor.stages.calibrate import Site
 from sartor.stages.decide import LEAST_BLOCKS, kept_groups
 from sartor.stages.distil import put_
-from sartor.stages.fit import Lesson, fit, mixed
+from sartor.stages.fit import Lesson, fit, lesson_of
 from sartor.stages.measure import score
 from sartor.stages.probe import Effects, effects_of, order_units, recovered
 from sartor.stages.prune import cut_
@@ -39,6 +39,7 @@ from sartor.stages.sensitivity import feel, together
 from sartor.stages.tokens import cut_windows, encode_windows, sample, training_rows
 
 TEST_BYTES = 49_152
+CELLS = 2  # of the cache: what a method does has changed so often
 
 
 def chosen(a: Any, r: Ranking, removed: float) -> list[tuple[list[int], list[int]]]:
@@ -74,7 +75,7 @@ def plan_of(a: Any, kept: list[tuple[list[int], list[int]]], seed: int) -> Plan:
     return Plan("", a.family, 0, 0, None, None, layers, {}, 0.0, 0.0, {}, {}, {}, 0.3, seed)
 
 
-def without_repair(model: Any, plan: Plan, seen: Seen) -> Any:
+def without_repair(model: Any, plan: Plan, seen: Seen | None = None) -> Any:
     cut = clone(model)
     cut_(cut, plan)
     return cut.to(torch.bfloat16)
@@ -158,14 +159,13 @@ def ours(
     """Sartor's arms: as it is, and with parts exchanged."""
     half, a = clone(model, torch.bfloat16), anatomy(model)
     halves = [feel(half, r, seed) for r in own.chunk(2)]
-    user, one, two, other = (
-        effects_of(a, f) for f in (together(*halves), *halves, feel(half, generic[: len(generic) // 2], seed))
-    )
+    user, one, two, other = (effects_of(a, f) for f in (together(*halves), *halves, feel(half, generic, seed)))
     few = generic[: len(generic) // 2]
-    lesson = {}
-    for key, texts, rho in (("both", own, 0.3), ("mine", own, 0.0), ("theirs", generic, 0.3)):
-        rows, weight = mixed(texts, few, rho)
-        lesson[key] = Lesson(rows, weight, heard(half, rows, weight))
+    lesson = {
+        "both": lesson_of(half, own, few, 0.3),
+        "mine": lesson_of(half, own, few[:0], 0.0),
+        "theirs": lesson_of(half, generic, few[:0], 0.0),
+    }
     ranking = by_effects(recovered(user, (one, two), other))
 
     def repaired(key: str) -> Callable[..., Any]:
@@ -210,7 +210,9 @@ def main() -> None:
             for removed in a.removed:
                 for name, (ranking, repair) in arms.items():
                     kept = chosen(shape, ranking, removed)
-                    file = kept_file("cut", name, json.dumps(kept), own, generic).with_suffix(".json")
+                    file = kept_file("cut", CELLS, p.source.sha256, name, json.dumps(kept), own, generic).with_suffix(
+                        ".json"
+                    )
                     if not file.exists():
                         started = time.monotonic()
                         cut = repair(p.model, plan_of(shape, kept, seed), seen)

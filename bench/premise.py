@@ -4,7 +4,7 @@
 
 Four grains: whole sub-layers (exact leave-one-out), query groups, blocks of 64 FFN channels, and the rounding of every matrix to four bits (all from
 backward probes, each matrix's rounding error being one more direction to feel). For every user: the rank correlation of importance on that text with importance on generic
-text, with a 95% interval over rows; beside it the *ceiling*, the correlation of two halves of the same text; and the ratio of both, what is left once sampling noise is
+text, with a 95% interval over rows; beside it the *ceiling*, the correlation of two halves of one text (geometric mean of both texts'); and the ratio of both, what is left once sampling noise is
 taken out. Then the same for the units that matter most (highest tenth) and least (the lowest three tenths, which a cut would take). Cached by content hash.
 """
 
@@ -34,6 +34,7 @@ from sartor.stages.tokens import sample, training_rows
 from sartor.stages.yardstick import Yardstick
 
 DRAWS = 200
+ORDERED = 64  # rows of generic text that `generic_units` orders channels by
 Array = np.ndarray
 GRAINS = ("sub-layers, left out", "query groups", "blocks of channels", "matrices at four bits")
 
@@ -107,7 +108,7 @@ def alike(x: Array, y: Array) -> Array:
 
 
 def beside(user: Array, generic: Array, rng: np.random.Generator) -> tuple[Array, Array, Array]:
-    """(how alike halves of both texts are, its 95% interval over rows, the ceiling: how alike two halves of one text are)."""
+    """(how alike halves of both texts are, its 95% interval over rows, the ceiling: how alike two halves of one text are, the geometric mean of both texts)."""
 
     def halves(x: Array, at: Array) -> tuple[Array, Array]:
         return x[at[: len(at) // 2]].mean(0), x[at[len(at) // 2 :]].mean(0)
@@ -115,7 +116,7 @@ def beside(user: Array, generic: Array, rng: np.random.Generator) -> tuple[Array
     def once(u: Array, g: Array) -> tuple[Array, Array]:
         (u1, u2), (g1, g2) = halves(user, u), halves(generic, g)
         between = np.mean([alike(a, b) for a in (u1, u2) for b in (g1, g2)], 0)
-        return between, (alike(u1, u2) + alike(g1, g2)) / 2
+        return between, np.sqrt(np.maximum(alike(u1, u2) * alike(g1, g2), 0))
 
     orders = [(rng.permutation(len(user)), rng.permutation(len(generic))) for _ in range(10)]
     between, ceiling = (np.mean(x, 0) for x in zip(*(once(u, g) for u, g in orders), strict=True))
@@ -141,7 +142,8 @@ def main() -> None:
             if name not in found:
                 rows = training_rows(texts, p.tokenizer)
                 few = sample(rows, a.exact_rows, 1)
-                found[name] = measured(model, p.source.sha256, units, sample(rows, a.rows, 0), few, name)
+                other = sample(rows, a.rows + ORDERED, 0)[ORDERED:]  # not those that the blocks were made by
+                found[name] = measured(model, p.source.sha256, units, other, few, name)
     generic, rng = found.pop("generic"), np.random.default_rng(0)
     for grain in GRAINS:
         print(

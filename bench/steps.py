@@ -20,9 +20,8 @@ from ground_truth import opened
 from sartor.memory import keep_freed
 from sartor.model.network import anatomy, clone
 from sartor.stages.buffer import buffered
-from sartor.stages.calibrate import heard
 from sartor.stages.distil import DistilConfig, Latents, anchor, distil_, joined, put_
-from sartor.stages.fit import Lesson, fit, mixed
+from sartor.stages.fit import fit, lesson_of
 from sartor.stages.likelihood import kl_of, top_of
 from sartor.stages.measure import score
 from sartor.stages.probe import Effects, effects_of
@@ -48,8 +47,7 @@ def main() -> None:
     rows = [training_rows(t, p.tokenizer) for t in (p.texts.train, p.texts.generic_train)]
     held = sample(training_rows(p.texts.validation, p.tokenizer), 8, 0)
     reference = top_of(whole, held)
-    texts, weight = mixed(sample(rows[0], 64, 0), sample(rows[1], 32, 0), RHO)
-    lesson = Lesson(texts, weight, heard(whole, texts, weight))
+    lesson = lesson_of(whole, sample(rows[0], 64, 0), sample(rows[1], 32, 0), RHO)
     said = joined(anchor(whole, sample(rows[0], 192, 1)), anchor(whole, sample(rows[1], 32, 1))) if a.seconds else None
 
     def sense(network: Any) -> Effects:
@@ -58,7 +56,7 @@ def main() -> None:
 
     def healed(network: Any, seconds: float) -> Any:
         latents: Latents = fit(network, whole, lesson, {})
-        if said is not None:
+        if said is not None and seconds > 0:
             distil_(
                 clone(network, torch.bfloat16), latents, None, said, validation, DistilConfig(seconds, 2e-4, checks=1)
             )
@@ -77,9 +75,9 @@ def main() -> None:
         (f"{a.steps} steps of equal allowance", a.steps, True),
         (f"{a.steps} steps of equal size", a.steps, False),
     ):
-        started = time.monotonic()
+        started, left = time.monotonic(), [a.seconds / steps] * steps
         small, _, done = buffered(
-            p.model, plan, sense, lambda net, n=steps: healed(net, a.seconds / n), damage, steps, by_entropy,
+            p.model, plan, sense, lambda net, left=left: healed(net, left.pop() if left else 0.0), damage, steps, by_entropy,
             lambda share, note: print("  " + note, file=sys.stderr, flush=True),
         )  # fmt: skip
         put_(small, fit(small, whole, lesson, {}))

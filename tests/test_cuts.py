@@ -15,9 +15,11 @@ import sartor
 from sartor.cli import main
 from sartor.errors import BudgetError, InputError
 from sartor.model import network as net
+from sartor.numerics.grids import fits
 from sartor.stages import buffer, paper, probe
 from sartor.stages.buffer import buffered
 from sartor.stages.calibrate import second_moments
+from sartor.stages.decide import settle
 from sartor.stages.likelihood import kl_of, top_of
 from sartor.stages.sensitivity import feel
 from sartor.stages.tokens import training_rows
@@ -94,6 +96,21 @@ def test_a_budget_rules_in_the_end_whatever_it_costs(known: Any, rows: torch.Ten
     assert sum(not s.kept for s in done) >= 2
 
 
+def test_steps_never_settle_on_fewer_blocks_than_are_gone(known: Any, rows: torch.Tensor) -> None:
+    """With grids that make a shallower cut as small: Q3_K, which needs rows that 256 divides."""
+    a = net.anatomy(known)
+    e = probe.effects_of(a, feel(known, rows))
+    plan = replace(plan_of(known, *PLAN), poorer_damage={"Q3_K": [1e-9] * 3})
+    plan = replace(plan, grids={f"model.layers.{n}.mlp.down_proj.weight": "IQ4_NL" for n in range(3)})
+    for gone in ([0, 0, 0], [1, 2, 0], [3, 0, 3]):
+        after = settle(plan, a, e, gone)
+        for n, x in enumerate(after.layers):
+            lost = 256 - len(x.kept_channels())
+            assert lost >= gone[n] * net.BLOCK
+            grid = after.grids[f"model.layers.{n}.mlp.down_proj.weight"]
+            assert fits(grid, len(x.kept_channels()))
+
+
 def test_equal_allowances_are_of_damage_and_equal_ratios_of_parameters() -> None:
     units = [buffer._Unit(0, True, (i,), float(i + 1), 10) for i in range(10)]
     for left in (2, 3, 5):
@@ -145,6 +162,21 @@ def test_a_job_by_either_way_keeps_its_budget_and_says_so(
         assert any(s["kept"] for s in r["pruning"]["steps"])
 
 
+def test_a_job_in_steps_resumes_from_before_them(place: dict[str, Path], tmp_path: Path, tiny: None) -> None:
+    def stop(now: str, share: float, note: str) -> None:
+        if now == "fit" and share > 0.3:
+            raise KeyboardInterrupt
+
+    ask = (str(place["model"]), place["user"], "20%", tmp_path / "out")
+    more = {"generic": place["generic"], "controls": "none", "steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        sartor.compress(*ask, **more, tell=stop)
+    assert not sartor.Plan.from_json((tmp_path / "out" / "checkpoint" / "plan.json").read_text()).settled
+    made = sartor.compress(*ask, **more, resume=True)
+    assert made.plan.settled
+    assert made.plan.steps == sum(s["kept"] for s in made.pruning["steps"])
+
+
 def test_the_papers_rule_refuses_what_it_cannot_do(
     place: dict[str, Path], tmp_path: Path, tiny: None, tokenizer: Any
 ) -> None:
@@ -155,6 +187,9 @@ def test_the_papers_rule_refuses_what_it_cannot_do(
     tokenizer.save_pretrained(tmp_path / "qwen")
     with pytest.raises(InputError, match="leave --method"):
         sartor.compress(str(tmp_path / "qwen"), place["user"], "30%", tmp_path / "p", **ask)
+    assert not any((tmp_path / "p").iterdir())
+    with pytest.raises(InputError, match="--steps"):
+        sartor.compress(str(place["model"]), place["user"], "30%", tmp_path / "q", steps=2, **ask)
     with pytest.raises(InputError, match="unknown"):
         sartor.compress(str(place["model"]), place["user"], "30%", tmp_path / "q", method="guess")
     with pytest.raises(InputError, match="steps"):

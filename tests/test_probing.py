@@ -17,12 +17,12 @@ from sartor.numerics.grids import GRIDS, snap
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.probing import FIRST, sounded
 from sartor.stages import probe
-from sartor.stages.calibrate import heard, second_moments
+from sartor.stages.calibrate import second_moments
 from sartor.stages.decide import settle, verdict
 from sartor.stages.distil import put_
-from sartor.stages.fit import Lesson, fit
+from sartor.stages.fit import Lesson, fit, lesson_of
 from sartor.stages.likelihood import hidden_of, kl_of, nats_of, top_of
-from sartor.stages.prune import cut_
+from sartor.stages.prune import cut_, gone
 from sartor.stages.sensitivity import feel, together
 from sartor.stages.tokens import training_rows
 from sartor.stages.yardstick import Yardstick
@@ -112,13 +112,16 @@ def test_a_units_effect_is_that_of_its_channels(model: Any, rows: torch.Tensor) 
         assert units.of(n, "attention") == pytest.approx(e.group[n].numpy())
 
 
-def made_up(noise: float, seed: int, difference: float) -> tuple[probe.Effects, list[probe.Effects], probe.Effects]:
+def made_up(
+    noise: float, seed: int, difference: float, again: int = 0
+) -> tuple[probe.Effects, list[probe.Effects], probe.Effects]:
     """(true effects of a user, two noisy halves, generic effects)."""
     rng = torch.Generator().manual_seed(seed)
     normal = lambda n: torch.randn(n, generator=rng)  # noqa: E731
     effects = lambda c: probe.Effects({0: c[:3000].exp(), 1: c[3000:6000].exp()}, {0: c[6000:6100].exp()}, {}, 1)  # noqa: E731
     generic = 2 * normal(6100)
     own = generic + difference * normal(6100) + torch.cat([torch.ones(3000), torch.zeros(3100)])
+    rng.manual_seed(seed + 1000 * again + 500)
     return effects(own), [effects(own + noise * normal(6100)) for _ in range(2)], effects(generic)
 
 
@@ -135,15 +138,17 @@ def test_recovery_beside_generic_effects_is_never_worse_than_either(noise: float
         assert error(got.channel) < 0.5 * error(mean)
 
 
-def test_reliability_is_what_both_halves_together_would_agree_on() -> None:
-    for noise in (0.2, 2.0):
-        _, halves, _ = made_up(noise, 2, 1.0)
-        _, others, _ = made_up(noise, 2, 1.0)
-        whole = [np.log(h.channel[0].numpy()) for h in (*halves, *others)]
-        r = probe.reliability(halves[0], halves[1])
-        assert 0 < r < 1
-        assert r > np.corrcoef(whole[0], whole[1])[0, 1] - 0.05
-    assert probe.reliability(*made_up(0.2, 3, 1.0)[1]) > probe.reliability(*made_up(2.0, 3, 1.0)[1])
+@pytest.mark.parametrize("noise", [0.5, 1.0, 2.0])
+def test_reliability_is_what_two_such_texts_would_agree_on(noise: float) -> None:
+    _, halves, _ = made_up(noise, 2, 1.0, again=0)
+    _, others, _ = made_up(noise, 2, 1.0, again=1)
+    means = [
+        np.log(np.concatenate([(h[0].channel[n] * h[1].channel[n]).sqrt().numpy() for n in (0, 1)]))
+        for h in (halves, others)
+    ]
+    agreed = np.corrcoef(*means)[0, 1]
+    assert probe.reliability(halves[0], halves[1]) == pytest.approx(agreed, abs=0.03)
+    assert np.corrcoef(*(np.log(h.channel[0].numpy()) for h in halves))[0, 1] < agreed - 0.02
 
 
 def test_rows_are_felt_until_the_order_is_known(model: Any, rows: torch.Tensor) -> None:
@@ -153,7 +158,11 @@ def test_rows_are_felt_until_the_order_is_known(model: Any, rows: torch.Tensor) 
     all_of_it, *_ = sounded(model, many, 1.0, 0, lambda share: None)
     assert all_of_it.tokens == many.numel()
     assert enough.known == pytest.approx(probe.reliability(one, other))
-    assert sounded(model, rows[:1], 0.9, 0, lambda share: None)[0].tokens == 2 * rows.shape[1]
+    for few in (1, 2, 3, 5):
+        little, one, other = sounded(model, rows[:few], 2.0, 0, lambda share: None)
+        assert little.tokens == few * rows.shape[1] == one.tokens + other.tokens
+    _, one, other = sounded(model, many[:37], 2.0, 0, lambda share: None)
+    assert abs(one.tokens - other.tokens) <= 2 * rows.shape[1]
 
 
 def test_what_two_texts_say_together_is_what_one_pass_over_both_says(model: Any, rows: torch.Tensor) -> None:
@@ -257,13 +266,26 @@ def test_what_a_part_is_worth_is_what_the_text_costs_without_it(
 
 
 def lesson_on(model: Any, rows: torch.Tensor) -> Lesson:
-    weight = torch.full((len(rows),), 1 / len(rows))
-    return Lesson(rows, weight, heard(model, rows, weight))
+    return lesson_of(model, rows, rows[:0], 0.3)
+
+
+def test_both_texts_count_as_their_share_says_whatever_is_heard_of_them(
+    model: Any, rows: torch.Tensor, other: torch.Tensor
+) -> None:
+    lesson = lesson_of(model, rows[:7], other[:4], 0.3)
+    assert float(lesson.weight.sum()) == pytest.approx(1)
+    ours = torch.tensor([any(torch.equal(r, x) for x in rows[:7]) for r in lesson.rows])
+    assert float(lesson.weight[ours].sum()) == pytest.approx(0.7)
+    for tokens in lesson.heard.tokens.values():
+        counted = (lesson.weight[:, None] / rows.shape[1] * tokens).sum(1)
+        assert float(counted[ours].sum()) == pytest.approx(0.7, rel=1e-3)
+        assert float(counted.sum()) == pytest.approx(1, rel=1e-3)
+    assert float(lesson_on(model, rows).weight.sum()) == pytest.approx(1)
 
 
 def test_where_nothing_is_cut_or_rounded_nothing_is_to_repair(model: Any, rows: torch.Tensor) -> None:
     before = {n: p.clone() for n, p in model.named_parameters()}
-    assert cut_(model, plan_of(model, [[0, 1]] * 3, [list(range(256))] * 3)) == {}
+    cut_(model, plan_of(model, [[0, 1]] * 3, [list(range(256))] * 3))
     latents = fit(model, net.clone(model), lesson_on(model, rows), {})
     assert not latents.grids
     for n, p in model.named_parameters():
@@ -273,7 +295,8 @@ def test_where_nothing_is_cut_or_rounded_nothing_is_to_repair(model: Any, rows: 
 
 def test_repair_brings_the_cut_networks_stream_nearer_to_the_whole_ones(model: Any, rows: torch.Tensor) -> None:
     whole = net.clone(model)
-    assert cut_(model, plan_of(model, *HALF)) == {"channels": 384.0, "groups": 1.0}
+    cut_(model, plan_of(model, *HALF))
+    assert gone(net.anatomy(whole), net.anatomy(model)) == {"channels": 384, "groups": 1}
     assert net.anatomy(model).groups == (2, 1, 2)
     assert net.anatomy(model).ffn == (128, 256, 0)
     lesson = lesson_on(whole, rows)

@@ -122,7 +122,7 @@ def _plan(p: Prepared, job: Job, point: storage.Checkpoint | None, seconds: dict
     started = time.monotonic()
     try:
         plan = _decide(p, job, tell)
-    except BudgetError:
+    except (BudgetError, InputError):
         if point:  # nothing to resume: leave no folder that the next try would trip over
             point.clear()
         raise

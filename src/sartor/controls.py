@@ -92,9 +92,9 @@ def _made(p: Prepared, job: Job, texts: Texts, effort: str, training: Training, 
     p.model, tokenizer = load_dense(p.source.folder)
     plan = make_plan(
         p.model, tokenizer, texts, p.budget_bytes, p.bytes_of, p.source.sha256, effort, job.rho, job.seed,
-        _inside(tell, 0.0, 0.4, ""),
+        _inside(tell, 0.0, 0.4, ""), method=job.method,
     )  # fmt: skip
-    return apply_plan(p.release, tokenizer, plan, texts, effort, training, _inside(tell, 0.4, 0.6, ""))
+    return apply_plan(p.release, tokenizer, plan, texts, effort, training, _inside(tell, 0.4, 0.6, ""), steps=job.steps)
 
 
 def _inside(tell: Tell, start: float, width: float, name: str) -> Tell:

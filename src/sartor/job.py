@@ -46,6 +46,8 @@ class Job:
             raise InputError(f"the method '{self.method}' is unknown: it must be one of {', '.join(METHODS)}")
         if self.steps < 1:
             raise InputError(f"the number of steps is {self.steps}: it must be 1 or more")
+        if self.steps > 1 and self.method != "sartor":
+            raise InputError(f"--steps goes with --method sartor: with {self.method} leave it at 1")
         parse_budget(self.size, self.effort)
 
 

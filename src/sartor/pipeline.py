@@ -52,7 +52,7 @@ class Compressed:
     Attributes:
         model: the network in bf16 with snapped weights. tokenizer: the trimmed one. latents: masters, scales, grids.
         plan: what was done. adapted, trained: the courses of adaptation and recovery, or None. seconds: per stage. pruning: what was cut, and
-        validation bits per byte before any repair.
+        validation bits per byte before the last repair.
     """
 
     model: Any
@@ -88,6 +88,8 @@ def make_plan(
         BudgetError: the budget is below what can be reached.
     """
     e = EFFORTS[effort]
+    if method == "paper":
+        paper.refuse_equal_layers(anatomy(model))
     least = smallest_bytes(model, tokenizer, bytes_of)
     if budget < least:
         raise BudgetError(
@@ -189,9 +191,11 @@ def apply_plan(
         surgery = Surgery(clone(small, torch.bfloat16), rows, validation, said, training.recover, effort, tell)
         held = probe_rows(texts.validation, fitted, e.probe_rows, plan.seed)
         small, plan, pruning = surgery.cut(small, plan, steps, held)
-        settled(plan)
+        if plan.steps == 1:  # what steps have healed is kept only once it is fitted
+            settled(plan)
         clock.lap("prune")
         latents = surgery.fitted(small, plan, e.fit_rows, partial(tell, "fit"))
+        settled(plan)
         clock.lap("fit")
         del surgery
     else:
@@ -201,7 +205,7 @@ def apply_plan(
     put_(student, latents)
     trained = None
     if said is not None:
-        recover = after_steps(training.recover, steps)
+        recover = after_steps(training.recover, plan)
         trained = school.train("recover", student, latents, None, said, recover, before)
         clock.lap("recover")
     return Compressed(student, fitted, latents, plan, adapted, trained, clock.seconds, pruning)

@@ -68,9 +68,9 @@ def felt(
     def measure() -> dict[str, Any]:
         return {str(i): x.to_dict() for i, x in enumerate(on(own, 0.0, "the user's text"))}
 
-    raw = recall("halves", own, seed, measure)
+    raw = recall(f"halves-{e.known}", own, seed, measure)
     user, *halves = (Effects.from_dict(raw[str(i)]) for i in range(3))
-    profile = recall("effects", other, seed, lambda: on(other, 0.5, "generic text")[0].to_dict())
+    profile = recall(f"effects-{e.known}", other, seed, lambda: on(other, 0.5, "generic text")[0].to_dict())
     generic = Effects.from_dict(profile)
     return recovered(user, (halves[0], halves[1]), generic), generic
 
@@ -86,21 +86,23 @@ def sounded(
     Args:
         known: least reliability of the order (`reliability`), or all rows.
     """
-    a, n, told = anatomy(model), min(FIRST, len(rows)), 0.0
+    rows = rows.reshape(2, -1) if len(rows) == 1 else rows
+    a, n = anatomy(model), min(FIRST, len(rows))
 
     def read(start: int, end: int) -> Felt:
         return feel(
             model, rows[start:end], seed + start, lambda share: tell((start + share * (end - start)) / len(rows))
         )
 
-    halves = [read(0, n // 2), read(n // 2, n)] if n > 1 else [read(0, 1), read(0, 1)]
+    halves = [read(0, n // 2), read(n // 2, n)]
     while True:
         one, other = (effects_of(a, h, seed) for h in halves)
         told = reliability(one, other)
-        if told >= known or n == len(rows):
+        if told >= known or n + 1 >= len(rows):
             break
         more = min(2 * n, len(rows))
-        halves, n = [together(*halves), read(n, more)], more
+        middle = (n + more) // 2
+        halves, n = [together(halves[0], read(n, middle)), together(halves[1], read(middle, more))], more
     tell(1.0)
     return replace(effects_of(a, together(*halves), seed), known=told), one, other
 

@@ -50,14 +50,14 @@ def claim_folder(folder: Path, resume: bool = False) -> Path:
 def remembered(
     folder: Path, model_sha256: str
 ) -> Callable[[str, Tensor, int, Callable[[], dict[str, Any]]], dict[str, Any]]:
-    """A memory for measurements of one model (`pipeline.Recall`): JSON files in `folder`, found again by the content of the rows.
+    """A memory for measurements of one model (`probing.Recall`): JSON files in `folder`, found again by the content of the rows.
 
     A file holds numbers about the model's parts and hashes, no text; one made on public text can be given to the next user of the model.
     """
 
     def recall(what: str, rows: Tensor, seed: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         about = {
-            "format": f"sartor-{what}-1",
+            "format": f"sartor-{what}-2",
             "model_sha256": model_sha256,
             "rows_sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
             "seed": seed,

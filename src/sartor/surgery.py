@@ -15,10 +15,9 @@ from sartor.model.network import anatomy, clone
 from sartor.plan import Plan
 from sartor.probing import Tell, felt
 from sartor.stages.buffer import buffered
-from sartor.stages.calibrate import heard
 from sartor.stages.decide import settle
 from sartor.stages.distil import Anchor, DistilConfig, Latents, distil_, put_
-from sartor.stages.fit import Lesson, fit, mixed
+from sartor.stages.fit import fit, lesson_of
 from sartor.stages.likelihood import kl_of, top_of
 from sartor.stages.measure import score
 from sartor.stages.probe import Effects
@@ -28,9 +27,9 @@ from sartor.stages.tokens import Window, sample
 IN_STEPS = 0.4  # of the time of recovery, where cuts are made in steps
 
 
-def after_steps(recover: DistilConfig, steps: int) -> DistilConfig:
-    """What is left of recovery when the cuts were made in so many steps."""
-    return recover if steps == 1 else replace(recover, seconds=recover.seconds * (1 - IN_STEPS))
+def after_steps(recover: DistilConfig, plan: Plan) -> DistilConfig:
+    """What is left of recovery when the cuts were made in steps."""
+    return recover if plan.steps == 1 else replace(recover, seconds=recover.seconds * (1 - IN_STEPS))
 
 
 @dataclass(frozen=True)
@@ -73,13 +72,13 @@ class Surgery:
 
     def _in_steps(self, small: Any, plan: Plan, steps: int, held: Tensor) -> tuple[Any, Plan, list[dict[str, Any]]]:
         reference = top_of(self.whole, held)
-        training = replace(self.training, seconds=self.training.seconds * IN_STEPS / steps)
+        time = [self.training.seconds * IN_STEPS / steps] * steps  # one for each step, however many are tried
         silent: Tell = lambda stage, share, note: None  # noqa: E731
         small, plan, done = buffered(
             small,
             plan,
             lambda network: self._sense(clone(network, torch.bfloat16), plan.seed, silent),
-            lambda network: self._healed(network, plan, training),
+            lambda network: self._healed(network, plan, time.pop() if time else 0.0),
             lambda network: kl_of(clone(network, torch.bfloat16), held, reference),
             steps,
             tell=partial(self.tell, "prune"),
@@ -90,11 +89,12 @@ class Surgery:
         told = lambda share, note: tell("prune", 0.8 * share, f"the adapted network's {note}")  # noqa: E731
         return felt(network, self.rows, self.effort, seed, told)[0]
 
-    def _healed(self, network: Any, plan: Plan, training: DistilConfig) -> Any:
+    def _healed(self, network: Any, plan: Plan, seconds: float) -> Any:
         """Repaired in closed form, then a little distillation."""
         few = EFFORTS[self.effort].fit_rows // 2
         latents = self.fitted(network, replace(plan, grids={}), few, lambda share, note: None)
-        if training.seconds > 0 and self.said is not None:
+        if seconds > 0 and self.said is not None:
+            training = replace(self.training, seconds=seconds)
             distil_(clone(network, torch.bfloat16), latents, None, self.said, self.validation, training, plan.seed)
         put_(network, latents)
         return network
@@ -106,7 +106,7 @@ class Surgery:
             many: of the user's rows; half as many generic ones join them, and all of those count as the plan's `rho` says.
         """
         own, generic = sample(self.rows[0], many, plan.seed), sample(self.rows[1], many // 2, plan.seed)
-        texts, weight = mixed(own, generic, plan.rho)
-        feeling = heard(self.whole, texts, weight, lambda share: told(0.4 * share, "gradients at every token"))
-        lesson = Lesson(texts, weight, feeling)
+        lesson = lesson_of(
+            self.whole, own, generic, plan.rho, lambda share: told(0.4 * share, "gradients of every token")
+        )
         return fit(small, self.whole, lesson, plan.grids, lambda s, n: told(0.4 + 0.6 * s, n))

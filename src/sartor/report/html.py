@@ -99,7 +99,7 @@ def _layers(r: dict[str, Any]) -> str:
     p = r["probing"]
     worth = (
         f"Summed effects foretold the damage of {p['masks']:.0f} random cuts on other text of yours with rank correlation {p['spearman']:.2f} "
-        f"(R² {p['r2']:.2f} of its logarithm; before repair a cut costs {p['factor']:.1f} times the sum)."
+        f"(R² {p['r2']:.2f} of its logarithm; before repair a cut costs {p['factor']:.1f} times the sum; order of the units known from {p['user_tokens']:,.0f} tokens with reliability {p['known']:.2f})."
     )
     return (
         f"<h2>Layers</h2><p>Blue: what was kept. Below: what the removal of a layer's parts would cost on <b class=u>your</b> and on <b class=g>generic</b> text (nats per token, square-root scale). {worth} "

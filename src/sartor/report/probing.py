@@ -42,7 +42,8 @@ def sentences(r: dict[str, Any]) -> list[str]:
     w = r["worth"]
     out.append(
         f"Finer units (groups of heads, blocks of channels): their summed effects foretold the damage of {w['masks']} random cuts on other text of yours with rank "
-        f"correlation {w['spearman']:.2f}; a cut costs {w['factor']:.1f} times the sum before it is repaired."
+        f"correlation {w['spearman']:.2f}; a cut costs {w['factor']:.1f} times the sum before it is repaired. {r['tokens']['user']:,} tokens of it told the order "
+        f"of the units with reliability {r['known']:.2f}; generic text filled in what they left open."
     )
     if w["spearman"] < 0.5:
         out.append("That is too little to tell whose a part is; more text helps.")

@@ -26,7 +26,7 @@ Layers = tuple[LayerPlan, ...]
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did; damages in nats per token on text that shaped nothing.
+    """What one step did; damages in nats per token on validation text.
 
     Attributes:
         blocks, groups: what it took. allowed: the damage foretold. real: measured, beyond that before it. kept: False where it was taken back.
@@ -68,7 +68,7 @@ def buffered(
     Returns:
         (the cut network, the plan of what was done, every step).
     """
-    a, most, left = anatomy(small), 2 * steps, steps
+    a, most, left = anatomy(small), 2 * steps if steps > 1 else 1, steps
     goal, now, before = plan, _whole(plan.layers, anatomy(small)), damage(small)
     history: list[Step] = []
 
@@ -82,7 +82,8 @@ def buffered(
 
     for turn in range(most):
         effects = _in_place(sense(small), now, a)
-        goal = settle(plan, a, effects)
+        lost = [(f - len(x.kept_channels())) // BLOCK for f, x in zip(a.ffn, now, strict=True)]
+        goal = settle(plan, a, effects, lost)
         rest = _to_go(now, goal.layers, a, effects)
         if not rest:
             break
@@ -97,7 +98,7 @@ def buffered(
             trial, step = attempt(taken, len(rest), turn)
         history.append(replace(step, kept=True))
         small, now, before = trial, _without(now, taken, a), before + step.real
-    return small, replace(goal, layers=now), history
+    return small, replace(goal, layers=now, steps=max(1, sum(s.kept for s in history))), history
 
 
 def _whole(layers: Layers, a: Anatomy) -> Layers:

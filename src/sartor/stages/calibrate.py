@@ -106,7 +106,7 @@ def heard(
             hidden = hidden_of(model, part, model.model.embed_tokens(part).detach().requires_grad_(True))
             loss_of(model, hidden, part).backward()
         for site, squared in felt.items():
-            norms.setdefault(site, []).append(squared.sqrt())
+            norms.setdefault(site, []).append(len(part) * squared.sqrt())  # the loss is a mean
         scale = (weight[at : at + PASS, None, None] / rows.shape[1]).sqrt().to(hidden.dtype)
         _add_(head, 1.0, HEAD, hidden.detach() * scale)
         tell(min(1.0, (at + PASS) / len(rows)))

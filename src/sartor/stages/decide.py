@@ -123,20 +123,31 @@ class Option:
 MlpLadders = dict[str, tuple[list[int], list[Option]]]
 
 
-def mlp_options(a: Anatomy, units: Units, poorer: Mapping[str, np.ndarray], layers: Sequence[int]) -> list[Option]:
-    """All ways to make these layers' MLPs smaller by the same blocks, the smallest saving first; option 0 changes nothing."""
+def mlp_options(
+    a: Anatomy, units: Units, poorer: Mapping[str, np.ndarray], layers: Sequence[int], gone: int = 0
+) -> list[Option]:
+    """All ways to make these layers' MLPs smaller by the same blocks, the smallest saving first; option 0 changes nothing.
+
+    Args:
+        gone: blocks that each of them has lost already: what is saved, and what it costs, counts from there.
+    """
     cumulative = np.zeros(1)
     depth = min(a.ffn[n] for n in layers) // BLOCK - LEAST_BLOCKS
     for n in layers:
         cumulative = cumulative + np.concatenate([[0.0], np.cumsum(units.of(n, "mlp")[:depth])])
-    whole = sum(_mlp_bytes(a, a.ffn[n], BASE) for n in layers)
+    whole = sum(_mlp_bytes(a, a.ffn[n] - gone * BLOCK, BASE) for n in layers)
     options = []
-    for b in range(depth + 1):
+    for b in range(gone, max(gone, depth) + 1):
         for grid in (BASE, *poorer):
             if all(fits(grid, a.ffn[n] - b * BLOCK) for n in layers):
                 left = sum(_mlp_bytes(a, a.ffn[n] - b * BLOCK, grid) for n in layers)
                 options.append(
-                    Option(b, grid, whole - left, float(cumulative[b] + _coarser(a, poorer, layers, b, grid)))
+                    Option(
+                        b,
+                        grid,
+                        whole - left,
+                        float(cumulative[b] - cumulative[gone] + _coarser(a, poorer, layers, b, grid)),
+                    )
                 )
     return sorted((o for o in options if np.isfinite(o.damage)), key=lambda o: (o.saved, o.damage))
 
@@ -152,12 +163,15 @@ def _mlp_bytes(a: Anatomy, channels: int, down: str) -> int:
     return 2 * tensor_bytes(BASE, (channels, a.width)) + tensor_bytes(down, (a.width, channels))
 
 
-def _mlp_ladders(a: Anatomy, units: Units, poorer: Mapping[str, np.ndarray]) -> MlpLadders:
-    """{ladder: (its layers, options)}; one for all layers where llama.cpp wants them equal."""
+def _mlp_ladders(
+    a: Anatomy, units: Units, poorer: Mapping[str, np.ndarray], gone: Sequence[int] | None = None
+) -> MlpLadders:
+    """{ladder: (its layers, options)}; one for all layers where llama.cpp wants them equal. gone: blocks that each layer has lost already."""
+    gone = gone or [0] * a.layers
     if family_of(a.family).gguf_flexible is not None:
-        return {f"mlp.{n}": ([n], mlp_options(a, units, poorer, [n])) for n in range(a.layers)}
+        return {f"mlp.{n}": ([n], mlp_options(a, units, poorer, [n], gone[n])) for n in range(a.layers)}
     every = list(range(a.layers))
-    return {"mlp.all": (every, mlp_options(a, units, poorer, every))}
+    return {"mlp.all": (every, mlp_options(a, units, poorer, every, max(gone)))}
 
 
 def _cut_ladders(a: Anatomy, m: Measured, mlps: MlpLadders) -> list[Ladder]:
@@ -256,30 +270,35 @@ def worth_of(m: Measured) -> dict[str, float]:
     }
 
 
-def settle(plan: Plan, a: Anatomy, effects: Effects) -> Plan:
+def settle(plan: Plan, a: Anatomy, effects: Effects, gone: Sequence[int] | None = None) -> Plan:
     """The plan with its cuts chosen anew, for the same bytes, by what the network needs now that it has adapted.
 
     Vocabulary, bits elsewhere and the number of query groups in each layer stay; which groups go, how many blocks each MLP loses, which ones, and the grid of
     what is left of its `down_proj` follow the new effects.
 
     Args:
-        a: anatomy of the trimmed network before any cut. effects: on the user's text.
+        a: anatomy of the trimmed network before any cut. effects: on the user's text. gone: blocks that each layer has lost already.
     """
+    if gone and family_of(a.family).gguf_flexible is None:
+        gone = [max(gone)] * a.layers
     units = order_units(effects)
     poorer = {g: np.array([np.inf if x is None else x for x in d]) for g, d in plan.poorer_damage.items()}
-    mlps = _mlp_ladders(a, units, poorer)
+    mlps = _mlp_ladders(a, units, poorer, gone)
     grids = [plan.grids.get(f"model.layers.{n}.{DOWN}.weight", BASE) for n in range(a.layers)]
     saved = sum(
         _mlp_bytes(a, a.ffn[n], BASE) - _mlp_bytes(a, len(layer.kept_channels()), grids[n])
         for n, layer in enumerate(plan.layers)
     )
+    for n, blocks in enumerate(gone or ()):
+        saved -= _mlp_bytes(a, a.ffn[n], BASE) - _mlp_bytes(a, a.ffn[n] - blocks * BLOCK, BASE)
     choice = allocate(_ladders_of(mlps), saved)
-    blocks, chosen = _chosen(a, mlps, choice, plan.grids)
+    finer = {n: BASE if g in poorer else g for n, g in plan.grids.items()}
+    taken, chosen = _chosen(a, mlps, choice, finer)
     layers = []
     for n, layer in enumerate(plan.layers):
         kept = kept_groups(units.of(n, "attention"), a.groups[n] - len(layer.kept_groups()))
         groups = to_mask(kept, a.groups[n])
-        layers.append(replace(layer, groups=groups, channels=to_mask(_kept(units, n, blocks[n]), a.ffn[n])))
+        layers.append(replace(layer, groups=groups, channels=to_mask(_kept(units, n, taken[n]), a.ffn[n])))
     steps = plan.ladders | {name: [float(i)] for name, i in choice.step.items()}
     return replace(plan, layers=tuple(layers), grids=chosen, ladders=steps, settled=True)
 

@@ -23,7 +23,7 @@ from sartor.model.tail import arguments_of
 from sartor.numerics.compensate import LAMBDA, refit, strength
 from sartor.numerics.gptq import gptq
 from sartor.numerics.grids import GRIDS, snap
-from sartor.stages.calibrate import Heard, Site
+from sartor.stages.calibrate import Heard, Site, heard
 from sartor.stages.distil import Latents
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -35,20 +35,37 @@ class Lesson:
     """What is fitted on.
 
     Attributes:
-        rows: text. weight: of each row; they sum to 1. heard: how much the loss feels of every token, or None for all alike.
+        rows: text, both kinds shuffled. weight: of each row; they sum to 1. heard: how much the loss feels of every token.
     """
 
     rows: Int[Tensor, "n t"]
     weight: Float[Tensor, " n"]
-    heard: Heard | None = None
+    heard: Heard
 
 
-def mixed(
-    own: Int[Tensor, "m t"], generic: Int[Tensor, "k t"], rho: float
-) -> tuple[Int[Tensor, "n t"], Float[Tensor, " n"]]:
-    """Rows of both texts, and the weight of each: the generic ones have `rho` of it all."""
-    weight = torch.cat([torch.full((len(r),), s / len(r)) for r, s in ((own, 1 - rho), (generic, rho))])
-    return torch.cat([own, generic]), weight
+def lesson_of(
+    model: Any,
+    own: Int[Tensor, "m t"],
+    generic: Int[Tensor, "k t"],
+    rho: float,
+    tell: Callable[[float], None] = lambda share: None,
+) -> Lesson:
+    """Rows of both texts, the generic ones with `rho` of all weight, and what the model's loss feels of each; either text may be empty."""
+    texts = [(r, share / len(r)) for r, share in ((own, 1 - rho), (generic, rho)) if len(r)]
+    total, many = sum(len(r) * w for r, w in texts), sum(len(r) for r, _ in texts)
+    said, done = [], 0
+    for rows, each in texts:
+        weight = torch.full((len(rows),), each / total)
+        start, width = done / many, len(rows) / many
+        said.append((rows, weight, heard(model, rows, weight, lambda s, a=start, w=width: tell(a + w * s))))  # type: ignore[misc]
+        done += len(rows)
+    order = torch.randperm(
+        many, generator=torch.Generator().manual_seed(0)
+    )  # so that rows of either text judge the fit
+    tokens = {site: torch.cat([h.tokens[site] for _, _, h in said])[order] for site in said[0][2].tokens}
+    head = torch.stack([h.head for _, _, h in said]).sum(0)
+    rows, weight = (torch.cat(x)[order] for x in ([r for r, _, _ in said], [w for _, w, _ in said]))
+    return Lesson(rows, weight, Heard(tokens, head))
 
 
 @torch.no_grad()
@@ -67,8 +84,7 @@ def fit(
     """
     fitting = _Fitting(small, clone(small, next(whole.parameters()).dtype), lesson, grids)
     tied = small.config.tie_word_embeddings  # then the embedding is the head above all; an untied one is only looked up
-    said = lesson.heard.head if tied and lesson.heard else torch.eye(small.config.hidden_size)
-    fitting.round_([EMBEDDING], said)
+    fitting.round_([EMBEDDING], lesson.heard.head if tied else torch.eye(small.config.hidden_size))
     parts = lesson.rows.split(BATCH)
     arguments = {len(part): arguments_of(whole, part) for part in parts}
     theirs = [whole.model.embed_tokens(part) for part in parts]
@@ -152,7 +168,7 @@ class _Fitting:
     def scales(self, site: Site | None) -> Iterator[Tensor]:
         """Roots of the weights of all tokens, part by part."""
         weight = (self.lesson.weight / self.lesson.rows.shape[1])[:, None]
-        if site is not None and self.lesson.heard is not None:
+        if site is not None:
             weight = weight * self.lesson.heard.tokens[site]
         dtype = next(self.running.parameters()).dtype
         return (w.sqrt()[..., None].to(dtype) for w in weight.split(BATCH))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sartor.errors import BudgetError, InputError
 from sartor.model.families import family_of
-from sartor.model.network import BLOCK, anatomy, linear, masked
+from sartor.model.network import BLOCK, Anatomy, anatomy, linear, masked
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.bits import BASE, all_on_base, embeddings_of
 from sartor.stages.calibrate import Moments
@@ -38,6 +38,14 @@ class Order:
 
     channels: dict[int, Int[Tensor, " f"]]
     groups: dict[int, list[int]]
+
+
+def refuse_equal_layers(a: Anatomy) -> None:
+    """Raises InputError where layers of the family must be equal in size."""
+    if family_of(a.family).gguf_flexible is None:
+        raise InputError(
+            f"--method paper gives every layer its own size, which llama.cpp cannot load for '{a.family}': leave --method at sartor"
+        )
 
 
 def by_activation(model: Any, moments: Moments) -> Order:
@@ -89,7 +97,7 @@ def _without(n: int, gone: Any) -> Tensor:
 def sparse(a: Float[np.ndarray, "m p"], y: Float[np.ndarray, " m"]) -> Float[np.ndarray, " p"]:
     """min |y - a x|^2 / 2 + s sum(x) over x >= 0, s a share SPARSITY of the strength that leaves nothing; means are taken off first."""
     a, y = a - a.mean(0), y - y.mean()
-    s = SPARSITY * float(np.abs(a.T @ y).max())
+    s = SPARSITY * float((a.T @ y).max())
 
     def cost(x: np.ndarray) -> tuple[float, np.ndarray]:
         rest = a @ x - y
@@ -135,13 +143,9 @@ def decide(
     Args:
         found: importance of every part. The rest is as for `decide`.
     Raises:
-        InputError: layers of this family must be equal in size. BudgetError: too small a budget for cuts of this kind.
+        BudgetError: too small a budget for cuts of this kind.
     """
     a = anatomy(model)
-    if family_of(a.family).gguf_flexible is None:
-        raise InputError(
-            f"--method paper gives every layer its own size, which llama.cpp cannot load for '{a.family}': leave --method at sartor"
-        )
     grids = all_on_base(model) | dict.fromkeys(embeddings_of(a), BASE)
     rate = rates(found)
 

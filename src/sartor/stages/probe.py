@@ -104,6 +104,8 @@ def recovered(user: Effects, halves: tuple[Effects, Effects], generic: Effects) 
 
 
 def _shrunk(halves: list[dict[int, Tensor]], prior: dict[int, Tensor]) -> dict[int, Tensor]:
+    if not prior:
+        return {}
     ratios = [{n: _log(h[n]) - _log(prior[n]) for n in prior} for h in halves]
     means = torch.tensor([[float(r[n].mean()) for n in prior] for r in ratios])
     level, believed = means.mean(), _believed(means[0], means[1])

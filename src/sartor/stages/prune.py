@@ -6,17 +6,15 @@ from typing import Any
 
 import torch
 
-from sartor.model.network import Anatomy, anatomy, shrink_attention_, shrink_mlp_
+from sartor.model.network import Anatomy, shrink_attention_, shrink_mlp_
 from sartor.plan import Plan
 
 
-def cut_(small: Any, plan: Plan) -> dict[str, Any]:
-    """The plan's sizes, without repair, in place; what went."""
-    before = anatomy(small)
+def cut_(small: Any, plan: Plan) -> None:
+    """The plan's sizes, without repair, in place."""
     for n, layer in enumerate(plan.layers):
         shrink_mlp_(small, n, torch.tensor(layer.kept_channels(), dtype=torch.long))
         shrink_attention_(small, n, layer.kept_groups())
-    return gone(before, anatomy(small))
 
 
 def gone(before: Anatomy, after: Anatomy) -> dict[str, Any]:
