@@ -33,7 +33,7 @@ from sartor.stages.decide import LEAST_BLOCKS, kept_groups
 from sartor.stages.distil import put_
 from sartor.stages.fit import Lesson, fit, lesson_of
 from sartor.stages.measure import score
-from sartor.stages.probe import Effects, effects_of, order_units, recovered
+from sartor.stages.probe import Effects, blended, effects_of, order_units, recovered
 from sartor.stages.prune import cut_
 from sartor.stages.sensitivity import feel, together
 from sartor.stages.tokens import cut_windows, encode_windows, sample, training_rows
@@ -135,15 +135,6 @@ def by_effects(e: Effects) -> Ranking:
     return Ranking(
         units.order, {n: units.of(n, "mlp") for n in layers}, {n: units.of(n, "attention") for n in layers}, False
     )
-
-
-def blended(user: Effects, generic: Effects, rho: float) -> Effects:
-    """Effects on both texts, by share."""
-    channel, group = (
-        {n: (1 - rho) * x + rho * theirs[n] for n, x in mine.items()}
-        for mine, theirs in ((user.channel, generic.channel), (user.group, generic.group))
-    )
-    return Effects(channel, group, user.parts, user.tokens)
 
 
 def stream_repaired(model: Any, plan: Plan, lesson: Lesson) -> Any:

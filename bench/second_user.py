@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from cuts import blended, by_effects, chosen, plan_of, without_repair
+from cuts import by_effects, chosen, plan_of, without_repair
 from ground_truth import kept_file, opened
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from sartor.memory import keep_freed
 from sartor.model.network import anatomy
 from sartor.stages.measure import score
-from sartor.stages.probe import Effects, effects_of, recovered, reliability
+from sartor.stages.probe import Effects, blended, effects_of, recovered, reliability
 from sartor.stages.sensitivity import feel, together
 from sartor.stages.tokens import cut_windows, encode_windows, sample, training_rows
 

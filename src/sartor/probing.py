@@ -40,13 +40,15 @@ def anew(what: str, rows: Tensor, seed: int, compute: Compute) -> dict[str, Any]
 def sense(
     dense: Any, tokenizer: Any, texts: Texts, effort: str, seed: int, tell: Tell, recall: Recall = anew
 ) -> tuple[Effects, Effects]:
-    """What the user's text and generic text need of every unit.
+    """What the user's text, recovered beside generic text, and generic text need of every unit.
 
     Args:
         dense: in bf16. recall: given what is to be measured, on which rows, with which seed and how, returns it, from an earlier job where it can.
     """
     rows = training_rows(texts.train, tokenizer), training_rows(texts.generic_train, tokenizer)
-    return felt(dense, rows, effort, seed, lambda share, note: tell("probe", 0.8 * share, note), recall)
+    told = lambda share, note: tell("probe", 0.8 * share, note)  # noqa: E731
+    user, halves, generic = felt(dense, rows, effort, seed, told, recall)
+    return recovered(user, halves, generic), generic
 
 
 def felt(
@@ -56,8 +58,8 @@ def felt(
     seed: int,
     tell: Callable[[float, str], None],
     recall: Recall = anew,
-) -> tuple[Effects, Effects]:
-    """Backward probes on the user's rows and on generic ones: (the user's effects, recovered beside the generic ones; the generic ones)."""
+) -> tuple[Effects, tuple[Effects, Effects], Effects]:
+    """Backward probes on the user's rows and on generic ones: (the user's effects, those of two halves of the rows, generic effects)."""
 
     e = EFFORTS[effort]
     own, other = (sample(r, e.felt_rows, seed) for r in rows)
@@ -72,7 +74,7 @@ def felt(
     user, *halves = (Effects.from_dict(raw[str(i)]) for i in range(3))
     profile = recall(f"effects-{e.known}", other, seed, lambda: on(other, 0.5, "generic text")[0].to_dict())
     generic = Effects.from_dict(profile)
-    return recovered(user, (halves[0], halves[1]), generic), generic
+    return user, (halves[0], halves[1]), generic
 
 
 FIRST = 16  # rows that are felt at least

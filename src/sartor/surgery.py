@@ -20,7 +20,7 @@ from sartor.stages.distil import Anchor, DistilConfig, Latents, distil_, put_
 from sartor.stages.fit import fit, lesson_of
 from sartor.stages.likelihood import kl_of, top_of
 from sartor.stages.measure import score
-from sartor.stages.probe import Effects
+from sartor.stages.probe import Effects, blended
 from sartor.stages.prune import cut_, gone
 from sartor.stages.tokens import Window, sample
 
@@ -62,7 +62,7 @@ class Surgery:
             if steps > 1:
                 small, plan, done["steps"] = self._in_steps(small, plan, steps, held)
             else:
-                plan = settle(plan, before, self._sense(self.whole, plan.seed, self.tell))
+                plan = settle(plan, before, self._sense(self.whole, plan, self.tell))
         if anatomy(small) == before:
             cut_(small, plan)
         if what := gone(before, anatomy(small)):
@@ -77,7 +77,7 @@ class Surgery:
         small, plan, done = buffered(
             small,
             plan,
-            lambda network: self._sense(clone(network, torch.bfloat16), plan.seed, silent),
+            lambda network: self._sense(clone(network, torch.bfloat16), plan, silent),
             lambda network: self._healed(network, plan, time.pop() if time else 0.0),
             lambda network: kl_of(clone(network, torch.bfloat16), held, reference),
             steps,
@@ -85,9 +85,11 @@ class Surgery:
         )
         return small, plan, [asdict(step) for step in done]
 
-    def _sense(self, network: Any, seed: int, tell: Tell) -> Effects:
+    def _sense(self, network: Any, plan: Plan, tell: Tell) -> Effects:
+        """Effects on both texts, by the plan's share: the user's rows are those it was trained on, and alone they mislead (docs/log.md)."""
         told = lambda share, note: tell("prune", 0.8 * share, f"the adapted network's {note}")  # noqa: E731
-        return felt(network, self.rows, self.effort, seed, told)[0]
+        user, _, generic = felt(network, self.rows, self.effort, plan.seed, told)
+        return blended(user, generic, plan.rho)
 
     def _healed(self, network: Any, plan: Plan, seconds: float) -> Any:
         """Repaired in closed form, then a little distillation."""

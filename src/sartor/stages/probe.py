@@ -80,6 +80,15 @@ def effects_of(a: Anatomy, felt: Felt, seed: int = 0) -> Effects:
     return Effects(channel, group, parts, felt.tokens)
 
 
+def blended(user: Effects, generic: Effects, rho: float) -> Effects:
+    """Effects on both texts, by share."""
+    channel, group = (
+        {n: (1 - rho) * x + rho * theirs[n] for n, x in mine.items()}
+        for mine, theirs in ((user.channel, generic.channel), (user.group, generic.group))
+    )
+    return Effects(channel, group, user.parts, user.tokens)
+
+
 def reliability(one: Effects, other: Effects) -> float:
     """How well the order of all channels and query groups is known from two halves of a text together (Spearman and Brown, from the halves' rank correlation)."""
     r = float(spearmanr(_flat(one), _flat(other)).statistic)
