@@ -31,7 +31,7 @@ from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.calibrate import Site
 from sartor.stages.decide import LEAST_BLOCKS, kept_groups
 from sartor.stages.distil import put_
-from sartor.stages.fit import Lesson, fit, lesson_of
+from sartor.stages.fit import Evidence, evidence_of, fit
 from sartor.stages.measure import score
 from sartor.stages.probe import Effects, blended, effects_of, order_units, recovered
 from sartor.stages.prune import cut_
@@ -137,10 +137,10 @@ def by_effects(e: Effects) -> Ranking:
     )
 
 
-def stream_repaired(model: Any, plan: Plan, lesson: Lesson) -> Any:
+def stream_repaired(model: Any, plan: Plan, evidence: Evidence) -> Any:
     small = clone(model)
     cut_(small, plan)
-    put_(small, fit(small, clone(model, torch.bfloat16), lesson, {}))
+    put_(small, fit(small, clone(model, torch.bfloat16), evidence, {}))
     return small.to(torch.bfloat16)
 
 
@@ -152,15 +152,15 @@ def ours(
     halves = [feel(half, r, seed) for r in own.chunk(2)]
     user, one, two, other = (effects_of(a, f) for f in (together(*halves), *halves, feel(half, generic, seed)))
     few = generic[: len(generic) // 2]
-    lesson = {
-        "both": lesson_of(half, own, few, 0.3),
-        "mine": lesson_of(half, own, few[:0], 0.0),
-        "theirs": lesson_of(half, generic, few[:0], 0.0),
+    evidence = {
+        "both": evidence_of(half, own, few, 0.3),
+        "mine": evidence_of(half, own, few[:0], 0.0),
+        "theirs": evidence_of(half, generic, few[:0], 0.0),
     }
     ranking = by_effects(recovered(user, (one, two), other))
 
     def repaired(key: str) -> Callable[..., Any]:
-        return lambda m, plan, seen: stream_repaired(m, plan, lesson[key])
+        return lambda m, plan, seen: stream_repaired(m, plan, evidence[key])
 
     return {
         "Sartor": (ranking, repaired("both")),

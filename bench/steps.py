@@ -21,7 +21,7 @@ from sartor.memory import keep_freed
 from sartor.model.network import anatomy, clone
 from sartor.stages.buffer import buffered
 from sartor.stages.distil import DistilConfig, Latents, anchor, distil_, joined, put_
-from sartor.stages.fit import fit, lesson_of
+from sartor.stages.fit import evidence_of, fit
 from sartor.stages.likelihood import kl_of, top_of
 from sartor.stages.measure import score
 from sartor.stages.probe import Effects, effects_of
@@ -47,7 +47,7 @@ def main() -> None:
     rows = [training_rows(t, p.tokenizer) for t in (p.texts.train, p.texts.generic_train)]
     held = sample(training_rows(p.texts.validation, p.tokenizer), 8, 0)
     reference = top_of(whole, held)
-    lesson = lesson_of(whole, sample(rows[0], 64, 0), sample(rows[1], 32, 0), RHO)
+    evidence = evidence_of(whole, sample(rows[0], 64, 0), sample(rows[1], 32, 0), RHO)
     said = joined(anchor(whole, sample(rows[0], 192, 1)), anchor(whole, sample(rows[1], 32, 1))) if a.seconds else None
 
     def sense(network: Any) -> Effects:
@@ -55,7 +55,7 @@ def main() -> None:
         return effects_of(anatomy(half), feel(half, sample(rows[0], 64, 0)))
 
     def healed(network: Any, seconds: float) -> Any:
-        latents: Latents = fit(network, whole, lesson, {})
+        latents: Latents = fit(network, whole, evidence, {})
         if said is not None and seconds > 0:
             distil_(
                 clone(network, torch.bfloat16), latents, None, said, validation, DistilConfig(seconds, 2e-4, checks=1)
@@ -80,7 +80,7 @@ def main() -> None:
             p.model, plan, sense, lambda net, left=left: healed(net, left.pop() if left else 0.0), damage, steps, by_entropy,
             lambda share, note: print("  " + note, file=sys.stderr, flush=True),
         )  # fmt: skip
-        put_(small, fit(small, whole, lesson, {}))
+        put_(small, fit(small, whole, evidence, {}))
         got = score(small.to(torch.bfloat16), test).bits_per_byte
         back = sum(not s.kept for s in done)
         print(

@@ -19,6 +19,7 @@ from sartor.errors import BudgetError, InputError
 from sartor.export import gguf_file, llamacpp
 from sartor.model import network as net
 from sartor.numerics.grids import GRIDS, fits, search_scales
+from sartor.pipeline import kept_back
 from sartor.stages import likelihood
 from sartor.stages.distil import DistilConfig, Latents, anchor, distil_, put_
 from sartor.stages.measure import token_nats
@@ -248,6 +249,16 @@ def test_equal_seeds_give_equal_plans_and_more_room_less_damage(place: dict[str,
     assert a.predicted_bytes <= a.budget_bytes
     assert a.predicted_damage >= roomy.predicted_damage >= rich.predicted_damage
     assert {"Q5_0", "Q8_0"} & set(rich.grids.values())
+
+
+def test_rows_are_kept_back_from_whoever_has_enough() -> None:
+    rows = torch.arange(40)[:, None].expand(40, 8)
+    learned, unseen = kept_back(rows, 10, 0)
+    assert len(unseen) == 10
+    assert sorted(torch.cat([learned, unseen])[:, 0].tolist()) == list(range(40))
+    learned, unseen = kept_back(rows, 11, 0)
+    assert torch.equal(learned, rows)
+    assert torch.equal(unseen, rows)
 
 
 def test_a_network_that_lost_an_attention_still_learns(place: dict[str, Path], tokenizer: Any) -> None:

@@ -20,7 +20,7 @@ from sartor.stages import probe
 from sartor.stages.calibrate import second_moments
 from sartor.stages.decide import settle, verdict
 from sartor.stages.distil import put_
-from sartor.stages.fit import Lesson, fit, lesson_of
+from sartor.stages.fit import Evidence, evidence_of, fit
 from sartor.stages.likelihood import hidden_of, kl_of, nats_of, top_of
 from sartor.stages.prune import cut_, gone
 from sartor.stages.sensitivity import feel, together
@@ -265,28 +265,28 @@ def test_what_a_part_is_worth_is_what_the_text_costs_without_it(
     assert all(low <= x <= high for part in found.values() for x, low, high in part)
 
 
-def lesson_on(model: Any, rows: torch.Tensor) -> Lesson:
-    return lesson_of(model, rows, rows[:0], 0.3)
+def evidence_on(model: Any, rows: torch.Tensor) -> Evidence:
+    return evidence_of(model, rows, rows[:0], 0.3)
 
 
 def test_both_texts_count_as_their_share_says_whatever_is_heard_of_them(
     model: Any, rows: torch.Tensor, other: torch.Tensor
 ) -> None:
-    lesson = lesson_of(model, rows[:7], other[:4], 0.3)
-    assert float(lesson.weight.sum()) == pytest.approx(1)
-    ours = torch.tensor([any(torch.equal(r, x) for x in rows[:7]) for r in lesson.rows])
-    assert float(lesson.weight[ours].sum()) == pytest.approx(0.7)
-    for tokens in lesson.heard.tokens.values():
-        counted = (lesson.weight[:, None] / rows.shape[1] * tokens).sum(1)
+    evidence = evidence_of(model, rows[:7], other[:4], 0.3)
+    assert float(evidence.weight.sum()) == pytest.approx(1)
+    ours = torch.tensor([any(torch.equal(r, x) for x in rows[:7]) for r in evidence.rows])
+    assert float(evidence.weight[ours].sum()) == pytest.approx(0.7)
+    for tokens in evidence.heard.tokens.values():
+        counted = (evidence.weight[:, None] / rows.shape[1] * tokens).sum(1)
         assert float(counted[ours].sum()) == pytest.approx(0.7, rel=1e-3)
         assert float(counted.sum()) == pytest.approx(1, rel=1e-3)
-    assert float(lesson_on(model, rows).weight.sum()) == pytest.approx(1)
+    assert float(evidence_on(model, rows).weight.sum()) == pytest.approx(1)
 
 
 def test_where_nothing_is_cut_or_rounded_nothing_is_to_repair(model: Any, rows: torch.Tensor) -> None:
     before = {n: p.clone() for n, p in model.named_parameters()}
     cut_(model, plan_of(model, [[0, 1]] * 3, [list(range(256))] * 3))
-    latents = fit(model, net.clone(model), lesson_on(model, rows), {})
+    latents = fit(model, net.clone(model), evidence_on(model, rows), {})
     assert not latents.grids
     for n, p in model.named_parameters():
         assert torch.equal(p, before[n]), n
@@ -299,11 +299,11 @@ def test_repair_brings_the_cut_networks_stream_nearer_to_the_whole_ones(model: A
     assert gone(net.anatomy(whole), net.anatomy(model)) == {"channels": 384, "groups": 1}
     assert net.anatomy(model).groups == (2, 1, 2)
     assert net.anatomy(model).ffn == (128, 256, 0)
-    lesson = lesson_on(whole, rows)
+    evidence = evidence_on(whole, rows)
     with torch.no_grad():
         expected = hidden_of(whole, rows)
         plain = (hidden_of(model, rows) - expected).square().sum()
-        put_(model, fit(model, whole, lesson, {}))
+        put_(model, fit(model, whole, evidence, {}))
         assert (hidden_of(model, rows) - expected).square().sum() < 0.8 * plain
 
 
@@ -312,7 +312,7 @@ def test_rounding_on_the_way_is_taken_up_by_later_layers(place: dict[str, Any], 
     whole, _ = net.load_dense(place["model"])
     rows = training_rows(texts("cook", 40, 8), tokenizer, 64)
     grids = {n: "IQ4_NL" for n, p in whole.named_parameters() if p.ndim == 2}
-    latents = fit(whole, whole, lesson_on(whole, rows), grids)
+    latents = fit(whole, whole, evidence_on(whole, rows), grids)
     assert latents.grids.keys() == grids.keys() == latents.scales.keys()
     assert latents.masters.keys() == dict(whole.named_parameters()).keys()
     moments, apart, walked = second_moments(whole, rows), net.clone(whole), net.clone(whole)
@@ -329,7 +329,7 @@ def test_rounding_on_the_way_is_taken_up_by_later_layers(place: dict[str, Any], 
 
 def test_a_grid_that_is_absent_leaves_a_matrix_free(model: Any, rows: torch.Tensor) -> None:
     grids = {f"model.layers.1.{n}.weight": g for n, g in (("self_attn.q_proj", "Q8_0"), ("self_attn.k_proj", "Q5_0"))}
-    latents = fit(model, net.clone(model), lesson_on(model, rows), grids)
+    latents = fit(model, net.clone(model), evidence_on(model, rows), grids)
     assert {n: g.name for n, g in latents.grids.items()} == grids
     value = latents.value("model.layers.1.self_attn.v_proj.weight")
     assert torch.equal(value, net.linear(model, 1, "self_attn.v_proj").weight)

@@ -40,6 +40,8 @@ from sartor.stages.tokens import Window, cut_windows, encode_windows, sample, tr
 from sartor.stages.words import whole, words
 from sartor.surgery import Surgery, after_steps
 
+FEWEST = 4  # times the rows kept back, that a user must have for any to be
+
 
 def _silent(stage: str, share: float, note: str) -> None:
     """Progress that nobody wants to see."""
@@ -177,17 +179,19 @@ def apply_plan(
     training = training or e.training
     clock = _Clock()
     small, fitted = trim(_given(model), tokenizer, plan)
-    rows = own_rows(tokenizer, fitted, plan, texts), training_rows(texts.generic_train, fitted)
+    learned, unseen = kept_back(own_rows(tokenizer, fitted, plan, texts), e.felt_rows, plan.seed)
+    generic = training_rows(texts.generic_train, fitted)
     validation = encode_windows(cut_windows(texts.validation, e.validation_bytes), fitted)
     school = _School(validation, plan.seed, tell, kept or (lambda stage: InMemory()))
     clock.lap("trim")
     said, adapted = None, None
     if training.recover.seconds > 0:
-        said, adapted = _adapt(small, rows[0], sample(rows[1], e.rows, plan.seed), training, school)
+        said, adapted = _adapt(small, learned, sample(generic, e.rows, plan.seed), training, school)
         clock.lap("adapt")
     pruning: dict[str, Any] = {}
     latents, before = school.kept("recover").load() or (None, 0.0)
     if latents is None:
+        rows = {"fit": (learned, generic), "sense": (unseen, generic)}
         surgery = Surgery(clone(small, torch.bfloat16), rows, validation, said, training.recover, effort, tell)
         held = probe_rows(texts.validation, fitted, e.probe_rows, plan.seed)
         small, plan, pruning = surgery.cut(small, plan, steps, held)
@@ -287,6 +291,14 @@ def own_rows(full: Any, small: Any, plan: Plan, texts: Texts) -> Tensor:
     fewer, old = trim_tokenizer(full, from_mask(plan.seen_again))
     place = {o: n for n, o in enumerate(from_mask(plan.vocabulary))}
     return torch.tensor([place[int(o)] for o in old])[training_rows(own, fewer)]
+
+
+def kept_back(rows: Tensor, many: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(rows to learn from, `many` that stay unseen, to say afterwards what the adapted network needs); all for both where there is little text."""
+    if len(rows) < FEWEST * many:
+        return rows, rows
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[order[many:]], rows[order[:many]]
 
 
 class _Clock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from sartor.probing import Tell, felt
 from sartor.stages.buffer import buffered
 from sartor.stages.decide import settle
 from sartor.stages.distil import Anchor, DistilConfig, Latents, distil_, put_
-from sartor.stages.fit import fit, lesson_of
+from sartor.stages.fit import evidence_of, fit
 from sartor.stages.likelihood import kl_of, top_of
 from sartor.stages.measure import score
 from sartor.stages.probe import Effects, blended
@@ -37,12 +37,12 @@ class Surgery:
     """What a cut is made by.
 
     Attributes:
-        whole: the network before it, in bf16; adapted, where there is training. rows: the user's and generic ones. validation: of the user.
+        whole: the network before it, in bf16; adapted, where there is training. rows: {"fit" or "sense": (the user's, generic ones)}; those to sense with were kept back from adaptation. validation: of the user.
         said: what the adapted network and the original say, or None where nothing is trained. training: of recovery.
     """
 
     whole: Any
-    rows: tuple[Tensor, Tensor]
+    rows: Mapping[str, tuple[Tensor, Tensor]]
     validation: Sequence[Window]
     said: Anchor | None
     training: DistilConfig
@@ -86,9 +86,9 @@ class Surgery:
         return small, plan, [asdict(step) for step in done]
 
     def _sense(self, network: Any, plan: Plan, tell: Tell) -> Effects:
-        """Effects on both texts, by the plan's share: the user's rows are those it was trained on, and alone they mislead (docs/log.md)."""
+        """Effects on both texts, by the plan's share: the user's alone are too few to know rare activations by (docs/log.md)."""
         told = lambda share, note: tell("prune", 0.8 * share, f"the adapted network's {note}")  # noqa: E731
-        user, _, generic = felt(network, self.rows, self.effort, plan.seed, told)
+        user, _, generic = felt(network, self.rows["sense"], self.effort, plan.seed, told)
         return blended(user, generic, plan.rho)
 
     def _healed(self, network: Any, plan: Plan, seconds: float) -> Any:
@@ -107,8 +107,9 @@ class Surgery:
         Args:
             many: of the user's rows; half as many generic ones join them, and all of those count as the plan's `rho` says.
         """
-        own, generic = sample(self.rows[0], many, plan.seed), sample(self.rows[1], many // 2, plan.seed)
-        lesson = lesson_of(
+        own, generic = self.rows["fit"]
+        own, generic = sample(own, many, plan.seed), sample(generic, many // 2, plan.seed)
+        evidence = evidence_of(
             self.whole, own, generic, plan.rho, lambda share: told(0.4 * share, "gradients of every token")
         )
-        return fit(small, self.whole, lesson, plan.grids, lambda s, n: told(0.4 + 0.6 * s, n))
+        return fit(small, self.whole, evidence, plan.grids, lambda s, n: told(0.4 + 0.6 * s, n))

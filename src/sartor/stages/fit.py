@@ -31,7 +31,7 @@ BATCH = 8  # rows a pass; the last of each judges how strong the fit may be
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Evidence:
     """What is fitted on.
 
     Attributes:
@@ -43,13 +43,13 @@ class Lesson:
     heard: Heard
 
 
-def lesson_of(
+def evidence_of(
     model: Any,
     own: Int[Tensor, "m t"],
     generic: Int[Tensor, "k t"],
     rho: float,
     tell: Callable[[float], None] = lambda share: None,
-) -> Lesson:
+) -> Evidence:
     """Rows of both texts, the generic ones with `rho` of all weight, and what the model's loss feels of each; either text may be empty."""
     texts = [(r, share / len(r)) for r, share in ((own, 1 - rho), (generic, rho)) if len(r)]
     total, many = sum(len(r) * w for r, w in texts), sum(len(r) for r, _ in texts)
@@ -65,14 +65,14 @@ def lesson_of(
     tokens = {site: torch.cat([h.tokens[site] for _, _, h in said])[order] for site in said[0][2].tokens}
     head = torch.stack([h.head for _, _, h in said]).sum(0)
     rows, weight = (torch.cat(x)[order] for x in ([r for r, _, _ in said], [w for _, w, _ in said]))
-    return Lesson(rows, weight, Heard(tokens, head))
+    return Evidence(rows, weight, Heard(tokens, head))
 
 
 @torch.no_grad()
 def fit(
     small: Any,
     whole: Any,
-    lesson: Lesson,
+    evidence: Evidence,
     grids: Mapping[str, str],
     tell: Callable[[float, str], None] = lambda share, note: None,
 ) -> Latents:
@@ -82,10 +82,10 @@ def fit(
         small: the cut network in fp32, left as it is. whole: what it was cut from, in the precision to run in.
         grids: {parameter name: grid name}; what is absent stays free (fp32).
     """
-    fitting = _Fitting(small, clone(small, next(whole.parameters()).dtype), lesson, grids)
+    fitting = _Fitting(small, clone(small, next(whole.parameters()).dtype), evidence, grids)
     tied = small.config.tie_word_embeddings  # then the embedding is the head above all; an untied one is only looked up
-    fitting.round_([EMBEDDING], lesson.heard.head if tied else torch.eye(small.config.hidden_size))
-    parts = lesson.rows.split(BATCH)
+    fitting.round_([EMBEDDING], evidence.heard.head if tied else torch.eye(small.config.hidden_size))
+    parts = evidence.rows.split(BATCH)
     arguments = {len(part): arguments_of(whole, part) for part in parts}
     theirs = [whole.model.embed_tokens(part) for part in parts]
     ours = [fitting.running.model.embed_tokens(part) for part in parts]
@@ -102,8 +102,8 @@ def fit(
 class _Fitting:
     """The pass as it stands: `running` is the cut network with everything that is done."""
 
-    def __init__(self, small: Any, running: Any, lesson: Lesson, grids: Mapping[str, str]) -> None:
-        self.small, self.running, self.lesson, self.grids = small, running, lesson, grids
+    def __init__(self, small: Any, running: Any, evidence: Evidence, grids: Mapping[str, str]) -> None:
+        self.small, self.running, self.evidence, self.grids = small, running, evidence, grids
         self.parameters = dict(small.named_parameters())
         self.latents = Latents({})
 
@@ -167,9 +167,9 @@ class _Fitting:
 
     def scales(self, site: Site | None) -> Iterator[Tensor]:
         """Roots of the weights of all tokens, part by part."""
-        weight = (self.lesson.weight / self.lesson.rows.shape[1])[:, None]
+        weight = (self.evidence.weight / self.evidence.rows.shape[1])[:, None]
         if site is not None:
-            weight = weight * self.lesson.heard.tokens[site]
+            weight = weight * self.evidence.heard.tokens[site]
         dtype = next(self.running.parameters()).dtype
         return (w.sqrt()[..., None].to(dtype) for w in weight.split(BATCH))
 
