@@ -19,11 +19,10 @@ from sartor.numerics.grids import Grid, nearest_index, search_scales
 
 @dataclass(frozen=True)
 class Quantized:
-    """latent (out, in): values just before rounding; scales (out, in / block); loss: tr(E C E^T), E the weight error."""
+    """latent (out, in): values just before rounding; scales (out, in / block)."""
 
     latent: Tensor
     scales: Tensor
-    loss: float
 
 
 def inverse_cholesky(c: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:
@@ -63,7 +62,6 @@ def gptq(
     levels = torch.tensor(grid.levels, dtype=w.dtype)
     latent = torch.empty_like(w)
     scales = torch.empty(out, inn // grid.block)
-    loss = 0.0
     for start in range(0, inn, grid.weights):
         end = start + grid.weights
         block = w[:, start:end]
@@ -79,6 +77,5 @@ def gptq(
             errors[:, j] = (column - rounded) / local[j, j]
             if j + 1 < grid.weights:
                 block[:, j + 1 :] -= errors[:, j : j + 1] * local[j : j + 1, j + 1 :]
-        loss += float((errors**2).sum())
         w[:, end:] -= errors @ upper[start:end, end:]
-    return Quantized(latent, scales, loss)
+    return Quantized(latent, scales)

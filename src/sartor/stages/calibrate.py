@@ -41,11 +41,10 @@ HEAD: Site = (-1, "head")  # where the last hidden state is read, while collecti
 
 @dataclass(frozen=True)
 class Moments:
-    """C = E[z z^T] per (layer, site) and of the last hidden state, over `tokens` tokens; `tied`: the embedding is the head too."""
+    """C = E[z z^T] per (layer, site) and of the last hidden state; `tied`: the embedding is the head too."""
 
     c: dict[Site, Tensor]
     head: Tensor
-    tokens: int
     tied: bool
 
     def of(self, parameter: str) -> Tensor:
@@ -72,7 +71,7 @@ def second_moments(model: Any, rows: Int[Tensor, "n t"]) -> Moments:
     for part in rows.split(8):
         with _listening(model, add):
             add(HEAD, hidden_of(model, part))
-    return Moments(c, c.pop(HEAD), rows.numel(), anatomy(model).tied)
+    return Moments(c, c.pop(HEAD), anatomy(model).tied)
 
 
 @dataclass(frozen=True)
