@@ -14,14 +14,15 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ground_truth import kept_file, opened
-from rivals import RIVALS, Ranking, Seen, look, sizes
+from ground_truth import opened, remembered
+from rivals import RIVALS, Ranking, Seen, look
 
 from sartor.memory import keep_freed
 from sartor.model.network import BLOCK, Anatomy, anatomy, clone, linear, linears_of, query_rows
@@ -36,7 +37,7 @@ from sartor.stages.measure import score
 from sartor.stages.probe import Effects, blended, effects_of, order_units, recovered
 from sartor.stages.prune import cut_
 from sartor.stages.sensitivity import feel, together
-from sartor.stages.tokens import cut_windows, encode_windows, sample, training_rows
+from sartor.stages.tokens import Window, cut_windows, encode_windows, sample, training_rows
 
 TEST_BYTES = 49_152
 CELLS = 2  # of the cache: what a method does has changed so often
@@ -44,7 +45,7 @@ CELLS = 2  # of the cache: what a method does has changed so often
 
 def chosen(a: Any, r: Ranking, removed: float) -> list[tuple[list[int], list[int]]]:
     """Kept query groups and channels of every layer, so that `removed` of all parameters of attention and FFN go."""
-    block, group = sizes(a)
+    block, group = a.unit_parameters()
     blocks, groups = [0] * a.layers, [0] * a.layers
     if r.uniform:
         for n in range(a.layers):
@@ -173,6 +174,15 @@ def ours(
     }
 
 
+def cell(
+    model: Any, plan: Plan, repair: Callable[..., Any], seen: Seen, windows: tuple[Sequence[Window], Sequence[Window]]
+) -> list[float]:
+    """Bits per byte of the user's and of generic text, and seconds."""
+    started = time.monotonic()
+    cut = repair(model, plan, seen)
+    return [*(score(cut, w).bits_per_byte for w in windows), time.monotonic() - started]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -201,15 +211,9 @@ def main() -> None:
             for removed in a.removed:
                 for name, (ranking, repair) in arms.items():
                     kept = chosen(shape, ranking, removed)
-                    file = kept_file("cut", CELLS, p.source.sha256, name, json.dumps(kept), own, generic).with_suffix(
-                        ".json"
-                    )
-                    if not file.exists():
-                        started = time.monotonic()
-                        cut = repair(p.model, plan_of(shape, kept, seed), seen)
-                        cell = [score(cut, w).bits_per_byte for w in (user, general)]
-                        file.write_text(json.dumps([*cell, time.monotonic() - started]))
-                    mine, theirs, seconds = json.loads(file.read_text())
+                    key = CELLS, p.source.sha256, name, json.dumps(kept), own, generic
+                    run = partial(cell, p.model, plan_of(shape, kept, seed), repair, seen, (user, general))
+                    mine, theirs, seconds = remembered(run, "cut", *key)
                     print(
                         f"{removed:.0%} removed, seed {seed}: {name:46s} user {mine:.3f} ({mine / base[0] - 1:+.1%})  generic {theirs:.3f} ({theirs / base[1] - 1:+.1%})",
                         flush=True,

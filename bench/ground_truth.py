@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,20 @@ def kept_file(kind: str, *parts: Any) -> Path:
     folder = cache_dir() / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{kind}-{digest.hexdigest()[:16]}.npz"
+
+
+def found_share(scores: np.ndarray, truth: np.ndarray, share: float = 0.1) -> float:
+    """Of the units with the highest true effects, those among the highest scores."""
+    k = round(share * len(truth))
+    return len(set(np.argsort(-scores)[:k]) & set(np.argsort(-truth)[:k])) / k
+
+
+def remembered(compute: Callable[[], Any], kind: str, *parts: Any) -> Any:
+    """A small result, computed once for these inputs."""
+    file = kept_file(kind, *parts).with_suffix(".json")
+    if not file.exists():
+        file.write_text(json.dumps(compute()))
+    return json.loads(file.read_text())
 
 
 def leave_one_out(model: Any, sha256: str, units: Units, rows: torch.Tensor, name: str) -> dict[str, np.ndarray]:

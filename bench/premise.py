@@ -18,20 +18,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from ground_truth import generic_units, kept_file, opened
+from ground_truth import found_share, generic_units, kept_file, opened
 from scipy.stats import rankdata
 from torch import Tensor
 
 from sartor.memory import keep_freed
-from sartor.model.network import anatomy, linears_of, masked
-from sartor.model.tail import Tail
+from sartor.model.network import anatomy, linears_of
 from sartor.numerics.grids import GRIDS, search_scales, snap
 from sartor.stages.bits import BASE
 from sartor.stages.likelihood import drawn_gradients, hidden_of
-from sartor.stages.probe import Units
+from sartor.stages.probe import Units, parts_left_out
 from sartor.stages.sensitivity import BATCH, feel
 from sartor.stages.tokens import sample, training_rows
-from sartor.stages.yardstick import Yardstick
 
 DRAWS = 200
 ORDERED = 64  # rows of generic text that `generic_units` orders channels by
@@ -64,17 +62,6 @@ def of_matrices(model: Any, rows: Tensor) -> Array:
     return torch.stack([torch.cat(felt[i]) for i in sorted(felt)], 1).numpy()
 
 
-def of_parts(model: Any, rows: Tensor) -> Array:
-    """(rows, 2 * layers): KL without every attention and every MLP."""
-    a, tail = anatomy(model), Tail(model, rows)
-    stick, out = Yardstick(model, rows, tail.dense), []
-    for n in range(a.layers):
-        for off in (({n: torch.zeros(a.groups[n])}, {}), ({}, {n: torch.zeros(a.ffn[n])})):
-            with masked(model, *off):  # type: ignore[arg-type]
-                out.append(stick.read(tail.hidden_from(n)).kl)
-    return np.stack(out, 1)
-
-
 def measured(model: Any, sha: str, units: Units, rows: Tensor, exact: Tensor, name: str) -> dict[str, Array]:
     """Importance row by row at every grain; its mean over rows is the importance."""
     file = kept_file("premise", sha, torch.cat(list(units.order.values())), rows, exact)
@@ -94,17 +81,15 @@ def measured(model: Any, sha: str, units: Units, rows: Tensor, exact: Tensor, na
         print(f"{name}: rounding", file=sys.stderr, flush=True)
         matrices = of_matrices(model, rows)
         print(f"{name}: sub-layers left out", file=sys.stderr, flush=True)
-        found = (of_parts(model, exact), groups.square().numpy(), blocks.square().numpy(), matrices**2)
+        parts = np.stack([reading.kl for _, _, reading, _ in parts_left_out(model, exact)], 1)
+        found = (parts, groups.square().numpy(), blocks.square().numpy(), matrices**2)
         np.savez(file, **dict(zip(GRAINS, found, strict=True)))
     return dict(np.load(file))
 
 
 def alike(x: Array, y: Array) -> Array:
     """[rank correlation, share of the highest tenth in common, of the lowest three tenths]."""
-    rx, ry = rankdata(x), rankdata(y)
-    top, low = max(1, len(x) // 10), max(1, 3 * len(x) // 10)
-    common = lambda a, b, k: len(set(np.argsort(a)[:k]) & set(np.argsort(b)[:k])) / k  # noqa: E731
-    return np.array([np.corrcoef(rx, ry)[0, 1], common(-x, -y, top), common(x, y, low)])
+    return np.array([np.corrcoef(rankdata(x), rankdata(y))[0, 1], found_share(x, y), found_share(-x, -y, 0.3)])
 
 
 def beside(user: Array, generic: Array, rng: np.random.Generator) -> tuple[Array, Array, Array]:

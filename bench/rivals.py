@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sartor.model.network import BLOCK, Anatomy, anatomy, linear
+from sartor.model.network import BLOCK, anatomy, linear
 from sartor.model.tail import Tail
 from sartor.stages import paper
 from sartor.stages.calibrate import Moments, second_moments
@@ -104,7 +104,7 @@ def flap(seen: Seen) -> Ranking:
         x = _weight(seen, n, s).square().sum(0) * variance
         return (x - x.mean()) / x.std()
 
-    r, (block, group) = by_channel(seen, score, uniform=False), sizes(anatomy(seen.model))
+    r, (block, group) = by_channel(seen, score, uniform=False), anatomy(seen.model).unit_parameters()
     mean = {n: v / BLOCK for n, v in r.blocks.items()}, {n: v / _width(seen, n) for n, v in r.groups.items()}
     least = min(v.min() for side in mean for v in side.values())
     priced = [
@@ -149,7 +149,7 @@ def paper_rule(seen: Seen) -> Ranking:
     a = anatomy(seen.model)
     order = paper.by_activation(seen.model, seen.moments)
     rate = paper.rates(paper.importance(seen.model, order, seen.rows[:4]))
-    block, group = sizes(a)
+    block, group = a.unit_parameters()
     # the t-th unit of a part goes once the common rate reaches t / all / rate
     blocks = {n: block * np.arange(1, (f := a.ffn[n] // BLOCK) + 1) / f / rate[2 * n + 1] for n in range(a.layers)}
     groups = {n: np.empty(a.groups[n]) for n in range(a.layers)}
@@ -163,17 +163,12 @@ def block_drop(seen: Seen) -> Ranking:
     a, tail = anatomy(seen.model), Tail(seen.model, seen.rows[:16])
     states = [*tail.states, tail.dense]
     turn = [float(1 - torch.cosine_similarity(x.float(), y.float(), -1).mean()) for x, y in pairwise(states)]
-    block, group = sizes(a)
+    block, group = a.unit_parameters()
     plain = wanda_sp(seen)
     blocks = {n: np.full(a.ffn[n] // BLOCK, block * turn[n]) for n in range(a.layers)}
     return Ranking(
         plain.order, blocks, {n: np.full(a.groups[n], group * turn[n]) for n in range(a.layers)}, uniform=False
     )
-
-
-def sizes(a: Anatomy) -> tuple[int, int]:
-    """Parameters of a block of channels and of a query group."""
-    return 3 * BLOCK * a.width, 2 * a.width * a.head_dim * (a.queries_per_group + 1)
 
 
 RIVALS: dict[str, Callable[[Seen], Ranking]] = {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from cuts import by_effects, chosen, plan_of, without_repair
-from ground_truth import kept_file, opened
+from ground_truth import opened, remembered
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -64,11 +64,9 @@ def one_user(
 
     def tell(name: str, e: Effects) -> None:
         kept = chosen(shape, by_effects(e), removed)
-        file = kept_file("second", json.dumps(kept), own, p.source.sha256).with_suffix(".json")
-        if not file.exists():
-            cut = without_repair(p.model, plan_of(shape, kept, 0))
-            file.write_text(json.dumps(score(cut, validation).bits_per_byte))
-        rank, cost = spearmanr(flat(e), flat(truth)).statistic, json.loads(file.read_text()) / dense - 1
+        run = lambda: score(without_repair(p.model, plan_of(shape, kept, 0)), validation).bits_per_byte  # noqa: E731
+        cost = remembered(run, "second", json.dumps(kept), own, p.source.sha256) / dense - 1
+        rank = spearmanr(flat(e), flat(truth)).statistic
         print(f"  {name:44s} rank {rank:.3f}  {cost:+.1%}", flush=True)
 
     print(f"{Path(data).name}: dense {dense:.3f} bits per byte; {removed:.0%} removed, no repair", flush=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ground_truth import generic_units, kept_file, leave_one_out, opened, probing_rows
+from ground_truth import found_share, generic_units, kept_file, leave_one_out, opened, probing_rows
 from rivals import look
 from scipy.linalg import hadamard
 from scipy.optimize import nnls
@@ -202,12 +202,6 @@ def from_vectors(a: Array, vectors: Array, jointly_sparse: bool) -> Array:
         gram = centred @ centred.T
         v = centred.T @ np.linalg.solve(gram + 0.1 * np.trace(gram) / len(y) * np.eye(len(y)), rest)
     return (v**2).sum(1)
-
-
-def found_share(scores: Array, truth: Array, share: float = 0.1) -> float:
-    """Of the units with the highest true effects, those among the highest scores."""
-    k = round(share * len(truth))
-    return len(set(np.argsort(-scores)[:k]) & set(np.argsort(-truth)[:k])) / k
 
 
 def of_units(units: Units, e: Effects) -> Array:

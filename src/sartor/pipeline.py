@@ -191,17 +191,18 @@ def apply_plan(
     pruning: dict[str, Any] = {}
     latents, before = school.kept("recover").load() or (None, 0.0)
     if latents is None:
-        rows = {"fit": (learned, generic), "sense": (unseen, generic)}
-        surgery = Surgery(clone(small, torch.bfloat16), rows, validation, said, training.recover, effort, tell)
+        whole = clone(small, torch.bfloat16)
+        surgery = Surgery(whole, learned, unseen, generic, validation, said, training.recover, effort, tell)
         held = probe_rows(texts.validation, fitted, e.probe_rows, plan.seed)
         small, plan, pruning = surgery.cut(small, plan, steps, held)
-        if plan.steps == 1:  # what steps have healed is kept only once it is fitted
+        if plan.steps == 1:
             settled(plan)
         clock.lap("prune")
         latents = surgery.fitted(small, plan, e.fit_rows, partial(tell, "fit"))
-        settled(plan)
+        if plan.steps > 1:  # what they have healed is kept only now
+            settled(plan)
         clock.lap("fit")
-        del surgery
+        del whole, surgery
     else:
         cut_(small, plan)
     student = small.to(torch.bfloat16)

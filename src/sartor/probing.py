@@ -14,6 +14,7 @@ from sartor.stages.probe import Effects, Units, Worth, check, effects_of, recove
 from sartor.stages.sensitivity import Felt, feel, together
 from sartor.stages.tokens import sample, training_rows
 
+FIRST = 16  # rows that are felt at least
 Tell = Callable[[str, float, str], None]
 
 
@@ -60,7 +61,6 @@ def felt(
     recall: Recall = anew,
 ) -> tuple[Effects, tuple[Effects, Effects], Effects]:
     """Backward probes on the user's rows and on generic ones: (the user's effects, those of two halves of the rows, generic effects)."""
-
     e = EFFORTS[effort]
     own, other = (sample(r, e.felt_rows, seed) for r in rows)
 
@@ -75,9 +75,6 @@ def felt(
     profile = recall(f"effects-{e.known}", other, seed, lambda: on(other, 0.5, "generic text")[0].to_dict())
     generic = Effects.from_dict(profile)
     return user, (halves[0], halves[1]), generic
-
-
-FIRST = 16  # rows that are felt at least
 
 
 def sounded(

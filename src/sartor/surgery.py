@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -37,12 +37,14 @@ class Surgery:
     """What a cut is made by.
 
     Attributes:
-        whole: the network before it, in bf16; adapted, where there is training. rows: {"fit" or "sense": (the user's, generic ones)}; those to sense with were kept back from adaptation. validation: of the user.
+        whole: the network before it, in bf16; adapted, where there is training. learned, unseen, generic: rows; of the user those it adapted to and those kept back. validation: of the user.
         said: what the adapted network and the original say, or None where nothing is trained. training: of recovery.
     """
 
     whole: Any
-    rows: Mapping[str, tuple[Tensor, Tensor]]
+    learned: Tensor
+    unseen: Tensor
+    generic: Tensor
     validation: Sequence[Window]
     said: Anchor | None
     training: DistilConfig
@@ -88,7 +90,7 @@ class Surgery:
     def _sense(self, network: Any, plan: Plan, tell: Tell) -> Effects:
         """Effects on both texts, by the plan's share: the user's alone are too few to know rare activations by (docs/log.md)."""
         told = lambda share, note: tell("prune", 0.8 * share, f"the adapted network's {note}")  # noqa: E731
-        user, _, generic = felt(network, self.rows["sense"], self.effort, plan.seed, told)
+        user, _, generic = felt(network, (self.unseen, self.generic), self.effort, plan.seed, told)
         return blended(user, generic, plan.rho)
 
     def _healed(self, network: Any, plan: Plan, seconds: float) -> Any:
@@ -107,8 +109,7 @@ class Surgery:
         Args:
             many: of the user's rows; half as many generic ones join them, and all of those count as the plan's `rho` says.
         """
-        own, generic = self.rows["fit"]
-        own, generic = sample(own, many, plan.seed), sample(generic, many // 2, plan.seed)
+        own, generic = sample(self.learned, many, plan.seed), sample(self.generic, many // 2, plan.seed)
         evidence = evidence_of(
             self.whole, own, generic, plan.rho, lambda share: told(0.4 * share, "gradients of every token")
         )

@@ -57,6 +57,10 @@ class Anatomy:
             shapes |= {"mlp.gate_proj": (f, w), "mlp.up_proj": (f, w), "mlp.down_proj": (w, f)}
         return shapes
 
+    def unit_parameters(self) -> tuple[int, int]:
+        """Of a block of FFN channels, and of a query group."""
+        return 3 * BLOCK * self.width, 2 * self.width * self.head_dim * (self.queries_per_group + 1)
+
     def parameters(self) -> int:
         linear = sum(o * i for n in range(self.layers) for o, i in self.linear_shapes(n).values())
         norms = self.width * (2 * self.layers + 1)

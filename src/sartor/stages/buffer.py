@@ -121,7 +121,7 @@ def _in_place(e: Effects, now: Layers, a: Anatomy) -> Effects:
 
 def _to_go(now: Layers, goal: Layers, a: Anatomy, effects: Effects) -> list[_Unit]:
     """What `goal` lacks of `now`, the least effect per parameter first."""
-    per_group, per_block = 2 * a.width * a.head_dim * (a.queries_per_group + 1), 3 * BLOCK * a.width
+    per_block, per_group = a.unit_parameters()
     found = []
     for n, (here, there) in enumerate(zip(now, goal, strict=True)):
         of_channel, of_group = effects.channel[n], effects.group[n]

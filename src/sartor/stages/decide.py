@@ -254,14 +254,15 @@ def _plan(
         total,
         choice.price,
         steps,
-        worth_of(m),
+        worth_told(m),
         {g: [float(x) if np.isfinite(x) else None for x in d] for g, d in m.poorer_damage.items()},
         rho,
         seed,
     )
 
 
-def worth_of(m: Measured) -> dict[str, float]:
+def worth_told(m: Measured) -> dict[str, float]:
+    """What the plan says of its probing."""
     worth = {k: float(v) for k, v in asdict(m.worth).items()}
     return worth | {
         "user_tokens": float(m.user.tokens),

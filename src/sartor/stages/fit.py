@@ -123,19 +123,19 @@ class _Fitting:
                 ends.append(other(x, **arguments[len(x)][n]))
             middles.append(middle[0])
         if has_attention(self.running, n):
-            self.readers(n, ATTENTION[:-1], [block.input_layernorm(x) for x in ours], (n, "attention"))
-            read = []
-            for x in ours:
+            normed, read = [block.input_layernorm(x) for x in ours], []
+            self.readers(n, ATTENTION[:-1], normed, (n, "attention"))
+            for x in normed:
                 with _read(block.self_attn.o_proj) as z:
-                    block.self_attn(hidden_states=block.input_layernorm(x), **arguments[len(x)][n])
+                    block.self_attn(hidden_states=x, **arguments[len(x)][n])
                 read.append(z[0])
             ours = self.writer(n, ATTENTION[-1], read, ours, middles, (n, "output"))
         if has_mlp(self.running, n):
-            self.readers(n, MLP[:-1], [block.post_attention_layernorm(x) for x in ours], (n, "mlp"))
-            read = []
-            for x in ours:
+            normed, read = [block.post_attention_layernorm(x) for x in ours], []
+            self.readers(n, MLP[:-1], normed, (n, "mlp"))
+            for x in normed:
                 with _read(block.mlp.down_proj) as z:
-                    block.mlp(block.post_attention_layernorm(x))
+                    block.mlp(x)
                 read.append(z[0])
             ours = self.writer(n, MLP[-1], read, ours, ends, (n, "down"))
         return ours, ends

@@ -22,7 +22,7 @@ from sartor.model.network import BLOCK, Anatomy, anatomy, linear, masked
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.bits import BASE, all_on_base, embeddings_of
 from sartor.stages.calibrate import Moments
-from sartor.stages.decide import LEAST_BLOCKS, Bytes, Measured, diagnose, exists, worth_of
+from sartor.stages.decide import LEAST_BLOCKS, Bytes, Measured, diagnose, exists, worth_told
 from sartor.stages.likelihood import kl_of, top_of
 
 PROBES = 60
@@ -138,7 +138,7 @@ def decide(
     rho: float,
     seed: int,
 ) -> Plan:
-    """The paper's rule (`py`): four bits everywhere, all words, and the smallest common rate of pruning that fits the budget.
+    """The paper's rule: four bits everywhere, all words, and the smallest common rate of pruning that fits the budget.
 
     Args:
         found: importance of every part. The rest is as for `decide`.
@@ -175,7 +175,7 @@ def decide(
     saved = at(0.0)[0] - size
     return Plan(
         sha256, a.family, budget, size, None, None, layers, there, damage, damage / max(1, saved), {"common rate": [low]},
-        worth_of(m), {}, rho, seed, settled=True, method="paper",
+        worth_told(m), {}, rho, seed, settled=True, method="paper",
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ probes, random masks over the units that could go, then measure the true damage 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from sartor.model.network import BLOCK, Anatomy, anatomy, masked
 from sartor.model.tail import Tail
 from sartor.stages.likelihood import kl_of, top_of
 from sartor.stages.sensitivity import Felt
-from sartor.stages.yardstick import Yardstick
+from sartor.stages.yardstick import Reading, Yardstick
 
 TINY = 1e-30  # of an effect whose logarithm is taken
 DRAWS = 200  # of the bootstrap over rows
@@ -142,27 +142,33 @@ def _interval(by_row: Float[np.ndarray, " n"], rng: np.random.Generator) -> list
     return [float(f"{x:.4g}") for x in (by_row.mean(), *np.percentile(means, [2.5, 97.5]))]
 
 
-def without_parts(
-    model: Any, rows: Int[Tensor, "n t"], seed: int = 0, tell: Callable[[float, str], None] = lambda share, note: None
-) -> dict[str, Any]:
-    """Every attention and every MLP left out alone: {part: by layer, [rise, low, high]}, the rise of the text's coding length as a share of it.
-
-    Exact, as there are few of them; a layer costs only itself and those after it. A negative rise is a part that hurts.
-    """
-    a, rng = anatomy(model), np.random.default_rng(seed)
-    tail = Tail(model, rows)
+def parts_left_out(model: Any, rows: Int[Tensor, "n t"]) -> Iterator[tuple[int, str, Reading, Float[np.ndarray, " n"]]]:
+    """(layer, part, what was read without it, the rows' own cost), for every attention and every MLP; a layer costs only itself and those after it."""
+    a, tail = anatomy(model), Tail(model, rows)
     stick = Yardstick(model, rows, tail.dense)
     cost = stick.nats.mean(1).numpy()
-    found: dict[str, Any] = {k: [] for k in PARTS}
     for n in range(a.layers):
         for k, off in (
             ("attention", ({n: torch.zeros(a.groups[n], dtype=torch.bool)} if a.groups[n] else {}, {})),
             ("mlp", ({}, {n: torch.zeros(a.ffn[n], dtype=torch.bool)} if a.ffn[n] else {})),
         ):
             with masked(model, *off):
-                rise = stick.read(tail.hidden_from(n)).loss / cost.mean()
-            found[k].append(_interval(rise, rng))
-            tell((2 * n + (k == "mlp") + 1) / 2 / a.layers, f"layer {n} without its {k}: {found[k][-1][0]:+.1%}")
+                reading = stick.read(tail.hidden_from(n))
+            yield n, k, reading, cost
+
+
+def without_parts(
+    model: Any, rows: Int[Tensor, "n t"], seed: int = 0, tell: Callable[[float, str], None] = lambda share, note: None
+) -> dict[str, Any]:
+    """Every attention and every MLP left out alone: {part: by layer, [rise, low, high]}, the rise of the text's coding length as a share of it.
+
+    Exact, as there are few of them. A negative rise is a part that hurts.
+    """
+    layers, rng = anatomy(model).layers, np.random.default_rng(seed)
+    found: dict[str, Any] = {k: [] for k in PARTS}
+    for n, k, reading, cost in parts_left_out(model, rows):
+        found[k].append(_interval(reading.loss / cost.mean(), rng))
+        tell((2 * n + (k == "mlp") + 1) / 2 / layers, f"layer {n} without its {k}: {found[k][-1][0]:+.1%}")
     return found
 
 
