@@ -31,8 +31,8 @@ from sartor.numerics.compensate import refit
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.calibrate import Site
 from sartor.stages.decide import LEAST_BLOCKS, kept_groups
-from sartor.stages.distil import put_
 from sartor.stages.fit import Evidence, evidence_of, fit
+from sartor.stages.masters import put_
 from sartor.stages.measure import score
 from sartor.stages.probe import Effects, blended, effects_of, order_units, recovered
 from sartor.stages.prune import cut_

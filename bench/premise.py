@@ -23,10 +23,10 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from sartor.memory import keep_freed
-from sartor.model.network import anatomy, linears_of
+from sartor.model.network import anatomy, linears_of, tracked
 from sartor.numerics.grids import GRIDS, search_scales, snap
 from sartor.stages.bits import BASE
-from sartor.stages.likelihood import drawn_gradients, hidden_of
+from sartor.stages.likelihood import drawn_gradients
 from sartor.stages.probe import Units, parts_left_out
 from sartor.stages.sensitivity import BATCH, feel
 from sartor.stages.tokens import sample, training_rows
@@ -55,7 +55,7 @@ def of_matrices(model: Any, rows: Tensor) -> Array:
         error = (snap(w, search_scales(w, None, grid), grid) - w).to(module.weight.dtype)
         handles.append(module.register_forward_hook(watch(i, error)))
     for part in rows.split(BATCH):
-        hidden = hidden_of(model, part, model.model.embed_tokens(part).detach().requires_grad_(True))
+        hidden = tracked(model, part)
         hidden.backward(drawn_gradients(model, hidden.detach(), generator))
     for handle in handles:
         handle.remove()

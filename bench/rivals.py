@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sartor.model.network import BLOCK, anatomy, linear
+from sartor.model.network import BLOCK, anatomy, linear, tracked
 from sartor.model.tail import Tail
 from sartor.stages import paper
 from sartor.stages.calibrate import Moments, second_moments
-from sartor.stages.likelihood import cross_entropy
+from sartor.stages.likelihood import loss_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def look(model: Any, rows: Tensor) -> Seen:
             read[key] = z
 
         handles = [m.register_forward_pre_hook(lambda _, args, k=key: note(k, args[0])) for key, m in sites]
-        cross_entropy(model, part, model.model.embed_tokens(part).detach().requires_grad_(True)).backward()
+        loss_of(model, tracked(model, part), part).backward()
         for handle in handles:
             handle.remove()
         for key, z in read.items():

@@ -20,9 +20,10 @@ from ground_truth import opened
 from sartor.memory import keep_freed
 from sartor.model.network import anatomy, clone
 from sartor.stages.buffer import buffered
-from sartor.stages.distil import DistilConfig, Latents, anchor, distil_, joined, put_
+from sartor.stages.distil import DistilConfig, anchor, distil_, joined
 from sartor.stages.fit import evidence_of, fit
 from sartor.stages.likelihood import kl_of, top_of
+from sartor.stages.masters import Latents, put_
 from sartor.stages.measure import score
 from sartor.stages.probe import Effects, effects_of
 from sartor.stages.sensitivity import feel

@@ -14,6 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 RANK = {
     "errors": 0,
     "memory": 0,
+    "clock": 0,
     "plan": 1,
     "numerics": 1,
     "model": 1,
@@ -22,6 +23,7 @@ RANK = {
     "probing": 4,
     "surgery": 5,
     "pipeline": 6,
+    "pictures": 6,
     "data": 7,
     "sources": 7,
     "storage": 7,

@@ -21,7 +21,8 @@ from sartor.model import network as net
 from sartor.numerics.grids import GRIDS, fits, search_scales
 from sartor.pipeline import kept_back
 from sartor.stages import likelihood
-from sartor.stages.distil import DistilConfig, Latents, anchor, distil_, put_
+from sartor.stages.distil import DistilConfig, anchor, distil_
+from sartor.stages.masters import Latents, put_
 from sartor.stages.measure import token_nats
 from sartor.stages.tokens import cut_windows, encode_windows, training_rows
 from tests.conftest import make_efforts_tiny, make_model, texts

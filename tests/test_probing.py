@@ -19,9 +19,9 @@ from sartor.probing import FIRST, sounded
 from sartor.stages import probe
 from sartor.stages.calibrate import second_moments
 from sartor.stages.decide import settle, verdict
-from sartor.stages.distil import put_
 from sartor.stages.fit import Evidence, evidence_of, fit
 from sartor.stages.likelihood import hidden_of, kl_of, nats_of, top_of
+from sartor.stages.masters import put_
 from sartor.stages.prune import cut_, gone
 from sartor.stages.sensitivity import feel, together
 from sartor.stages.tokens import training_rows

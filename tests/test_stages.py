@@ -42,7 +42,7 @@ def test_the_fused_losses_and_their_gradients_are_autograds(
     logits = model(input_ids=rows).logits
     if target == "truth":
         expected, theirs = gradients(F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()))
-        got, ours = gradients(likelihood.cross_entropy(model, rows))
+        got, ours = gradients(likelihood.loss_of(model, likelihood.hidden_of(model, rows), rows))
     else:
         p = values.float().exp()
         said = torch.special.xlogy(p, p) - p * torch.log_softmax(logits, -1).gather(-1, ids.long())

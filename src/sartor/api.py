@@ -32,7 +32,8 @@ from sartor.probing import Recall, Tell, explain, sense, worth_of
 from sartor.report.html import page
 from sartor.sources import cache_dir, resolve
 from sartor.stages.decide import verdict
-from sartor.stages.distil import Latents, Trained
+from sartor.stages.distil import Trained
+from sartor.stages.masters import Latents
 from sartor.stages.probe import PARTS, order_units
 from sartor.stages.tokens import encode_windows, training_rows
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sartor.stages.distil import DistilConfig
+from sartor.stages.tune import TuneConfig
 
 
 @dataclass(frozen=True)
@@ -88,4 +89,29 @@ EFFORTS: dict[str, Effort] = {
         validation_bytes=32_768,
         test_bytes=196_608,
     ),
+}
+
+
+@dataclass(frozen=True)
+class PictureEffort:
+    """The same for pictures.
+
+    Attributes:
+        felt: pictures for backward probes on either kind, at most; known: reliability of the units' order that is enough. checks: random masks, on `checked` pictures.
+        fitted: the user's pictures that the cut network is fitted on. adapt, recover: trainings of the whole and of the cut network.
+    """
+
+    felt: int
+    known: float
+    checks: int
+    checked: int
+    fitted: int
+    adapt: TuneConfig
+    recover: TuneConfig
+
+
+PICTURE_EFFORTS: dict[str, PictureEffort] = {
+    "quick": PictureEffort(48, 0.9, 8, 32, 48, TuneConfig(60.0, checks=2), TuneConfig(60.0, 1e-4, checks=2)),
+    "standard": PictureEffort(192, 0.92, 16, 64, 192, TuneConfig(240.0), TuneConfig(360.0, 1e-4)),
+    "thorough": PictureEffort(512, 0.97, 48, 128, 512, TuneConfig(900.0), TuneConfig(2400.0, 1e-4)),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sartor.clock import Clock
 from sartor.effort import EFFORTS, Training
 from sartor.errors import BudgetError
 from sartor.model.families import ATTENTION
@@ -32,8 +32,9 @@ from sartor.stages.bits import (
 )
 from sartor.stages.calibrate import Moments, second_moments
 from sartor.stages.decide import Bytes, Measured, decide, smallest_bytes
-from sartor.stages.distil import Anchor, DistilConfig, InMemory, Kept, Latents, Trained, anchor, distil_, joined, put_
+from sartor.stages.distil import Anchor, DistilConfig, Trained, anchor, distil_, joined
 from sartor.stages.likelihood import expected_use, top_of
+from sartor.stages.masters import InMemory, Kept, Latents, put_
 from sartor.stages.probe import order_units
 from sartor.stages.prune import cut_
 from sartor.stages.tokens import Window, cut_windows, encode_windows, sample, training_rows
@@ -177,7 +178,7 @@ def apply_plan(
     """
     e = EFFORTS[effort]
     training = training or e.training
-    clock = _Clock()
+    clock = Clock()
     small, fitted = trim(_given(model), tokenizer, plan)
     learned, unseen = kept_back(own_rows(tokenizer, fitted, plan, texts), e.felt_rows, plan.seed)
     generic = training_rows(texts.generic_train, fitted)
@@ -300,16 +301,3 @@ def kept_back(rows: Tensor, many: int, seed: int) -> tuple[Tensor, Tensor]:
         return rows, rows
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return rows[order[many:]], rows[order[:many]]
-
-
-class _Clock:
-    """Seconds per stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now

@@ -24,7 +24,7 @@ from sartor.errors import OutputError, SourceError
 from sartor.model.network import empty_like
 from sartor.numerics.grids import GRIDS, decode_scales, encode
 from sartor.plan import Plan
-from sartor.stages.distil import Latents
+from sartor.stages.masters import Latents
 
 
 def claim_folder(folder: Path, resume: bool = False) -> Path:

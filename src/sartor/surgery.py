@@ -16,9 +16,10 @@ from sartor.plan import Plan
 from sartor.probing import Tell, felt
 from sartor.stages.buffer import buffered
 from sartor.stages.decide import settle
-from sartor.stages.distil import Anchor, DistilConfig, Latents, distil_, put_
+from sartor.stages.distil import Anchor, DistilConfig, distil_
 from sartor.stages.fit import evidence_of, fit
 from sartor.stages.likelihood import kl_of, top_of
+from sartor.stages.masters import Latents, put_
 from sartor.stages.measure import score
 from sartor.stages.probe import Effects, blended
 from sartor.stages.prune import cut_, gone

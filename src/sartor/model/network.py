@@ -1,7 +1,7 @@
-"""How a Llama-type network is put together, taken apart and made smaller.
+"""How a transformer is put together, taken apart and made smaller.
 
-The network is transformers' own; Sartor only exchanges its linear layers for smaller ones. Grouped queries stay whole:
-a *query group* is one key/value head with the query heads that read it. Attention without groups and MLPs without
+A language model is transformers' own, a vision transformer ours (`vision.py`); Sartor only exchanges their linear layers for smaller ones. Grouped queries stay
+whole: a *query group* is one key/value head with the query heads that read it, in a vision transformer one head. Attention without groups and MLPs without
 channels are exchanged for `NoAttention` and `NoMlp`.
 """
 
@@ -15,19 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sartor.errors import SourceError
 from sartor.model.attention import register
 from sartor.model.families import ATTENTION, LINEARS, family_of
+from sartor.model.vision import Vision
 
+GATE = "mlp.gate_proj"
 BLOCK = 32  # FFN channels that are kept or removed together: one quantization block of the matrix that reads them
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The sizes of a model, layer by layer (counts of query groups and FFN channels)."""
+    """The sizes of a model, layer by layer (counts of query groups and FFN channels).
+
+    vocab: tokens, or classes of pictures. gated: the MLP multiplies what it reads by what a third matrix makes of it.
+    """
 
     family: str
     vocab: int
@@ -37,6 +42,7 @@ class Anatomy:
     groups: tuple[int, ...]
     ffn: tuple[int, ...]
     tied: bool
+    gated: bool = True
 
     @property
     def layers(self) -> int:
@@ -54,12 +60,13 @@ class Anatomy:
                 "self_attn.o_proj": (w, g * r * d),
             }
         if f:
-            shapes |= {"mlp.gate_proj": (f, w), "mlp.up_proj": (f, w), "mlp.down_proj": (w, f)}
+            shapes |= {"mlp.gate_proj": (f, w)} if self.gated else {}
+            shapes |= {"mlp.up_proj": (f, w), "mlp.down_proj": (w, f)}
         return shapes
 
     def unit_parameters(self) -> tuple[int, int]:
         """Of a block of FFN channels, and of a query group."""
-        return 3 * BLOCK * self.width, 2 * self.width * self.head_dim * (self.queries_per_group + 1)
+        return (2 + self.gated) * BLOCK * self.width, 2 * self.width * self.head_dim * (self.queries_per_group + 1)
 
     def parameters(self) -> int:
         linear = sum(o * i for n in range(self.layers) for o, i in self.linear_shapes(n).values())
@@ -93,9 +100,28 @@ def linear(model: nn.Module, layer: int, name: str) -> nn.Linear:
 def linears_of(model: nn.Module) -> Iterator[tuple[int, str, nn.Linear]]:
     """(layer, name, module) of every linear that is there: layers may have lost their attention or MLP."""
     for layer in range(len(layers_of(model))):
-        for name in LINEARS:
+        for name in (n for n in LINEARS if n != GATE or not isinstance(model, Vision)):
             if has_attention(model, layer) if name in ATTENTION else has_mlp(model, layer):
                 yield layer, name, linear(model, layer, name)
+
+
+def embed(model: Any, rows: Tensor) -> Float[Tensor, "n t w"]:
+    """What the first layer reads of rows of tokens, or of pictures."""
+    embedded: Tensor = model.embed(rows) if isinstance(model, Vision) else model.model.embed_tokens(rows)
+    return embedded
+
+
+def through(model: Any, embedded: Float[Tensor, "n t w"]) -> Float[Tensor, "n t w"]:
+    """What the head reads, from what the first layer does."""
+    if isinstance(model, Vision):
+        return model.model(embedded)
+    hidden: Tensor = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    return hidden
+
+
+def tracked(model: Any, rows: Tensor) -> Float[Tensor, "n t w"]:
+    """The same from the rows, in a graph that begins at the first layer: what happens inside has gradients, though no parameter wants any."""
+    return through(model, embed(model, rows).detach().requires_grad_(True))
 
 
 def has_attention(model: nn.Module, layer: int) -> bool:
@@ -108,12 +134,15 @@ def has_mlp(model: nn.Module, layer: int) -> bool:
 
 def anatomy(model: nn.Module) -> Anatomy:
     config: Any = model.config
-    family_of(config.model_type)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     groups, ffn = [], []
     for i in range(len(layers_of(model))):
         groups.append(linear(model, i, "self_attn.k_proj").out_features // head_dim if has_attention(model, i) else 0)
         ffn.append(linear(model, i, "mlp.up_proj").out_features if has_mlp(model, i) else 0)
+    if isinstance(model, Vision):
+        sizes = tuple(groups), tuple(ffn)
+        return Anatomy(config.family, config.classes, config.hidden_size, head_dim, 1, *sizes, tied=False, gated=False)
+    family_of(config.model_type)
     return Anatomy(
         config.model_type,
         model.model.embed_tokens.num_embeddings,  # type: ignore[union-attr,arg-type]
@@ -195,7 +224,9 @@ def shrink_mlp_(model: Any, layer: int, channels: Tensor) -> None:
         block.mlp = NoMlp()
         return
     mlp = block.mlp
-    mlp.gate_proj, mlp.up_proj = _sliced(mlp.gate_proj, channels, None), _sliced(mlp.up_proj, channels, None)
+    for name in ("gate_proj", "up_proj"):
+        if hasattr(mlp, name):
+            setattr(mlp, name, _sliced(getattr(mlp, name), channels, None))
     mlp.down_proj = _sliced(mlp.down_proj, None, channels)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from sartor.model.network import layers_of
+from sartor.model.network import embed, layers_of, through
 
 
 class Tail:
@@ -22,9 +22,9 @@ class Tail:
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, ids: Int[Tensor, "n t"]) -> None:
+    def __init__(self, model: Any, rows: Tensor) -> None:
         self.model = model
-        self.states, self._arguments, self.dense = _noted(model, ids)
+        self.states, self._arguments, self.dense = _noted(model, rows)
 
     @torch.no_grad()
     def hidden_from(self, layer: int) -> Float[Tensor, "n t w"]:
@@ -36,13 +36,13 @@ class Tail:
         return hidden
 
 
-def arguments_of(model: Any, ids: Int[Tensor, "n t"]) -> list[dict[str, Any]]:
+def arguments_of(model: Any, rows: Tensor) -> list[dict[str, Any]]:
     """What transformers hands to every layer beside the hidden states, for rows like these: mask, rotary tables, ..."""
-    return _noted(model, ids)[1]
+    return _noted(model, rows)[1]
 
 
 @torch.no_grad()
-def _noted(model: Any, ids: Int[Tensor, "n t"]) -> tuple[list[Tensor], list[dict[str, Any]], Tensor]:
+def _noted(model: Any, rows: Tensor) -> tuple[list[Tensor], list[dict[str, Any]], Tensor]:
     states: list[Tensor] = []
     arguments: list[dict[str, Any]] = []
 
@@ -52,7 +52,7 @@ def _noted(model: Any, ids: Int[Tensor, "n t"]) -> tuple[list[Tensor], list[dict
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers_of(model)]
     try:
-        hidden: Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = through(model, embed(model, rows))
     finally:
         for handle in handles:
             handle.remove()

@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from sartor.model.network import anatomy, linears_of
-from sartor.stages.likelihood import hidden_of, loss_of
+from sartor.model.network import anatomy, embed, linears_of, through, tracked
+from sartor.stages.medium import medium_of
 
 SITE_OF: dict[str, str] = {
     "self_attn.q_proj": "attention",
@@ -30,7 +30,7 @@ SITE_OF: dict[str, str] = {
 READER = {
     "attention": "self_attn.q_proj",
     "output": "self_attn.o_proj",
-    "mlp": "mlp.gate_proj",
+    "mlp": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
 MOST = 10.0  # times the mean weight that one token may have
@@ -64,13 +64,13 @@ def site_of(parameter: str) -> Site | None:
 
 
 @torch.no_grad()
-def second_moments(model: Any, rows: Int[Tensor, "n t"]) -> Moments:
+def second_moments(model: Any, rows: Tensor) -> Moments:
     """Run the rows through the model and collect every C, in fp32."""
     c: dict[Site, Tensor] = {}
     add = partial(_add_, c, 1 / rows.numel())
     for part in rows.split(8):
         with _listening(model, add):
-            add(HEAD, hidden_of(model, part))
+            add(HEAD, through(model, embed(model, part)))
     return Moments(c, c.pop(HEAD), anatomy(model).tied)
 
 
@@ -84,7 +84,7 @@ class Heard:
 
 def heard(
     model: Any,
-    rows: Int[Tensor, "n t"],
+    rows: Tensor,
     weight: Float[Tensor, " n"],
     tell: Callable[[float], None] = lambda share: None,
 ) -> Heard:
@@ -102,11 +102,11 @@ def heard(
     for at in range(0, len(rows), PASS):
         part, felt = rows[at : at + PASS], dict[Site, Tensor]()
         with _feeling(model, felt):
-            hidden = hidden_of(model, part, model.model.embed_tokens(part).detach().requires_grad_(True))
-            loss_of(model, hidden, part).backward()
+            hidden = tracked(model, part)
+            medium_of(model).listen(model, hidden, part)
         for site, squared in felt.items():
             norms.setdefault(site, []).append(len(part) * squared.sqrt())  # the loss is a mean
-        scale = (weight[at : at + PASS, None, None] / rows.shape[1]).sqrt().to(hidden.dtype)
+        scale = (weight[at : at + PASS, None, None] / hidden.shape[1]).sqrt().to(hidden.dtype)
         _add_(head, 1.0, HEAD, hidden.detach() * scale)
         tell(min(1.0, (at + PASS) / len(rows)))
     return Heard({site: _tamed(torch.cat(found)) for site, found in norms.items()}, head[HEAD])

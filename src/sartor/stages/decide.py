@@ -341,7 +341,7 @@ def _layer_plans(
         kept = kept_groups(m.units.of(n, "attention"), choice.step.get(f"attention.{n}", 0))
         groups.append(len(kept))
         ffn.append(a.ffn[n] - blocks[n] * BLOCK)
-        user, generic, verdict = diagnose(m, n)
+        user, generic, verdict = diagnose(m.user, m.generic, m.worth, n)
         layers.append(
             LayerPlan(
                 to_mask(kept, a.groups[n]), to_mask(_kept(m.units, n, blocks[n]), a.ffn[n]), user, generic, verdict
@@ -350,11 +350,12 @@ def _layer_plans(
     return tuple(layers), groups, ffn
 
 
-def diagnose(m: Measured, n: int) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, str]]:
-    """[effect, low, high] of the layer's attention and MLP on either text, and what that makes them."""
-    user = {k: m.user.parts[k][n] for k in PARTS}
-    generic = {k: m.generic.parts[k][n] for k in PARTS}
-    return user, generic, {k: verdict(user[k], generic[k], m.worth) for k in PARTS}
+def diagnose(
+    user: Effects, generic: Effects, worth: Worth, n: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, str]]:
+    """[effect, low, high] of the layer's attention and MLP on either kind of data, and what that makes them."""
+    mine, theirs = ({k: e.parts[k][n] for k in PARTS} for e in (user, generic))
+    return mine, theirs, {k: verdict(mine[k], theirs[k], worth) for k in PARTS}
 
 
 def verdict(user: Sequence[float], generic: Sequence[float], worth: Worth) -> str:

@@ -1,9 +1,6 @@
 """Training: adaptation of the whole network to the user, recovery of the cut one on its grids.
 
-The network that runs is bf16 and holds the *snapped* weights; fp32 master weights live beside it. A step computes
-bf16 gradients at the snapped weights, applies them to the masters, and snaps again: the straight-through estimator
-(Bengio et al. 2013, arXiv:1308.3432) at no extra cost in the graph. Scales stay as the quantizer chose them, masters
-start at GPTQ's latent weights, so that training starts at the GPTQ solution.
+Masters (`masters.py`) start at GPTQ's latent weights, so that training starts at the GPTQ solution.
 
 It is used twice (docs/method.md). *Adaptation* trains the trimmed network, still whole and off the grid, on the user's rows with
 cross entropy, and on a few generic rows with KL to the dense model, which keeps it from forgetting. *Recovery* trains the cut and quantized
@@ -15,17 +12,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sartor.memory import hand_back
-from sartor.numerics.grids import Grid, snap
 from sartor.numerics.schedule import warm_then_cosine
 from sartor.stages.likelihood import hidden_of, lesson_of, loss_of, loss_to_lesson
+from sartor.stages.masters import Adam, InMemory, Kept, Latents, Rows, put_, update_
 from sartor.stages.measure import score
 from sartor.stages.tokens import Window
 
@@ -74,25 +71,6 @@ def joined(one: Anchor, other: Anchor) -> Anchor:
     return Anchor(*(torch.cat(p) for p in parts))
 
 
-@dataclass
-class Latents:
-    """fp32 master weights: tensors on a grid with their scales, and free ones (norms, biases)."""
-
-    masters: dict[str, Tensor]
-    scales: dict[str, Tensor] = field(default_factory=dict)
-    grids: dict[str, Grid] = field(default_factory=dict)
-
-    def value(self, name: str) -> Tensor:
-        """The weights as the runtime will see them."""
-        if name in self.grids:
-            return snap(self.masters[name], self.scales[name], self.grids[name])
-        return self.masters[name]
-
-    def halved(self) -> dict[str, Tensor]:
-        """The masters in fp16 (vectors in fp32): half the room, and a cell of any grid here is far wider than the rounding."""
-        return {n: t.half() if t.ndim > 1 else t.clone() for n, t in self.masters.items()}
-
-
 @dataclass(frozen=True)
 class Trained:
     """What training did: (seconds, validation bits per byte), tokens seen, seconds."""
@@ -100,31 +78,6 @@ class Trained:
     curve: tuple[tuple[float, float], ...]
     tokens: int
     seconds: float
-
-
-@torch.no_grad()
-def put_(model: Any, latents: Latents) -> None:
-    """Write the snapped weights into the network, in place, in its own dtype."""
-    for name, p in model.named_parameters():
-        if name in latents.masters:
-            p.copy_(latents.value(name))
-
-
-class Rows:
-    """Rows dealt in a seeded order, epoch after epoch, never twice in an epoch."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.generator, self.order = (
-            count,
-            torch.Generator().manual_seed(seed),
-            torch.empty(0, dtype=torch.long),
-        )
-
-    def deal(self, n: int) -> Tensor:
-        while len(self.order) < n:
-            self.order = torch.cat([self.order, torch.randperm(self.count, generator=self.generator)])
-        dealt, self.order = self.order[:n], self.order[n:]
-        return dealt
 
 
 def distil_(
@@ -152,14 +105,14 @@ def distil_(
     started = time.monotonic()
     put_(model, latents)
     named = {n: p.requires_grad_(True) for n, p in model.named_parameters() if n in latents.masters}
-    optimizers = {n: _Adam(latents.masters[n], config.rate) for n in named}
+    optimizers = {n: Adam(latents.masters[n], config.rate) for n in named}
     length = max(config.seconds - before, 1e-9)
     mine, others = Rows(len(own), seed), Rows(len(said.rows), seed + 1)
     watch = _Watch(model, latents, validation, best or InMemory(), before)
     tokens = steps = 0
     while (share := (time.monotonic() - started) / length) < 1 and watch.bad < config.patience:
         loss = _backward(model, own[mine.deal(n_own)], said, others.deal(config.batch_rows - n_own))
-        _update_(named, optimizers, config.rate * warm_then_cosine(share))
+        update_(named, optimizers, config.rate * warm_then_cosine(share))
         put_(model, latents)
         steps, tokens = steps + 1, tokens + config.batch_rows * said.rows.shape[1]
         if share * config.checks >= len(watch.curve):
@@ -173,29 +126,6 @@ def distil_(
     put_(model, latents)
     model.requires_grad_(False)
     return Trained(tuple(watch.curve), tokens, seconds)
-
-
-class Kept(Protocol):
-    """Where the best weights of a training are kept: on disk they take no memory, and outlive an interruption."""
-
-    def save(self, latents: Latents, seconds: float) -> None:
-        """Keep these instead, trained for so long."""
-
-    def load(self) -> tuple[Latents, float] | None:
-        """What was saved last, and how long it had been trained; None before anything was."""
-
-
-class InMemory:
-    """For whoever has no folder."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Latents, float] | None = None
-
-    def save(self, latents: Latents, seconds: float) -> None:
-        self._last = Latents(latents.halved(), latents.scales, latents.grids), seconds
-
-    def load(self) -> tuple[Latents, float] | None:
-        return self._last
 
 
 class _Watch:
@@ -223,26 +153,6 @@ class _Watch:
                 self.latents.masters[name].copy_(best)
 
 
-class _Adam:
-    """AdamW, one a tensor, so that only one fp32 gradient exists at a time."""
-
-    def __init__(self, master: Tensor, rate: float) -> None:
-        self.master = master
-        self.optimizer = torch.optim.AdamW([master], lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-        # made now: at the first step it would settle in the gaps that activations had left, and the next step's would find none
-        self.optimizer.state[master] = {
-            "step": torch.zeros(()),
-            "exp_avg": torch.zeros_like(master),
-            "exp_avg_sq": torch.zeros_like(master),
-        }
-
-    def step(self, gradient: Tensor, rate: float) -> None:
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.master.grad = gradient
-        self.optimizer.step()
-        self.master.grad = None
-
-
 def _backward(model: Any, own: Int[Tensor, "n t"], said: Anchor, dealt: Int[Tensor, " m"]) -> float:
     """One batch, PART rows at a time forward and backward; both kinds of rows may share a pass. Returns the loss."""
     rows = torch.cat([own, said.rows[dealt]])
@@ -259,13 +169,3 @@ def _backward(model: Any, own: Int[Tensor, "n t"], said: Anchor, dealt: Int[Tens
         loss.backward()
         total += float(loss.detach())
     return total
-
-
-def _update_(named: dict[str, Any], optimizers: dict[str, _Adam], rate: float) -> None:
-    """Gradients of the running network to the masters, clipped to norm 1 over all, and one step."""
-    named = {n: p for n, p in named.items() if p.grad is not None}  # the norm in front of a lost attention has none
-    norm = float(torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in named.values()]).norm())
-    clip = min(1.0, 1.0 / max(norm, 1e-12))
-    for name, p in named.items():
-        gradient, p.grad = p.grad.float().mul_(clip), None
-        optimizers[name].step(gradient, rate)

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sartor.model.families import ATTENTION, MLP
-from sartor.model.network import clone, has_attention, has_mlp, layers_of, linear
+from sartor.model.network import anatomy, clone, embed, has_attention, has_mlp, layers_of, linear
 from sartor.model.tail import arguments_of
 from sartor.numerics.compensate import LAMBDA, refit, strength
 from sartor.numerics.gptq import gptq
 from sartor.numerics.grids import GRIDS, snap
 from sartor.stages.calibrate import Heard, Site, heard
-from sartor.stages.distil import Latents
+from sartor.stages.masters import Latents
 
 EMBEDDING = "model.embed_tokens.weight"
 BATCH = 8  # rows a pass; the last of each judges how strong the fit may be
@@ -35,18 +35,18 @@ class Evidence:
     """What is fitted on.
 
     Attributes:
-        rows: text, both kinds shuffled. weight: of each row; they sum to 1. heard: how much the loss feels of every token.
+        rows: of the user and generic ones, shuffled. weight: of each row; they sum to 1. heard: how much the loss feels of every token.
     """
 
-    rows: Int[Tensor, "n t"]
+    rows: Tensor
     weight: Float[Tensor, " n"]
     heard: Heard
 
 
 def evidence_of(
     model: Any,
-    own: Int[Tensor, "m t"],
-    generic: Int[Tensor, "k t"],
+    own: Tensor,
+    generic: Tensor,
     rho: float,
     tell: Callable[[float], None] = lambda share: None,
 ) -> Evidence:
@@ -83,17 +83,17 @@ def fit(
         grids: {parameter name: grid name}; what is absent stays free (fp32).
     """
     fitting = _Fitting(small, clone(small, next(whole.parameters()).dtype), evidence, grids)
-    tied = small.config.tie_word_embeddings  # then the embedding is the head above all; an untied one is only looked up
-    fitting.round_([EMBEDDING], evidence.heard.head if tied else torch.eye(small.config.hidden_size))
+    tied = anatomy(small).tied  # then the embedding is the head above all; an untied one is only looked up
+    if EMBEDDING in grids:
+        fitting.round_([EMBEDDING], evidence.heard.head if tied else torch.eye(small.config.hidden_size))
     parts = evidence.rows.split(BATCH)
     arguments = {len(part): arguments_of(whole, part) for part in parts}
-    theirs = [whole.model.embed_tokens(part) for part in parts]
-    ours = [fitting.running.model.embed_tokens(part) for part in parts]
+    theirs, ours = ([embed(network, part) for part in parts] for network in (whole, fitting.running))
     last = len(layers_of(small))
     for n in range(last):
         ours, theirs = fitting.layer(layers_of(whole)[n], n, ours, theirs, arguments)
         tell((n + 1) / last, f"layer {n}")
-    if not tied:
+    if "lm_head.weight" in grids and not tied:
         read = [fitting.running.model.norm(x) for x in ours]
         fitting.round_(["lm_head.weight"], fitting.moments(read, None))
     return fitting.result()
@@ -148,26 +148,31 @@ class _Fitting:
     def writer(
         self, n: int, name: str, read: list[Tensor], stream: list[Tensor], wanted: list[Tensor], site: Site
     ) -> list[Tensor]:
-        """The stream once the matrix has written to it, fitted to `wanted` and on its grid."""
+        """The stream once the matrix has written to it, fitted to `wanted` and on its grid; a bias is fitted with it, as the weights of an input that is always one."""
         old, new = linear(self.small, n, name), linear(self.running, n, name)
         w = old.weight.data.float()
-        bias = 0 if old.bias is None else old.bias.data
+        if biased := old.bias is not None:
+            w = torch.cat([w, old.bias.data.float()[:, None]], 1)
         a, b = torch.zeros(2, *w.shape), torch.zeros(2, w.shape[1], w.shape[1])
-        for z, x, target, scale in zip(read, stream, wanted, self.scales(site), strict=True):
-            z, missing = z * scale, (target - x - bias).to(z.dtype) * scale
+        for z, x, target, scale in zip(read, stream, wanted, self.scales(site, read), strict=True):
+            z = torch.cat([z, torch.ones_like(z[..., :1])], -1) if biased else z
+            z, missing = z * scale, (target - x).to(z.dtype) * scale
             for i, rows in enumerate((slice(0, len(z) - 1), slice(len(z) - 1, None)) if len(z) > 1 else (slice(None),)):
                 flat = z[rows].flatten(0, 1)
                 a[i] += (missing[rows].flatten(0, 1).T @ flat).float()
                 b[i] += (flat.T @ flat).float()
         lam = strength(w, (a[0], b[0]), (a[1], b[1])) if b[1].any() else LAMBDA
         fitted, both = refit(w, a.sum(0), b.sum(0), lam), b.sum(0)
+        if biased:
+            self.put_(_parameter(n, name, "bias"), fitted[:, -1])
+            fitted, both = fitted[:, :-1], both[:-1, :-1]
         self.put_(_parameter(n, name), fitted)
         self.round_([_parameter(n, name)], both, {_parameter(n, name): fitted})
         return [x + new(z) for z, x in zip(read, stream, strict=True)]
 
-    def scales(self, site: Site | None) -> Iterator[Tensor]:
+    def scales(self, site: Site | None, read: list[Tensor]) -> Iterator[Tensor]:
         """Roots of the weights of all tokens, part by part."""
-        weight = (self.evidence.weight / self.evidence.rows.shape[1])[:, None]
+        weight = (self.evidence.weight / read[0].shape[1])[:, None]
         if site is not None:
             weight = weight * self.evidence.heard.tokens[site]
         dtype = next(self.running.parameters()).dtype
@@ -175,7 +180,7 @@ class _Fitting:
 
     def moments(self, read: list[Tensor], site: Site | None) -> Float[Tensor, "f f"]:
         c = torch.zeros(())
-        for z, scale in zip(read, self.scales(site), strict=True):
+        for z, scale in zip(read, self.scales(site, read), strict=True):
             flat = (z * scale).flatten(0, 1)
             c = c + (flat.T @ flat).float()
         return c
@@ -198,8 +203,8 @@ class _Fitting:
                 self.latents.grids[name] = GRIDS[grid]
 
 
-def _parameter(n: int, name: str) -> str:
-    return f"model.layers.{n}.{name}.weight"
+def _parameter(n: int, name: str, kind: str = "weight") -> str:
+    return f"model.layers.{n}.{name}.{kind}"
 
 
 @contextmanager

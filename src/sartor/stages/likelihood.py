@@ -13,19 +13,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sartor.model.network import embed, through
+
 TOP = 100  # log-probabilities kept of the model that is compared with: the rest counts as one event
 LIKELY, DRAWN = 64, 36  # tokens of a teacher: its likeliest, and draws that stand for all the others
 TINY = 1e-6  # probabilities that are divided by are no smaller
 CHUNK = 128  # positions whose fp32 logits exist at once: 14 MB at 28,000 tokens, which stays in the cache
 
 
-def hidden_of(
-    model: Any, ids: Int[Tensor, "n t"], embedded: Float[Tensor, "n t w"] | None = None
-) -> Float[Tensor, "n t w"]:
-    """What the head reads; `embedded` stands in for the rows of the embedding where gradients are wanted at the input."""
-    inputs = {"input_ids": ids} if embedded is None else {"inputs_embeds": embedded}
-    states: Tensor = model.model(**inputs, use_cache=False).last_hidden_state
-    return states
+def hidden_of(model: Any, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n t w"]:
+    """What the head reads."""
+    return through(model, embed(model, ids))
 
 
 @torch.no_grad()
@@ -174,15 +172,8 @@ class _HeadLoss(torch.autograd.Function):
         return of_hidden * above[0], None if of_weight is None else of_weight * above[0], None, None
 
 
-def cross_entropy(
-    model: Any, ids: Int[Tensor, "n t"], embedded: Float[Tensor, "n t w"] | None = None
-) -> Float[Tensor, ""]:
-    """Mean -log p of every token but the first, with gradients (no family here has a bias in its head)."""
-    return loss_of(model, hidden_of(model, ids, embedded), ids)
-
-
 def loss_of(model: Any, hidden: Float[Tensor, "n t w"], ids: Int[Tensor, "n t"]) -> Float[Tensor, ""]:
-    """The same from the last hidden states."""
+    """Mean -log p of every token but the first, with gradients (no family here has a bias in its head)."""
     targets = ids[:, 1:].reshape(-1, 1)
     loss: Tensor = _HeadLoss.apply(
         hidden[:, :-1].flatten(0, 1), model.lm_head.weight, torch.ones(targets.shape), targets

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sartor.model.network import BLOCK, Anatomy, anatomy, masked
 from sartor.model.tail import Tail
-from sartor.stages.likelihood import kl_of, top_of
+from sartor.stages.medium import medium_of
 from sartor.stages.sensitivity import Felt
 from sartor.stages.yardstick import Reading, Yardstick
 
@@ -76,7 +76,8 @@ def effects_of(a: Anatomy, felt: Felt, seed: int = 0) -> Effects:
             channel[n] = felt.effect((n, "down"))
             by_row["mlp"] = felt.sketch[n, "down"].square().sum(1).numpy()
         for k, rows in by_row.items():
-            parts[k].append(_interval(rows * len(rows), rng))
+            by_row[k] = rows.reshape(-1, felt.directions if len(rows) > 1 else 1).sum(1)
+            parts[k].append(_interval(by_row[k] * len(by_row[k]), rng))
     return Effects(channel, group, parts, felt.tokens)
 
 
@@ -225,17 +226,18 @@ class Worth:
 def check(
     model: Any,
     units: Units,
-    rows: Int[Tensor, "n t"],
+    rows: Tensor,
     masks: int,
     seed: int = 0,
     tell: Callable[[float, str], None] = lambda share, note: None,
 ) -> Worth:
     """Measure random masks over the cheaper half of the units, a few of them to half of them at a time, on `rows`."""
-    reference, removed = top_of(model, rows), random_masks(units.effects, masks, seed)
+    medium = medium_of(model)
+    reference, removed = medium.said(model, rows), random_masks(units.effects, masks, seed)
     y = np.empty(masks)
     for i, mask in enumerate(removed):
         with masked(model, *unit_masks(model, units, mask)):
-            y[i] = kl_of(model, rows, reference)
+            y[i] = medium.kl(model, rows, reference)
         tell((i + 1) / masks, f"check {i + 1}/{masks}: {int(mask.sum())} units off cost {y[i]:.3f} nats per token")
     ratio = np.log(np.maximum(y, 1e-9)) - np.log(np.maximum(removed @ units.effects, 1e-9))
     spread = np.log(np.maximum(y, 1e-9)).var()

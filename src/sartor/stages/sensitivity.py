@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from sartor.model.network import linears_of
+from sartor.model.network import linears_of, tracked
 from sartor.stages.calibrate import SITE_OF, Site
-from sartor.stages.likelihood import drawn_gradients, hidden_of
+from sartor.stages.medium import medium_of
 
 CUT = ("output", "down")  # sites whose inputs are units
 BATCH = 4  # rows a pass; more need more memory and are no faster
@@ -31,13 +31,15 @@ class Felt:
     """What the rows say of every input of o_proj and down_proj; sites as in `calibrate`, units in nats per token.
 
     Attributes:
-        sketch: (rows, f); the sum of squares over rows is an input's effect: true to all positions together, but from few draws.
-        alone: (f,) the effect if no position knew of another: from very many draws, but biased. tokens: positions behind it.
+        sketch: (rows * directions, f); the sum of squares over rows is an input's effect: true to all positions together, but from few draws.
+        alone: (f,) the effect if no position knew of another: from very many draws, but biased. tokens: predictions behind it.
+        directions: of every row, one after the other.
     """
 
     sketch: dict[Site, Float[Tensor, "n f"]]
     alone: dict[Site, Float[Tensor, " f"]]
     tokens: int
+    directions: int = 1
 
     def effect(self, site: Site) -> Float[Tensor, " f"]:
         """The shape of the one and the size of the other: the best order of channels we know (docs/log.md)."""
@@ -50,30 +52,36 @@ def together(one: Felt, other: Felt) -> Felt:
     share = one.tokens / (one.tokens + other.tokens)
     sketch = {s: torch.cat([x * share**0.5, other.sketch[s] * (1 - share) ** 0.5]) for s, x in one.sketch.items()}
     alone = {s: share * x + (1 - share) * other.alone[s] for s, x in one.alone.items()}
-    return Felt(sketch, alone, one.tokens + other.tokens)
+    return Felt(sketch, alone, one.tokens + other.tokens, one.directions)
 
 
-def feel(
-    model: Any, rows: Int[Tensor, "n t"], seed: int = 0, tell: Callable[[float], None] = lambda share: None
-) -> Felt:
-    """One forward and one backward pass over the rows; `seed` is that of the labels."""
-    generator = torch.Generator().manual_seed(seed)
+def feel(model: Any, rows: Tensor, seed: int = 0, tell: Callable[[float], None] = lambda share: None) -> Felt:
+    """One forward pass over the rows, and a backward pass for each direction; `seed` is that of the directions."""
+    medium, generator = medium_of(model), torch.Generator().manual_seed(seed)
     sketch: dict[Site, list[Tensor]] = {}
     alone: dict[Site, Tensor] = {}
     for at in range(0, len(rows), BATCH):
         part = rows[at : at + BATCH]
         with _catching(model) as read:
-            hidden = hidden_of(model, part, model.model.embed_tokens(part).detach().requires_grad_(True))
-            hidden.backward(drawn_gradients(model, hidden.detach(), generator))
-        for site, z in read.items():
-            felt = z.detach() * z.grad
-            sketch.setdefault(site, []).append(felt.sum(1, dtype=torch.float32))
-            squared = torch.linalg.vector_norm(felt, dim=(0, 1), dtype=torch.float32).square()
-            alone[site] = alone[site] + squared if site in alone else squared
+            hidden = tracked(model, part)
+            found = dict[Site, list[Tensor]]()
+            for left in reversed(range(medium.directions)):
+                hidden.backward(medium.gradients(model, hidden.detach(), generator), retain_graph=left > 0)
+                for site, z in read.items():
+                    felt, z.grad = z.detach() * z.grad, None
+                    found.setdefault(site, []).append(felt.sum(1, dtype=torch.float32))
+                    squared = torch.linalg.vector_norm(felt, dim=(0, 1), dtype=torch.float32).square()
+                    alone[site] = alone[site] + squared if site in alone else squared
+        for site, directions in found.items():
+            sketch.setdefault(site, []).append(torch.stack(directions, 1).flatten(0, 1))
         tell(min(1.0, (at + BATCH) / len(rows)))
-    n = rows.numel()
+    n = len(rows) * medium.positions(rows)
+    share = 2 * n * medium.directions
     return Felt(
-        {s: torch.cat(r) / (2 * n) ** 0.5 for s, r in sketch.items()}, {s: r / (2 * n) for s, r in alone.items()}, n
+        {s: torch.cat(r) / share**0.5 for s, r in sketch.items()},
+        {s: r / share for s, r in alone.items()},
+        n,
+        medium.directions,
     )
 
 

@@ -1,0 +1,224 @@
+"""The two verbs for pictures: `plan_pictures` decides, `fit_pictures` acts. As `pipeline.py`, and with the same stages, for vision transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from sartor.clock import Clock
+from sartor.effort import PICTURE_EFFORTS, PictureEffort
+from sartor.model.network import anatomy, clone
+from sartor.plan import LayerPlan, Plan
+from sartor.probing import Tell, sounded
+from sartor.stages.allot import Allotment, Bytes, allot
+from sartor.stages.decide import diagnose
+from sartor.stages.fit import evidence_of, fit
+from sartor.stages.masters import InMemory, Kept, Latents, put_
+from sartor.stages.probe import Effects, Worth, blended, check, order_units, recovered
+from sartor.stages.prune import cut_, gone
+from sartor.stages.recognition import recognize
+from sartor.stages.tokens import sample
+from sartor.stages.tune import Course, Lessons, TuneConfig, may_mirror, tune_, views
+
+RHO = 0.3  # share of generic pictures in what is sensed of the adapted network, and in what is fitted
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the stages see: the user's training and validation pictures with labels (classes, or clusters), and generic ones."""
+
+    train: UInt8[Tensor, "n 3 s s"]
+    labels: Int[Tensor, " n"]
+    validation: UInt8[Tensor, "v 3 s s"]
+    validation_labels: Int[Tensor, " v"]
+    generic: UInt8[Tensor, "g 3 s s"]
+
+    @property
+    def judged(self) -> tuple[Tensor, Tensor]:
+        return self.validation, self.validation_labels
+
+
+@dataclass
+class Fitted:
+    """A smaller vision transformer and everything known about it.
+
+    Attributes:
+        model: in fp32. plan: what was done. adapted, trained: courses of adaptation and recovery, or None. teacher: the whole network as it adapted.
+        seconds: by stage. pruning: what was cut, and validation before and after.
+    """
+
+    model: Any
+    plan: Plan
+    teacher: Any
+    adapted: Course | None
+    trained: Course | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    pruning: dict[str, Any] = field(default_factory=dict)
+
+
+def plan_pictures(
+    model: Any,
+    pictures: Pictures,
+    budget: int,
+    bytes_of: Bytes,
+    sha256: str,
+    effort: str,
+    seed: int = 0,
+    tell: Tell = lambda stage, share, note: None,
+) -> Plan:
+    """Probe, diagnose, allocate.
+
+    Args:
+        model: with a head, fp32; never changed. budget: bytes of the file. bytes_of: exact size of a file of given sizes.
+    Raises:
+        BudgetError: the budget is below what can be reached.
+    """
+    a, e = anatomy(model), PICTURE_EFFORTS[effort]
+    dense = clone(model, torch.bfloat16)
+    user, halves, generic = _felt(dense, pictures, e, seed, partial(tell, "probe"))
+    user = recovered(user, halves, generic)
+    told = lambda share, note: tell("probe", 0.8 + 0.2 * share, note)  # noqa: E731
+    worth = check(dense, order_units(user), sample(pictures.validation, e.checked, seed), e.checks, seed, told)
+    allotment = allot(a, user, budget, bytes_of)
+    return _plan(model, user, generic, worth, allotment, budget, sha256, seed)
+
+
+def _felt(
+    model: Any, pictures: Pictures, e: PictureEffort, seed: int, tell: Callable[[float, str], None]
+) -> tuple[Effects, tuple[Effects, Effects], Effects]:
+    """Backward probes: (the user's effects, those of two halves, generic effects). The user's pictures are felt as views that training never showed."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    own = sample(pictures.train, e.felt, seed)
+    own = torch.cat([views(p, generator, mirror=False).round_().to(torch.uint8) for p in own.split(32)])
+    user, *halves = sounded(model, own, e.known, seed, lambda s: tell(0.4 * s, "gradients on your pictures"))
+    others = sample(pictures.generic, e.felt, seed)
+    generic = sounded(model, others, e.known, seed, lambda s: tell(0.4 + 0.4 * s, "gradients on generic pictures"))[0]
+    return user, (halves[0], halves[1]), generic
+
+
+def _plan(
+    model: Any, user: Effects, generic: Effects, worth: Worth, found: Allotment, budget: int, sha256: str, seed: int
+) -> Plan:
+    layers = []
+    for n in range(anatomy(model).layers):
+        layers.append(LayerPlan(found.groups[n], found.channels[n], *diagnose(user, generic, worth, n)))
+    told = {"masks": worth.masks, "r2": worth.r2, "spearman": worth.spearman, "factor": worth.factor}
+    told |= {"user_pictures": user.tokens, "generic_pictures": generic.tokens, "known": user.known}
+    return Plan(
+        sha256,
+        model.config.family,
+        budget,
+        found.size,
+        None,
+        None,
+        tuple(layers),
+        {},
+        found.damage,
+        found.price,
+        {name: [float(s)] for name, s in found.steps.items()},
+        {k: float(v) for k, v in told.items()},
+        {},
+        RHO,
+        seed,
+    )
+
+
+def fit_pictures(
+    model: Any,
+    plan: Plan,
+    pictures: Pictures,
+    bytes_of: Bytes,
+    effort: str,
+    training: tuple[TuneConfig, TuneConfig] | None = None,
+    tell: Tell = lambda stage, share, note: None,
+    kept: Callable[[str], Kept] = lambda stage: InMemory(),
+    settled: Callable[[Plan], None] = lambda plan: None,
+) -> Fitted:
+    """Adapt, settle the cuts, prune, fit what is left, recover.
+
+    Args:
+        model: with its head, fp32; never changed. training: of adaptation and recovery; None for the effort's own.
+        kept: where the best weights of a training ("adapt", "recover") are kept; what is there already is not done again. settled: told the plan whose cuts the adapted network has decided.
+    """
+    e, clock = PICTURE_EFFORTS[effort], Clock()
+    adapt, recover = training or (e.adapt, e.recover)
+    mirror = may_mirror(model, *pictures.judged)
+    small = clone(model)
+    lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic)
+    adapted = _train("adapt", small, lessons, pictures, adapt, plan.seed, tell, kept)
+    clock.lap("adapt")
+    teacher, before = clone(small, torch.bfloat16), anatomy(small)
+    if not plan.settled:
+        told = lambda share, note: tell("prune", share, f"the adapted network's {note}")  # noqa: E731
+        user, _, generic = _felt(teacher, pictures, e, plan.seed, told)
+        plan = _settle(plan, allot(before, blended(user, generic, plan.rho), plan.budget_bytes, bytes_of))
+        settled(plan)
+    cut_(small, plan)
+    pruning = gone(before, anatomy(small)) | {
+        "validation_whole": _judged(teacher, pictures),
+        "validation_cut": _judged(clone(small, torch.bfloat16), pictures),
+    }
+    clock.lap("prune")
+    own, others = sample(pictures.train, e.fitted, plan.seed), sample(pictures.generic, e.fitted // 2, plan.seed)
+    evidence = evidence_of(
+        teacher, own, others, plan.rho, lambda share: tell("fit", 0.4 * share, "gradients of every patch")
+    )
+    latents = fit(small, teacher, evidence, {}, lambda share, note: tell("fit", 0.4 + 0.6 * share, note))
+    put_(small, latents)
+    pruning["validation_fitted"] = _judged(clone(small, torch.bfloat16), pictures)
+    clock.lap("fit")
+    trained = _train("recover", small, replace(lessons, teacher=teacher), pictures, recover, plan.seed, tell, kept)
+    clock.lap("recover")
+    return Fitted(small, plan, teacher, adapted, trained, clock.seconds, pruning)
+
+
+def _settle(plan: Plan, found: Allotment) -> Plan:
+    layers = (
+        replace(layer, groups=g, channels=c)
+        for layer, g, c in zip(plan.layers, found.groups, found.channels, strict=True)
+    )
+    steps = {name: [float(s)] for name, s in found.steps.items()}
+    return replace(
+        plan,
+        layers=tuple(layers),
+        predicted_bytes=found.size,
+        predicted_damage=found.damage,
+        price=found.price,
+        ladders=steps,
+        settled=True,
+    )
+
+
+def _judged(model: Any, pictures: Pictures) -> dict[str, float]:
+    found = recognize(model, *pictures.judged)
+    return {"accuracy": found.accuracy, "nats": float(found.nats.mean())}
+
+
+def _train(
+    stage: str,
+    model: Any,
+    lessons: Lessons,
+    pictures: Pictures,
+    config: TuneConfig,
+    seed: int,
+    tell: Tell,
+    kept: Callable[[str], Kept],
+) -> Course | None:
+    """Train the fp32 network in place; what was trained before an interruption is not trained again."""
+    latents, before = kept(stage).load() or (Latents({n: p.data for n, p in model.named_parameters()}), 0.0)
+    course = None
+    if before < config.seconds:
+        running = clone(model, torch.bfloat16)
+        tell(stage, 0.0, "the first step")
+        course = tune_(
+            running, latents, lessons, pictures.judged, config, seed, partial(tell, stage), kept(stage), before
+        )
+        kept(stage).save(latents, config.seconds)
+    put_(model, latents)
+    return course

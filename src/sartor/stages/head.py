@@ -1,0 +1,122 @@
+"""A head for the user's classes on features as they are: where they are clearest is where the network is read.
+
+A pre-trained network's last layers belong to what it was trained for last. So the head is fitted behind each of the later layers, and the depth with the fewest nats on pictures that
+were left out (folds of the training split) is taken. Without labels the classes are clusters of the user's own pictures: what a cut must keep apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from scipy.cluster.vq import kmeans2
+from torch import Tensor, nn
+
+from sartor.model.network import clone, embed, layers_of
+from sartor.model.vision import FEATURES, Vision, cut_layers_
+from sartor.stages.recognition import BATCH
+
+STRENGTHS = (0.003, 0.03, 0.3)  # of the pull of weights towards zero, for features of variance one
+FOLDS = 4
+STEPS = 60
+PICTURES_A_CLUSTER, MOST_CLUSTERS = 12, 32
+
+
+@dataclass(frozen=True)
+class Head:
+    """Behind which layer it reads, its weights, and the nats a picture it cost on pictures left out."""
+
+    depth: int
+    weight: Float[Tensor, "c f"]
+    bias: Float[Tensor, " c"]
+    nats: float
+
+
+@torch.no_grad()
+def read_out(model: Vision, pixels: UInt8[Tensor, "n 3 s s"], first: int) -> Float[Tensor, "l n f"]:
+    """Pooled features behind layers `first`, first + 1, ... of as many as there are, each through the last norm, in fp32."""
+    found = []
+    for part in pixels.split(BATCH):
+        state, behind = embed(model, part), []
+        for n, layer in enumerate(layers_of(model), 1):
+            state = layer(state)
+            if n >= first:
+                behind.append(model.pool(model.model.norm(state)).float())
+        found.append(torch.stack(behind))
+    return torch.cat(found, 1)
+
+
+def fit_head(
+    features: Float[Tensor, "n f"], labels: Int[Tensor, " n"], classes: int, strength: float
+) -> tuple[Float[Tensor, "c f"], Float[Tensor, " c"]]:
+    """Multinomial logistic regression in which every class weighs the same, on standardized features; the scaling is folded into the weights.
+
+    Args:
+        strength: of the pull towards zero.
+    """
+    mean, deviation = features.mean(0), features.std(0).clamp_min(1e-6)
+    x = (features - mean) / deviation
+    w = torch.zeros(classes, x.shape[1], requires_grad=True)
+    b = torch.zeros(classes, requires_grad=True)
+    weight = 1 / torch.bincount(labels, minlength=classes).clamp_min(1).float()
+    optimizer = torch.optim.LBFGS([w, b], max_iter=STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        nats = nn.functional.cross_entropy(x @ w.T + b, labels, weight=weight)
+        total = nats + strength / 2 * w.square().sum() / classes
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    scaled = (w / deviation).detach()
+    return scaled, (b - scaled @ mean).detach()
+
+
+def choose_head(
+    model: Vision, pixels: UInt8[Tensor, "n 3 s s"], labels: Int[Tensor, " n"], classes: int, seed: int = 0
+) -> Head:
+    """The head, and the depth it reads at, of least nats on pictures left out."""
+    first = len(layers_of(model)) // 2 + 1
+    read = read_out(model, pixels, first)
+    fold = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)) % FOLDS
+    best: tuple[float, int, float] | None = None
+    for depth, features in enumerate(read, first):
+        for strength in STRENGTHS:
+            nats = _left_out(features, labels, classes, strength, fold)
+            if best is None or nats < best[0]:
+                best = nats, depth, strength
+    assert best is not None
+    nats, depth, strength = best
+    return Head(depth, *fit_head(read[depth - first], labels, classes, strength), nats)
+
+
+def _left_out(features: Tensor, labels: Tensor, classes: int, strength: float, fold: Tensor) -> float:
+    """Mean nats of every fold by a head of the others."""
+    total = 0.0
+    for f in range(FOLDS):
+        w, b = fit_head(features[fold != f], labels[fold != f], classes, strength)
+        here = fold == f
+        total += float(nn.functional.cross_entropy(features[here] @ w.T + b, labels[here], reduction="sum"))
+    return total / len(labels)
+
+
+def with_head(model: Vision, head: Head) -> Vision:
+    """A copy that ends where the head reads, with the head on it."""
+    new: Any = clone(model)
+    cut_layers_(new, range(head.depth))
+    new.config = replace(model.config, layers=head.depth, classes=len(head.weight))
+    new.head = nn.Linear(FEATURES * model.config.hidden_size, len(head.weight))
+    new.head.weight.data, new.head.bias.data = head.weight.clone(), head.bias.clone()
+    return new.eval().requires_grad_(False)
+
+
+def clustered(model: Vision, pixels: UInt8[Tensor, "n 3 s s"], seed: int = 0) -> tuple[Int[Tensor, " n"], int]:
+    """(the cluster of every picture, how many there are): k-means on the direction of features, for pictures without labels."""
+    features = nn.functional.normalize(read_out(model, pixels, len(layers_of(model)))[-1], dim=-1)
+    k = max(2, min(MOST_CLUSTERS, len(pixels) // PICTURES_A_CLUSTER))
+    _, cluster = kmeans2(features.double().numpy(), k, minit="++", seed=seed)
+    used, labels = torch.unique(torch.as_tensor(cluster, dtype=torch.long), return_inverse=True)
+    return labels, len(used)

@@ -1,0 +1,113 @@
+"""fp32 master weights beside the network that runs in bf16 with their snapped values, and the step that trains them.
+
+A step computes bf16 gradients at the snapped weights, applies them to the masters, and snaps again: the straight-through estimator (Bengio et al. 2013,
+arXiv:1308.3432) at no extra cost in the graph. Scales stay as the quantizer chose them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sartor.numerics.grids import Grid, snap
+
+
+@dataclass
+class Latents:
+    """fp32 master weights: tensors on a grid with their scales, and free ones (norms, biases)."""
+
+    masters: dict[str, Tensor]
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
+
+    def value(self, name: str) -> Tensor:
+        """The weights as the runtime will see them."""
+        if name in self.grids:
+            return snap(self.masters[name], self.scales[name], self.grids[name])
+        return self.masters[name]
+
+    def halved(self) -> dict[str, Tensor]:
+        """The masters in fp16 (vectors in fp32): half the room, and a cell of any grid here is far wider than the rounding."""
+        return {n: t.half() if t.ndim > 1 else t.clone() for n, t in self.masters.items()}
+
+
+@torch.no_grad()
+def put_(model: Any, latents: Latents) -> None:
+    """Write the snapped weights into the network, in place, in its own dtype."""
+    for name, p in model.named_parameters():
+        if name in latents.masters:
+            p.copy_(latents.value(name))
+
+
+class Rows:
+    """Rows dealt in a seeded order, epoch after epoch, never twice in an epoch."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.generator, self.order = (
+            count,
+            torch.Generator().manual_seed(seed),
+            torch.empty(0, dtype=torch.long),
+        )
+
+    def deal(self, n: int) -> Tensor:
+        while len(self.order) < n:
+            self.order = torch.cat([self.order, torch.randperm(self.count, generator=self.generator)])
+        dealt, self.order = self.order[:n], self.order[n:]
+        return dealt
+
+
+class Kept(Protocol):
+    """Where the best weights of a training are kept: on disk they take no memory, and outlive an interruption."""
+
+    def save(self, latents: Latents, seconds: float) -> None:
+        """Keep these instead, trained for so long."""
+
+    def load(self) -> tuple[Latents, float] | None:
+        """What was saved last, and how long it had been trained; None before anything was."""
+
+
+class InMemory:
+    """For whoever has no folder."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Latents, float] | None = None
+
+    def save(self, latents: Latents, seconds: float) -> None:
+        self._last = Latents(latents.halved(), latents.scales, latents.grids), seconds
+
+    def load(self) -> tuple[Latents, float] | None:
+        return self._last
+
+
+class Adam:
+    """AdamW, one a tensor, so that only one fp32 gradient exists at a time."""
+
+    def __init__(self, master: Tensor, rate: float) -> None:
+        self.master = master
+        self.optimizer = torch.optim.AdamW([master], lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        # made now: at the first step it would settle in the gaps that activations had left, and the next step's would find none
+        self.optimizer.state[master] = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(master),
+            "exp_avg_sq": torch.zeros_like(master),
+        }
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.master.grad = gradient
+        self.optimizer.step()
+        self.master.grad = None
+
+
+def update_(named: Mapping[str, Any], optimizers: Mapping[str, Adam], rate: float) -> None:
+    """Gradients of the running network to the masters, clipped to norm 1 over all, and one step."""
+    named = {n: p for n, p in named.items() if p.grad is not None}  # the norm in front of a lost attention has none
+    norm = float(torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in named.values()]).norm())
+    clip = min(1.0, 1.0 / max(norm, 1e-12))
+    for name, p in named.items():
+        gradient, p.grad = p.grad.float().mul_(clip), None
+        optimizers[name].step(gradient, rate)

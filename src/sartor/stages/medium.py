@@ -1,0 +1,59 @@
+"""Texts and pictures: what a network foretells of its rows, and how far that is from what another one foretells.
+
+Everything that probes, masks, cuts and fits a network reads rows and looks at hidden states; only here is it told what rows are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Generator, Tensor
+
+from sartor.model.vision import Vision
+from sartor.stages import likelihood, recognition
+
+Said = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Medium:
+    """One row a kind of data.
+
+    Attributes:
+        positions: of a row at which something is foretold. directions: among the outputs that a backward probe draws for a row.
+        gradients: of log p at the hidden states, along a random direction of what the model itself foretells. listen: sends back from the hidden states what the loss on these rows feels.
+        said: what a model foretells of rows. kl: mean KL of a model to that, in nats a prediction.
+    """
+
+    positions: Callable[[Tensor], int]
+    directions: int
+    gradients: Callable[[Any, Tensor, Generator], Tensor]
+    listen: Callable[[Any, Tensor, Tensor], None]
+    said: Callable[[Any, Tensor], Said]
+    kl: Callable[[Any, Tensor, Said], float]
+
+
+TEXT = Medium(
+    lambda rows: rows.shape[1],
+    1,
+    likelihood.drawn_gradients,
+    lambda model, hidden, rows: likelihood.loss_of(model, hidden, rows).backward(),
+    likelihood.top_of,
+    likelihood.kl_of,
+)
+PICTURES = Medium(
+    lambda rows: 1,
+    4,
+    recognition.signed_gradients,
+    lambda model, hidden, rows: hidden.backward(
+        recognition.signed_gradients(model, hidden.detach(), Generator().manual_seed(0))
+    ),
+    recognition.said_of,
+    recognition.kl_of,
+)
+
+
+def medium_of(model: Any) -> Medium:
+    return PICTURES if isinstance(model, Vision) else TEXT

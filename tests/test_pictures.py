@@ -1,0 +1,226 @@
+"""Laws of the stages on pictures: a pico vision transformer, and pictures whose classes are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sartor import effort, pictures
+from sartor.errors import BudgetError
+from sartor.model.network import anatomy, clone, embed, linear, masked, shrink_attention_, shrink_mlp_, through
+from sartor.model.tail import Tail
+from sartor.model.vision import Vision, VisionConfig
+from sartor.stages.allot import allot
+from sartor.stages.fit import evidence_of, fit
+from sartor.stages.head import choose_head, clustered, fit_head, read_out, with_head
+from sartor.stages.masters import put_
+from sartor.stages.probe import Effects
+from sartor.stages.recognition import kl_of, log_p_of, recognize, said_of, signed_gradients
+from sartor.stages.sensitivity import feel
+from sartor.stages.tune import Lessons, TuneConfig, may_mirror, tune_, views
+
+CONFIG = VisionConfig("dinov2", 64, 4, 256, layers=4, size=32, patch=8, classes=0)
+TINY = effort.PictureEffort(32, 0.9, 6, 16, 24, TuneConfig(1.0, 1e-3, checks=2), TuneConfig(1.0, 1e-3, checks=2))
+
+
+def network(seed: int = 0) -> Any:
+    """Random weights; norms and biases too, so that nothing is trivially zero."""
+    torch.manual_seed(seed)
+    model = Vision(CONFIG)
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            p.data += 0.1 * torch.randn_like(p)
+        elif "position" in name or "prefix" in name:
+            p.data = 0.5 * torch.randn_like(p)
+    return model.eval().requires_grad_(False)
+
+
+def drawn(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three classes: bars that stand, bars that lie, and squares, at random places and in random colours on noise."""
+    rng = np.random.default_rng(seed)
+    pixels, labels = rng.integers(0, 60, (n, 3, 32, 32)), rng.integers(0, 3, n)
+    for picture, label in zip(pixels, labels, strict=True):
+        y, x = rng.integers(0, 20, 2)
+        high, wide = ((12, 4), (4, 12), (8, 8))[label]
+        picture[:, y : y + high, x : x + wide] = rng.integers(120, 256, (3, 1, 1))
+    return torch.tensor(pixels, dtype=torch.uint8), torch.tensor(labels)
+
+
+@pytest.fixture(scope="module")
+def headed() -> Any:
+    model = network()
+    return with_head(model, choose_head(model, *drawn(120, 1), 3))
+
+
+@pytest.fixture(scope="module")
+def given() -> pictures.Pictures:
+    validation = drawn(48, 2)
+    return pictures.Pictures(*drawn(120, 1), *validation, drawn(40, 3)[0])
+
+
+def flat(a: Any, value: float = 1.0) -> Effects:
+    """Every channel and head worth the same."""
+    channel = {n: torch.full((f,), value) for n, f in enumerate(a.ffn)}
+    group = {n: torch.full((g,), 32 * value) for n, g in enumerate(a.groups)}
+    parts = {k: [[0.0, 0.0, 0.0]] * a.layers for k in ("attention", "mlp")}
+    return Effects(channel, group, parts, 1)
+
+
+def test_a_shrunk_vision_network_says_what_the_masked_one_says(headed: Any) -> None:
+    rows, small = drawn(3, 5)[0], clone(headed)
+    heads, channels = torch.tensor([True, False, True, True]), torch.rand(256) < 0.5
+    shrink_attention_(small, 1, [0, 2, 3])
+    shrink_mlp_(small, 0, channels.nonzero()[:, 0])
+    with masked(headed, {1: heads}, {0: channels}):
+        expected = headed(rows)
+    assert torch.allclose(small(rows), expected, atol=1e-5)
+    assert anatomy(small).groups[1] == 3
+    assert anatomy(small).ffn[0] == int(channels.sum())
+
+
+def test_a_vision_network_goes_on_from_any_layer(headed: Any) -> None:
+    rows = drawn(3, 5)[0]
+    tail = Tail(headed, rows)
+    assert torch.allclose(tail.hidden_from(1), through(headed, embed(headed, rows)), atol=1e-5)
+
+
+def test_the_head_is_read_where_it_is_best_and_names_new_pictures(headed: Any) -> None:
+    model = network()
+    assert recognize(headed, *drawn(90, 9)).accuracy > 0.6
+    assert 3 <= headed.config.layers <= 4
+    read = read_out(model, drawn(4, 1)[0], 3)
+    assert torch.allclose(read[-1], model.features(drawn(4, 1)[0]), atol=1e-5)
+
+
+def test_a_head_gives_every_class_the_same_weight() -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([0] * 190 + [1] * 10)
+    features = torch.randn(200, 4) + 0.5 * labels[:, None]
+    w, b = fit_head(features, labels, 2, 0.03)
+    called = (features @ w.T + b).argmax(-1)
+    assert float((called[labels == 1] == 1).float().mean()) > 0.5
+
+
+def test_pictures_without_labels_fall_into_clusters(headed: Any) -> None:
+    clusters, k = clustered(network(), drawn(96, 4)[0])
+    assert 2 <= k <= 8
+    assert sorted(set(clusters.tolist())) == list(range(k))
+
+
+def test_signed_directions_have_the_second_moments_of_drawn_labels(headed: Any) -> None:
+    rows = drawn(1, 6)[0]
+    hidden = through(headed, embed(headed, rows))
+    generator = torch.Generator().manual_seed(0)
+    along = headed.head.weight.new_zeros(3, 3)
+    many = 400
+    for _ in range(many):
+        g = signed_gradients(headed, hidden, generator)
+        moved = torch.linalg.lstsq(headed.head.weight.T, _pooled(headed, g)[0][:, None]).solution[:, 0]
+        along += torch.outer(moved, moved) / many
+    p = log_p_of(headed, rows)[0].exp()
+    assert torch.allclose(along, torch.diag(p) - torch.outer(p, p), atol=0.03)
+
+
+def _pooled(model: Any, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient at the pooled features that came from: the class token's, and the sum over patches."""
+    return torch.cat([gradient[:, 0], gradient[:, model.config.prefix :].sum(1)], -1)
+
+
+def test_what_pictures_feel_foretells_small_cuts(headed: Any) -> None:
+    rows = drawn(64, 7)[0]
+    felt, said = feel(headed, rows), said_of(headed, rows)
+    foretold, measured = [], []
+    for layer in range(headed.config.layers):
+        for start in range(0, 256, 64):
+            keep = torch.ones(256)
+            keep[start : start + 64] = 0
+            gone = felt.sketch[layer, "down"][:, start : start + 64].sum(1).square().sum()
+            with masked(headed, {}, {layer: keep.bool()}):
+                measured.append(kl_of(headed, rows, said))
+            foretold.append(float(gone))
+    assert np.corrcoef(np.log(foretold), np.log(measured))[0, 1] > 0.8
+
+
+def test_views_stay_pictures_and_repeat_with_the_seed() -> None:
+    pixels = drawn(8, 1)[0]
+    once, again = (views(pixels, torch.Generator().manual_seed(3), mirror=True) for _ in range(2))
+    assert torch.equal(once, again)
+    assert once.shape == pixels.shape
+    assert 0 <= float(once.min()) < float(once.max()) <= 255
+
+
+def test_classes_that_mind_are_not_mirrored() -> None:
+    side = torch.arange(60) % 2
+    bright = drawn(60, 8)[0] // 2 + 100 * side[:, None, None, None].to(torch.uint8)
+    assert may_mirror(with_head(network(), choose_head(network(), bright, side, 2)), bright, side)
+    left = torch.zeros(60, 3, 32, 32, dtype=torch.uint8)
+    left[side == 0, :, :, :12] = 255
+    left[side == 1, :, :, 20:] = 255
+    handed = with_head(network(), choose_head(network(), left, side, 2))
+    assert not may_mirror(handed, left, side)
+
+
+def test_the_allotment_fits_the_budget_and_takes_what_is_worth_least(headed: Any) -> None:
+    a = anatomy(headed)
+    bytes_of = lambda b: 1000 + sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
+    effects = flat(a)
+    effects.channel[1][:128] = 1e-6
+    found = allot(a, effects, bytes_of(a) - 128 * 128, bytes_of)
+    assert found.size <= bytes_of(a) - 128 * 128
+    assert found.channels[1].startswith("256:" + "0" * 32)
+    assert all(found.channels[n] == found.channels[0] for n in range(a.layers) if n != 1)
+    with pytest.raises(BudgetError) as told:
+        allot(a, effects, 1000, bytes_of)
+    assert allot(a, effects, int(told.value.nearest or 0), bytes_of).size <= int(told.value.nearest or 0)
+
+
+def test_the_fit_brings_a_cut_vision_network_nearer_biases_too(headed: Any) -> None:
+    rows, fresh = drawn(64, 1)[0], drawn(32, 11)[0]
+    small, gone = clone(headed), torch.arange(0, 160)
+    shrink_mlp_(small, 1, gone)
+    plain = clone(small)
+    evidence = evidence_of(headed, rows[:48], rows[48:], 0.3)
+    latents = fit(small, headed, evidence, {})
+    put_(small, latents)
+    wanted = through(headed, embed(headed, fresh))
+    away = [float((through(m, embed(m, fresh)) - wanted).square().sum()) for m in (plain, small)]
+    assert away[1] < 0.7 * away[0]
+    assert not torch.equal(linear(small, 1, "mlp.down_proj").bias, linear(plain, 1, "mlp.down_proj").bias)
+
+
+def test_training_learns_from_labels_and_from_a_teacher(headed: Any, given: pictures.Pictures) -> None:
+    from sartor.stages.masters import Latents
+
+    student = clone(headed)
+    for p in student.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    before = float(recognize(student, *given.judged).nats.mean())
+    lessons = Lessons(given.train, given.labels, True, given.generic, teacher=clone(headed, torch.bfloat16))
+    latents = Latents({n: p.data.clone() for n, p in student.named_parameters()})
+    course = tune_(clone(student, torch.bfloat16), latents, lessons, given.judged, TuneConfig(2.0, 1e-3, checks=4))
+    assert min(nats for _, nats in course.curve) < before
+    assert course.pictures > 16
+
+
+def test_a_vision_job_fits_its_budget_and_a_settled_plan_is_replayed(
+    headed: Any, given: pictures.Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(pictures.PICTURE_EFFORTS, "quick", TINY)
+    bytes_of = lambda b: 5000 + sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
+    budget = int(0.6 * bytes_of(anatomy(headed)))
+    plan = pictures.plan_pictures(headed, given, budget, bytes_of, "0" * 64, "quick")
+    state = {n: p.clone() for n, p in headed.named_parameters()}
+    made = pictures.fit_pictures(headed, plan, given, bytes_of, "quick")
+    assert all(torch.equal(state[n], p) for n, p in headed.named_parameters())
+    assert bytes_of(anatomy(made.model)) == made.plan.predicted_bytes <= budget
+    assert made.plan.settled
+    assert recognize(made.model, *drawn(90, 9)).accuracy > 0.5
+    none = TuneConfig(0.0), TuneConfig(0.0)
+    again = pictures.fit_pictures(headed, made.plan, given, bytes_of, "quick", none)
+    assert again.plan == made.plan
+    assert anatomy(again.model) == anatomy(made.model)
+    assert replace(plan, settled=True) != made.plan
