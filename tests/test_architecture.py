@@ -15,6 +15,7 @@ RANK = {
     "errors": 0,
     "memory": 0,
     "clock": 0,
+    "progress": 0,
     "plan": 1,
     "numerics": 1,
     "model": 1,
@@ -31,10 +32,14 @@ RANK = {
     "report": 7,
     "evaluate": 8,
     "job": 9,
+    "picture_storage": 9,
+    "picture_job": 10,
+    "picture_evaluate": 11,
+    "picture_api": 12,
     "controls": 10,
-    "api": 11,
-    "__init__": 12,
-    "cli": 13,
+    "api": 13,
+    "__init__": 14,
+    "cli": 15,
 }
 
 

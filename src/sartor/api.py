@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 
 from sartor import evaluate, storage
+from sartor.clock import versions
 from sartor.controls import control_arms
 from sartor.data.generic import generic_corpus
 from sartor.data.readers import read_folder
@@ -22,14 +21,18 @@ from sartor.effort import EFFORTS
 from sartor.errors import BudgetError, InputError, OutputError
 from sartor.export import gguf_file
 from sartor.export.llama_worker import peak_memory
-from sartor.job import Job, Prepared
+from sartor.job import RUNTIMES, Job, Prepared
 from sartor.memory import hand_back
-from sartor.model.network import Anatomy, anatomy, clone
+from sartor.model.checkpoints import is_vision
+from sartor.model.network import anatomy, clone
 from sartor.numerics.metrics import Score
+from sartor.picture_api import compress_pictures, export_pictures, is_picture_artifact
+from sartor.pictures import Fitted
 from sartor.pipeline import Compressed, apply_plan, make_plan
 from sartor.plan import Budget, Plan
 from sartor.probing import Recall, Tell, explain, sense, worth_of
 from sartor.report.html import page
+from sartor.report.layers import layer_rows
 from sartor.sources import cache_dir, resolve
 from sartor.stages.decide import verdict
 from sartor.stages.distil import Trained
@@ -50,16 +53,13 @@ def _export_gguf(model: Any, tokenizer: Any, latents: Latents, folder: Path) -> 
     return path
 
 
-RUNTIMES: dict[str, Callable[[Any, Any, Latents, Path], Path]] = {"gguf": _export_gguf}
-
-
 def compress(
     model: str,
     data: str | Path,
     budget: str | Budget,
     out: str | Path | None = None,
     effort: str = "standard",
-    to: str = "gguf",
+    to: str | None = None,
     generic: str | Path | None = None,
     controls: str = "fast",
     seed: int = 0,
@@ -67,27 +67,47 @@ def compress(
     tell: Tell = lambda stage, share, note: None,
     method: str = "sartor",
     steps: int = 1,
-) -> Compressed:
+    labels: str | Path | None = None,
+) -> Compressed | Fitted:
     """Fit a model to one user's data and a budget.
 
     Args:
-        model: folder, .gguf file, pypi:NAME==VERSION or hub id. data: file or folder of the user's documents.
+        model: folder, .gguf file, pypi:NAME==VERSION or hub id. data: file or folder of the user's documents, or folder of photos.
         budget: "25%", "67MB" or a Budget. out: where to write artifact and report; None keeps the result in memory.
         effort: quick, standard or thorough. controls: none, fast (without recovery) or full (with it).
         resume: go on with an interrupted job in `out`. tell: called with (stage, share done, note).
         method: how cuts are chosen; sartor, or paper: the two-rate rule of arXiv:2408.08684 in our reading, as a baseline. steps: that the cuts are made in, each healed and measured.
+        labels: a CSV of photos and their classes, where these do not lie in one folder a class.
+        to: gguf for language models, onnx for those that see; None: what goes with the model.
     Raises:
         InputError, BudgetError, OutputError, MissingExtra, ParityError: each with the way out.
     """
     size, effort = (budget, effort) if isinstance(budget, str) else (budget.text(), budget.effort)
     general = str(generic) if generic else None
-    job = Job(model, str(data), size, to, effort, general, controls, seed=seed, method=method, steps=steps)
-    job.check(RUNTIMES)
+    job = Job(
+        model,
+        str(data),
+        size,
+        to,
+        effort,
+        general,
+        controls,
+        seed=seed,
+        method=method,
+        steps=steps,
+        labels=str(labels) if labels else None,
+    )
+    job.check()
     folder = storage.claim_folder(Path(out), resume) if out is not None else None
     torch.set_num_threads(os.cpu_count() or 1)
     started = time.monotonic()
     tell, memory = _watching(tell)
-    prepared = Prepared(job, tell)
+    source = resolve(job.model)
+    kind = "pictures" if is_vision(source.folder) else "texts"
+    job.check_kind(kind)
+    if kind == "pictures":
+        return compress_pictures(job, source, folder, tell, memory)
+    prepared = Prepared(job, tell, source)
     point = (
         storage.Checkpoint(folder / "checkpoint", asdict(job) | {"texts": prepared.fingerprint()}) if folder else None
     )
@@ -196,7 +216,7 @@ def finish(
     """Write the artifact, measure it in its runtime against the original and the controls, and write the report."""
     started = time.monotonic()
     tell("export", 0.0, "GGUF")
-    artifact = RUNTIMES[job.to](made.model, made.tokenizer, made.latents, folder)
+    artifact = _export_gguf(made.model, made.tokenizer, made.latents, folder)
     storage.save(made.model, made.tokenizer, made.latents, made.plan, p.source.provenance(), folder)
     shape, kinds, grids = anatomy(made.model), evaluate.layer_bytes(made.model, made.plan.grids), made.plan.grids
     seconds["export"] = time.monotonic() - started
@@ -212,7 +232,7 @@ def finish(
         "model": p.source.provenance(),
         "notes": [n for n in (p.source.note, *p.user.warnings) if n],
         "parameters": {"before": p.parameters, "after": shape.parameters()},
-        "layers": _layer_rows(made.plan, shape),
+        "layers": layer_rows(made.plan, shape),
         "probing": made.plan.probing,
         "plan": {
             "method": made.plan.method,
@@ -272,7 +292,7 @@ def measure(
             "dropped": user.dropped,
             "ordered_by_time": user.ordered_by_time,
         },
-        "versions": versions(),
+        "versions": versions("sartor", "torch", "transformers", "gguf", "xllamacpp"),
     }
     return found, ours[0]
 
@@ -282,36 +302,10 @@ def _course(t: Trained | None) -> dict[str, Any]:
     return {"curve": [list(x) for x in t.curve], "tokens": t.tokens, "tokens_per_s": t.tokens / t.seconds} if t else {}
 
 
-def _layer_rows(plan: Plan, a: Anatomy) -> list[dict[str, Any]]:
-    return [
-        {
-            "groups": int(layer.groups.split(":")[0]),
-            "groups_kept": a.groups[n],
-            "channels": int(layer.channels.split(":")[0]),
-            "channels_kept": a.ffn[n],
-            "user": layer.user,
-            "generic": layer.generic,
-            "verdict": layer.verdict,
-        }
-        for n, layer in enumerate(plan.layers)
-    ]
-
-
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """report.json and report.html."""
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     (folder / "report.html").write_text(page(report))
-
-
-def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
-    found = {}
-    for name in ("sartor", "torch", "transformers", "gguf", "xllamacpp"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def evaluate_again(folder: Path, data: Path, generic: Path | None, tell: Tell) -> dict[str, Any]:
@@ -346,5 +340,10 @@ def export(folder: Path, to: str, out: Path) -> Path:
     """
     if to not in RUNTIMES:
         raise InputError(f"the runtime '{to}' is unknown: Sartor writes {', '.join(RUNTIMES)}")
+    own = "onnx" if is_picture_artifact(folder) else "gguf"
+    if to != own:
+        raise InputError(f"'{folder.name}' reads {RUNTIMES[own]}: it can be written as {own}, not as {to}")
+    if own == "onnx":
+        return export_pictures(folder, storage.claim_folder(out))
     model, tokenizer, plan = storage.load(folder)
-    return RUNTIMES[to](model, tokenizer, storage.latents_of(folder, plan), storage.claim_folder(out))
+    return _export_gguf(model, tokenizer, storage.latents_of(folder, plan), storage.claim_folder(out))

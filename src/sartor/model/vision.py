@@ -147,8 +147,11 @@ class Vision(nn.Module):
         self.config = config
         self.model = Body(config)
         self.head = nn.Linear(FEATURES * config.hidden_size, config.classes) if config.classes else None
-        # normalization of pixels as one multiplication and addition
-        mean, std = torch.tensor(config.mean), torch.tensor(config.std)
+        self.fill_pixels_()
+
+    def fill_pixels_(self) -> None:
+        """Normalization of pixels as one multiplication and addition; again by whoever made the network on the meta device."""
+        mean, std = torch.tensor(self.config.mean, device="cpu"), torch.tensor(self.config.std, device="cpu")
         self.register_buffer("scale", (1 / (255 * std))[:, None, None], persistent=False)
         self.register_buffer("shift", (-mean / std)[:, None, None], persistent=False)
 

@@ -45,3 +45,17 @@ def interval(score: Score, other: Score | None = None, draws: int = 1000, seed: 
         drawn = drawn / (base[pick].sum(1) / size[pick].sum(1) / math.log(2)) - 1
     low, high = np.percentile(drawn, [2.5, 97.5])
     return float(low), float(high)
+
+
+def wilson(right: Array, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a share of right answers (Wilson 1927): honest for few pictures and shares near one."""
+    n, p = len(right), float(np.mean(right))
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+def mean_interval(values: Array, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of a mean; of a change, where the values are differences on the same pictures."""
+    pick = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    low, high = np.percentile(values[pick].mean(1), [2.5, 97.5])
+    return float(low), float(high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -19,18 +20,25 @@ td,th{padding:.35rem .5rem;border-bottom:1px solid #dfe6ea;text-align:right}td:f
 def page(r: dict[str, Any]) -> str:
     """HTML of a report."""
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Sartor report</title><style>{STYLE}</style>",
-        f"<h1>{escape(r['model']['spec'])}, fitted</h1>",
+        opening(r),
         _lead(r),
-        _table(("", "original", "fitted", "change"), rows(r)),
+        tabled(("", "original", "fitted", "change"), rows(r)),
         _quality(r),
         _layers(r),
         _bytes(r),
         _controls(r),
-        _course(r),
+        training(r, "bits per byte, validation"),
         _method(r),
     ]
     return "\n".join(parts)
+
+
+def opening(r: dict[str, Any]) -> str:
+    """Head of the page, and its title."""
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Sartor report</title><style>{STYLE}</style>"
+        f"\n<h1>{escape(r['model']['spec'])}, fitted</h1>"
+    )
 
 
 def _lead(r: dict[str, Any]) -> str:
@@ -46,7 +54,8 @@ def _lead(r: dict[str, Any]) -> str:
     return f"<p class=lead>The fitted model has {share:.1%} of the original's size, {verdict}, and generic text {r['generic']['change']:+.1%} in coding length (lower is better).</p>"
 
 
-def _table(head: tuple[str, ...], body: Any) -> str:
+def tabled(head: tuple[str, ...], body: Any) -> str:
+    """Rows under a head."""
     top = "".join(f"<th>{escape(h)}</th>" for h in head)
     return (
         f"<table><tr>{top}</tr>"
@@ -74,7 +83,20 @@ def _quality(r: dict[str, Any]) -> str:
 
 
 def _layers(r: dict[str, Any]) -> str:
-    layers = r["layers"]
+    p = r["probing"]
+    worth = (
+        f"Summed effects foretold the damage of {p['masks']:.0f} random cuts on other text of yours with rank correlation {p['spearman']:.2f} "
+        f"(R² {p['r2']:.2f} of its logarithm; before repair a cut costs {p['factor']:.1f} times the sum; order of the units known from {p['user_tokens']:,.0f} tokens with reliability {p['known']:.2f})."
+    )
+    return (
+        f"<h2>Layers</h2><p>Blue: what was kept. Below: what the removal of a layer's parts would cost on <b class=u>your</b> and on <b class=g>generic</b> text (nats per token, square-root scale). {worth} "
+        f"A layer is called personalized where the two intervals do not meet.</p>"
+        + layer_map(r["layers"], "query groups")
+    )
+
+
+def layer_map(layers: Sequence[dict[str, Any]], groups: str) -> str:
+    """What was kept of every layer and what its parts are worth, as a picture and in figures; `groups` is what heads are called."""
     picture = svg.layer_map(
         [
             {
@@ -96,17 +118,8 @@ def _layers(r: dict[str, Any]) -> str:
         )
         for n, x in enumerate(layers)
     ]
-    p = r["probing"]
-    worth = (
-        f"Summed effects foretold the damage of {p['masks']:.0f} random cuts on other text of yours with rank correlation {p['spearman']:.2f} "
-        f"(R² {p['r2']:.2f} of its logarithm; before repair a cut costs {p['factor']:.1f} times the sum; order of the units known from {p['user_tokens']:,.0f} tokens with reliability {p['known']:.2f})."
-    )
-    return (
-        f"<h2>Layers</h2><p>Blue: what was kept. Below: what the removal of a layer's parts would cost on <b class=u>your</b> and on <b class=g>generic</b> text (nats per token, square-root scale). {worth} "
-        f"A layer is called personalized where the two intervals do not meet.</p>{picture}<details><summary>every layer</summary>"
-        + _table(("layer", "query groups", "channels", "attention: yours / generic", "MLP: yours / generic"), words)
-        + "</details>"
-    )
+    head = ("layer", groups, "channels", "attention: yours / generic", "MLP: yours / generic")
+    return f"{picture}<details><summary>every layer</summary>{tabled(head, words)}</details>"
 
 
 def _bytes(r: dict[str, Any]) -> str:
@@ -132,15 +145,15 @@ def _controls(r: dict[str, Any]) -> str:
         )
         for c in r["controls"]
     ]
-    return heading + _table(
+    return heading + tabled(
         ("control arm", "bytes", "your text", "generic text", "ours against it, your text", "note"), body
     )
 
 
-def _course(r: dict[str, Any]) -> str:
+def training(r: dict[str, Any], measured: str) -> str:
+    """How adaptation and recovery went; `measured` is what they were watched by."""
     charts = [
-        f"<h3>{title}</h3>"
-        + svg.curve([tuple(p) for p in course["curve"]], None, "seconds", "bits per byte, validation", title)
+        f"<h3>{title}</h3>" + svg.curve([tuple(p) for p in course["curve"]], None, "seconds", measured, title)
         for title, course in (
             ("Adaptation of the whole model", r["adaptation"]),
             ("Recovery after the cuts", r["recovery"]),
@@ -168,4 +181,8 @@ def _method(r: dict[str, Any]) -> str:
         f"Seed {r['seed']}; {', '.join(f'{k} {v}' for k, v in r['versions'].items())}; model sha256 {r['model']['sha256'][:16]}...",
         *r["notes"],
     ]
+    return fine_print(items)
+
+
+def fine_print(items: Sequence[str]) -> str:
     return "<h2>Fine print</h2><ul class=note>" + "".join(f"<li>{escape(i)}</li>" for i in items) + "</ul>"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 INK, SOFT, USER, GENERIC, GOOD = "#22303c", "#c9d3da", "#c2410c", "#0f766e", "#1d4ed8"
@@ -16,10 +16,20 @@ def _svg(width: int, height: int, body: Sequence[str], title: str) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">{"".join(body)}</svg>'
 
 
-def bars(rows: Sequence[tuple[str, float, tuple[float, float] | None, str]], unit: str, title: str) -> str:
-    """Horizontal bars: (label, value, interval or None, colour)."""
+def _said(value: float, unit: str) -> str:
+    return f"{value:.3f} {unit}" if value < 50 else f"{value:.0f} {unit}"
+
+
+def bars(
+    rows: Sequence[tuple[str, float, tuple[float, float] | None, str]],
+    unit: str,
+    title: str,
+    said: Callable[[float, str], str] = _said,
+) -> str:
+    """Horizontal bars: (label, value, interval or None, colour); `said` puts a value and its unit in words."""
+    longest = max((len(label) for label, *_ in rows), default=0)
     top = max([hi for _, v, ci, _ in rows for hi in (v, (ci or (0, 0))[1])] + [1e-9])
-    out, left, right = [], 230, 90
+    out, left, right = [], min(430, max(230, 7 * longest)), 90
     for n, (label, value, ci, colour) in enumerate(rows):
         y, scale = 8 + n * 26, (720 - left - right) / top
         out += [
@@ -33,9 +43,7 @@ def bars(rows: Sequence[tuple[str, float, tuple[float, float] | None, str]], uni
                 f'<path d="M{a:.1f} {y + 9}H{b:.1f}M{a:.1f} {y + 5}v8M{b:.1f} {y + 5}v8" stroke="{INK}" fill="none"/>'
             )
             end = max(value, ci[1])
-        out.append(
-            _text(left + end * scale + 6, y + 14, f"{value:.3f} {unit}" if value < 50 else f"{value:.0f} {unit}")
-        )
+        out.append(_text(left + end * scale + 6, y + 14, said(value, unit)))
     return _svg(720, 16 + 26 * len(rows), out, title)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -68,12 +69,17 @@ def table(r: dict[str, Any]) -> str:
             body.append((control["name"], "", "not measured", control["note"].removeprefix("not measured: ")))
         else:
             body.append((control["name"], mb(control["bytes"]), f"{control['user']:.3f}", against(control)))
+    return aligned(body, r["notes"])
+
+
+def aligned(body: Sequence[tuple[str, str, str, str]], notes: Sequence[str]) -> str:
+    """Rows as columns, the first above a line; the last column is as wide as it likes."""
     widths = [max(len(row[i]) for row in body) for i in range(3)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3]]).rstrip()
         for row in body
     ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]] + [f"note: {n}" for n in r["notes"]])
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]] + [f"note: {n}" for n in notes])
 
 
 def inspection(r: dict[str, Any]) -> str:
@@ -88,20 +94,29 @@ def inspection(r: dict[str, Any]) -> str:
         f"  {name:24s} {size / 1e6:8.2f} MB  {100 * size / total:5.1f}%"
         for name, size in sorted(kinds.items(), key=lambda x: -x[1])
     ]
-    lines += [
-        "",
-        "layer  query groups  channels    attention            MLP                  (effect on your / generic text, nats per token)",
-    ]
-    for n, x in enumerate(r["layers"]):
-        cells = "  ".join(
-            f"{x['user'][k][0]:.3f}/{x['generic'][k][0]:.3f} {x['verdict'][k]:12s}"[:24] for k in ("attention", "mlp")
-        )
-        lines.append(
-            f"{n:5d}  {x['groups_kept']:5d}/{x['groups']:<6d}  {x['channels_kept']:4d}/{x['channels']:<5d}  {cells}"
-        )
+    lines += ["", *layer_lines(r["layers"], "query groups", "text, nats per token")]
     p = r["plan"]
     lines += [
         "",
         f"vocabulary {p['vocabulary']} tokens; grids {', '.join(p['grids'])}; predicted damage {p['predicted_damage']:.3f} nats per token before recovery; price {p['price'] * 1e6:.4f} nats per MB",
     ]
     return "\n".join(lines)
+
+
+def layer_lines(layers: Sequence[dict[str, Any]], groups: str, on: str) -> list[str]:
+    """What was kept of every layer, and the effects of its parts.
+
+    Args:
+        groups: what heads are called. on: "text, nats per token": what the effects were measured on, and their unit.
+    """
+    lines = [
+        f"layer  {groups:12s}  channels    attention            MLP                  (effect on your / generic {on})",
+    ]
+    for n, x in enumerate(layers):
+        cells = "  ".join(
+            f"{x['user'][k][0]:.3f}/{x['generic'][k][0]:.3f} {x['verdict'][k]:12s}"[:24] for k in ("attention", "mlp")
+        )
+        lines.append(
+            f"{n:5d}  {x['groups_kept']:5d}/{x['groups']:<6d}  {x['channels_kept']:4d}/{x['channels']:<5d}  {cells}"
+        )
+    return lines

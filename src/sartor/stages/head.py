@@ -18,7 +18,7 @@ from sartor.model.network import clone, embed, layers_of
 from sartor.model.vision import FEATURES, Vision, cut_layers_
 from sartor.stages.recognition import BATCH
 
-STRENGTHS = (0.003, 0.03, 0.3)  # of the pull of weights towards zero, for features of variance one
+STRENGTHS = (0.03, 0.3, 3.0)  # of the pull of weights towards zero, for features of variance one
 FOLDS = 4
 STEPS = 60
 PICTURES_A_CLUSTER, MOST_CLUSTERS = 12, 32
@@ -76,11 +76,16 @@ def fit_head(
 
 
 def choose_head(
-    model: Vision, pixels: UInt8[Tensor, "n 3 s s"], labels: Int[Tensor, " n"], classes: int, seed: int = 0
+    model: Vision,
+    pixels: UInt8[Tensor, "n 3 s s"],
+    labels: Int[Tensor, " n"],
+    classes: int,
+    seed: int = 0,
+    first: int | None = None,
 ) -> Head:
-    """The head, and the depth it reads at, of least nats on pictures left out."""
-    first = len(layers_of(model)) // 2 + 1
-    read = read_out(model, pixels, first)
+    """The head, and the depth it reads at, of least nats on pictures left out; no layers are left out before the `first` (None: half of them)."""
+    first = first or len(layers_of(model)) // 2 + 1
+    read = read_out(clone(model, torch.bfloat16), pixels, first)
     fold = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)) % FOLDS
     best: tuple[float, int, float] | None = None
     for depth, features in enumerate(read, first):
@@ -115,7 +120,7 @@ def with_head(model: Vision, head: Head) -> Vision:
 
 def clustered(model: Vision, pixels: UInt8[Tensor, "n 3 s s"], seed: int = 0) -> tuple[Int[Tensor, " n"], int]:
     """(the cluster of every picture, how many there are): k-means on the direction of features, for pictures without labels."""
-    features = nn.functional.normalize(read_out(model, pixels, len(layers_of(model)))[-1], dim=-1)
+    features = nn.functional.normalize(read_out(clone(model, torch.bfloat16), pixels, len(layers_of(model)))[-1], dim=-1)
     k = max(2, min(MOST_CLUSTERS, len(pixels) // PICTURES_A_CLUSTER))
     _, cluster = kmeans2(features.double().numpy(), k, minit="++", seed=seed)
     used, labels = torch.unique(torch.as_tensor(cluster, dtype=torch.long), return_inverse=True)

@@ -1,0 +1,399 @@
+"""Writing a vision transformer as ONNX that plain ONNX Runtime loads, and knowing its size before it is written.
+
+    pixels -> [patches] -> [attention -> mlp] x layers -> [pooled features -> head]
+
+The graph is our own, of the parts in brackets; ONNX Runtime's fused operators are taken where they are faster on a CPU, measured on a ViT-S with 257 tokens.
+What differs from the network's formulas: the normalization of pixels is folded into the patches' matrix and a bias, so that they read whole numbers as they are;
+the stream is added by `Sum`: ONNX Runtime may fuse `Add` and the layer norm behind it into SkipLayerNormalization, which takes eight times as long.
+int8 activations are quantized per tensor while the file runs, so what it says of a picture moves a little with the pictures it shares a batch with.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor, nn
+
+from sartor.errors import InputError, MissingExtra
+from sartor.model.network import Anatomy, anatomy, linears_of
+from sartor.model.vision import FEATURES, Vision, VisionConfig
+
+OPSET, IR, CONTRIB = 17, 8, "com.microsoft"
+FLOAT, UINT8, INT8, INT64, HALF = 1, 2, 3, 7, 10  # onnx.TensorProto.DataType, known before onnx is loaded
+BLOCK4 = 32  # inputs that share a scale at 4 bits
+ACTIVATIONS: dict[str, tuple[str, str, dict[str, float]]] = {
+    "gelu": ("Gelu", CONTRIB, {}),
+    "gelu_tanh": ("FastGelu", CONTRIB, {}),
+    "quick_gelu": ("QuickGelu", CONTRIB, {"alpha": 1.702}),
+    "relu": ("Relu", "", {}),
+}
+Spec = tuple[int, tuple[int, ...]]  # data type and shape of a stored tensor
+Part = tuple[list[Any], dict[str, Spec]]  # nodes, and the tensors that they read, by name
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a matrix (out, in) is stored and multiplied.
+
+    nodes: (name, input, output, out, in) -> what multiplies and adds the bias. specs: (out, in) -> what is stored, by the end of its name.
+    pack: matrix -> the arrays of `specs`. hold: matrix -> the matrix that these arrays stand for.
+    """
+
+    nodes: Callable[[str, str, str, int, int], list[Any]]
+    specs: Callable[[int, int], dict[str, Spec]]
+    pack: Callable[[Tensor], dict[str, np.ndarray]]
+    hold: Callable[[Tensor], Tensor]
+
+
+def _onnx() -> Any:
+    """The package onnx, or MissingExtra."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingExtra("onnx is not installed: pip install onnx==1.23.2") from error
+    return onnx
+
+
+def _node(op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any) -> Any:
+    return _onnx().helper.make_node(op, inputs, outputs, domain=domain, **attributes)
+
+
+def rounded(weight: Float[Tensor, "o i"]) -> tuple[Int8[Tensor, "o i"], Float[Tensor, " o"]]:
+    """(whole numbers from -127 to 127, scale of every row): `numbers * scale[:, None]` is what an int8 file holds of `weight`. What it holds stays as it is when rounded again."""
+    weight = weight.detach().float()
+    scale = weight.abs().amax(1) / 127
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def _rounded4(weight: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor]:
+    """(whole numbers from 0 to 15 that stand for -8 to 7 (o, blocks, 32), scale (o, blocks)); the largest number of a block is -8 scales, which may be negative."""
+    weight = weight.detach().float()
+    blocks = nn.functional.pad(weight, (0, -weight.shape[1] % BLOCK4)).unflatten(1, (-1, BLOCK4))
+    largest = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))[..., 0]
+    scale = torch.where(largest == 0, torch.ones_like(largest), largest / -8)
+    return ((blocks / scale[..., None]).round() + 8).clamp(0, 15).to(torch.uint8), scale
+
+
+def _pack8(weight: Tensor) -> dict[str, np.ndarray]:
+    numbers, scale = rounded(weight)
+    return {"weight": numbers.T.numpy(), "scale": scale.numpy()}
+
+
+def _hold8(weight: Tensor) -> Tensor:
+    numbers, scale = rounded(weight)
+    return numbers.float() * scale[:, None]
+
+
+def _pack4(weight: Tensor) -> dict[str, np.ndarray]:
+    numbers, scale = _rounded4(weight)
+    return {"weight": (numbers[..., 0::2] | numbers[..., 1::2] << 4).numpy(), "scale": scale.flatten().numpy()}
+
+
+def _hold4(weight: Tensor) -> Tensor:
+    numbers, scale = _rounded4(weight)
+    return ((numbers.float() - 8) * scale[..., None]).flatten(1)[:, : weight.shape[1]]
+
+
+def _nodes32(name: str, x: str, y: str, o: int, i: int) -> list[Any]:
+    product = _node("MatMul", [x, f"{name}.weight"], [f"{name}.product"])
+    return [product, _node("Add", [f"{name}.product", f"{name}.bias"], [y])]
+
+
+def _nodes8(name: str, x: str, y: str, o: int, i: int) -> list[Any]:
+    return [_node("DynamicQuantizeMatMul", [x, f"{name}.weight", f"{name}.scale", "", f"{name}.bias"], [y], CONTRIB)]
+
+
+def _nodes4(name: str, x: str, y: str, o: int, i: int) -> list[Any]:
+    sizes = {"N": o, "K": i, "bits": 4, "block_size": BLOCK4, "accuracy_level": 4}
+    inputs = [x, f"{name}.weight", f"{name}.scale", "", "", f"{name}.bias"]
+    return [_node("MatMulNBits", inputs, [y], CONTRIB, **sizes)]
+
+
+KINDS = {
+    "fp32": Kind(
+        _nodes32,
+        lambda o, i: {"weight": (FLOAT, (i, o))},
+        lambda w: {"weight": w.detach().float().T.numpy()},
+        lambda w: w.detach().float(),
+    ),
+    "int8": Kind(_nodes8, lambda o, i: {"weight": (INT8, (i, o)), "scale": (FLOAT, (o,))}, _pack8, _hold8),
+    "int4": Kind(
+        _nodes4,
+        lambda o, i: {"weight": (UINT8, (o, -(-i // BLOCK4), BLOCK4 // 2)), "scale": (FLOAT, (o * -(-i // BLOCK4),))},
+        _pack4,
+        _hold4,
+    ),
+}
+WEIGHTS = {"fp32": ("fp32", "fp32"), "int8": ("int8", "int8"), "int4": ("int4", "int8")}  # layers; patches and head
+
+
+def _linear(kind: str, name: str, x: str, y: str, o: int, i: int) -> Part:
+    stored = {f"{name}.{end}": spec for end, spec in KINDS[kind].specs(o, i).items()}
+    return KINDS[kind].nodes(name, x, y, o, i), stored | {f"{name}.bias": (FLOAT, (o,))}
+
+
+def _norm(c: VisionConfig, name: str, x: str, y: str) -> Part:
+    names = [f"{name}.weight", f"{name}.bias"]
+    node = _node("LayerNormalization", [x, *names], [y], epsilon=c.eps)
+    return [node], dict.fromkeys(names, (FLOAT, (c.hidden_size,)))
+
+
+def _joined(*parts: Part) -> Part:
+    return [n for nodes, _ in parts for n in nodes], {k: v for _, tensors in parts for k, v in tensors.items()}
+
+
+def _patches(c: VisionConfig, kind: str) -> Part:
+    """From pixels to the stream that is called 000.e.x."""
+    side, inside, w = c.size // c.patch, 3 * c.patch**2, c.hidden_size
+    table = FLOAT if kind == "fp32" else HALF
+    tensors: dict[str, Spec] = {"patches.cut": (INT64, (6,)), "patches.rows": (INT64, (3,))}
+    tensors |= {f"patches.{end}": spec for end, spec in KINDS[kind].specs(w, inside).items()}
+    tensors |= {"patches.bias": (FLOAT, (w,)), "position": (table, (side * side, w))}
+    nodes = [
+        _node("Reshape", ["pixels", "patches.cut"], ["cut"]),
+        _node("Transpose", ["cut"], ["turned"], perm=[0, 2, 4, 1, 3, 5]),
+        _node("Reshape", ["turned", "patches.rows"], ["rows"]),
+    ]
+    if kind == "fp32":
+        nodes += [_node("Cast", ["rows"], ["whole"], to=FLOAT), *_nodes32("patches", "whole", "patches", w, inside)]
+    else:  # pixels are whole numbers already
+        inputs = ["rows", "patches.weight", "one", "patches.scale", "", "", "patches.bias"]
+        nodes += [_node("MatMulIntegerToFloat", inputs, ["patches"], CONTRIB)]
+        tensors["one"] = (FLOAT, ())
+    nodes += [_node("Cast", ["position"], ["place"], to=FLOAT), _node("Add", ["patches", "place"], ["placed"])]
+    part: Part = nodes, tensors
+    part = _joined(part, _prefix(c, table)) if c.prefix else part
+    last = "prefixed" if c.prefix else "placed"
+    named: Part = [_node("Identity", [last], ["000.e.x"])], {}
+    return _joined(part, _norm(c, "first_norm", last, "000.e.x") if c.first_norm else named)
+
+
+def _prefix(c: VisionConfig, table: int) -> Part:
+    """The prefix in front of the patches of every picture."""
+    nodes = [
+        _node("Shape", ["pixels"], ["pictures"], start=0, end=1),
+        _node("Concat", ["pictures", "ones"], ["each"], axis=0),
+        _node("Cast", ["prefix"], ["front"], to=FLOAT),
+        _node("Expand", ["front", "each"], ["fronts"]),
+        _node("Concat", ["fronts", "placed"], ["prefixed"], axis=1),
+    ]
+    return nodes, {"ones": (INT64, (2,)), "prefix": (table, (1, c.prefix, c.hidden_size))}
+
+
+def _attention(c: VisionConfig, kind: str, name: str, x: str, heads: int) -> Part:
+    """From the stream `x` to the stream `name`.x; q, k and v are one matrix, so that their input is quantized once."""
+    w, inside = c.hidden_size, heads * c.head_dim
+    q = [f"{name}.{letter}" for letter in "qkv"]
+    read = [
+        _node("Split", [f"{name}.all"], q, axis=2),
+        _node("MultiHeadAttention", q, [f"{name}.read"], CONTRIB, num_heads=heads),
+    ]
+    return _joined(
+        _norm(c, f"{name}.norm", x, f"{name}.n"),
+        _linear(kind, f"{name}.qkv", f"{name}.n", f"{name}.all", 3 * inside, w),
+        (read, {}),
+        _linear(kind, f"{name}.out", f"{name}.read", f"{name}.y", w, inside),
+        ([_node("Sum", [x, f"{name}.y"], [f"{name}.x"])], {}),
+    )
+
+
+def _mlp(c: VisionConfig, kind: str, name: str, x: str, channels: int) -> Part:
+    """From the stream `x` to the stream `name`.x."""
+    op, domain, attributes = ACTIVATIONS[c.activation]
+    return _joined(
+        _norm(c, f"{name}.norm", x, f"{name}.n"),
+        _linear(kind, f"{name}.up", f"{name}.n", f"{name}.u", channels, c.hidden_size),
+        ([_node(op, [f"{name}.u"], [f"{name}.a"], domain, **attributes)], {}),
+        _linear(kind, f"{name}.down", f"{name}.a", f"{name}.y", c.hidden_size, channels),
+        ([_node("Sum", [x, f"{name}.y"], [f"{name}.x"])], {}),
+    )
+
+
+def _end(c: VisionConfig, kind: str, x: str, classes: int) -> Part:
+    """From the stream to features and logits."""
+    pooled = [
+        _node("Gather", ["normed", "zero"], ["first"], axis=1),
+        _node("Slice", ["normed", "patches.first", "patches.last", "axis"], ["others"]),
+        _node("ReduceMean", ["others"], ["mean"], axes=[1], keepdims=0),
+        _node("Concat", ["first", "mean"], ["features"], axis=1),
+    ]
+    tensors: dict[str, Spec] = dict.fromkeys(["patches.first", "patches.last", "axis"], (INT64, (1,)))
+    part = _joined(_norm(c, "norm", x, "normed"), (pooled, tensors | {"zero": (INT64, ())}))
+    width = FEATURES * c.hidden_size
+    return _joined(part, _linear(kind, "head", "features", "logits", classes, width)) if classes else part
+
+
+PARTS: dict[str, Callable[[VisionConfig, str, str, str, int], Part]] = {
+    "patches": lambda c, kind, name, x, size: _patches(c, kind),
+    "attention": _attention,
+    "mlp": _mlp,
+    "end": lambda c, kind, name, x, size: _end(c, kind, x, size),
+}
+
+
+def _row(weights: str) -> tuple[str, str]:
+    if weights not in WEIGHTS:
+        raise InputError(f"there are no '{weights}' weights in ONNX files: take one of {', '.join(WEIGHTS)}")
+    return WEIGHTS[weights]
+
+
+def _plan(a: Anatomy, weights: str) -> Iterator[tuple[str, str, str, int]]:
+    """(row of PARTS, kind, name, size) of every part. All names are equally long, so that equal parts take equal bytes."""
+    layers, rest = _row(weights)
+    yield "patches", rest, "000.e", 0
+    for n in range(a.layers):
+        if a.groups[n]:
+            yield "attention", layers, f"{n:03d}.a", a.groups[n]
+        if a.ffn[n]:
+            yield "mlp", layers, f"{n:03d}.m", a.ffn[n]
+    yield "end", rest, "norm", a.vocab
+
+
+def _frame(c: VisionConfig, classes: int) -> Any:
+    """A file without nodes and tensors."""
+    onnx, value = _onnx(), _onnx().helper.make_tensor_value_info
+    outputs = [value("logits", FLOAT, ["n", classes])] if classes else []
+    outputs += [value("features", FLOAT, ["n", FEATURES * c.hidden_size])]
+    graph = onnx.GraphProto(name="sartor", input=[value("pixels", UINT8, ["n", 3, c.size, c.size])], output=outputs)
+    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(CONTRIB, 1)]
+    return onnx.ModelProto(ir_version=IR, producer_name="sartor", opset_import=opsets, graph=graph)
+
+
+def _arrays(model: Vision, weights: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the file by name."""
+    layers, rest = _row(weights)
+    body = model.model
+    yield from _fixed(model.config).items()
+    yield from _read_patches(model, rest)
+    yield from _two("first_norm", body.first_norm) if model.config.first_norm else ()
+    for n, layer in enumerate(body.layers):
+        block: Any = layer
+        yield from _two(f"{n:03d}.a.norm", block.input_layernorm)
+        yield from _two(f"{n:03d}.m.norm", block.post_attention_layernorm)
+        attention, mlp = block.self_attn, block.mlp
+        if hasattr(attention, "o_proj"):
+            yield from _matrix(layers, f"{n:03d}.a.qkv", attention.q_proj, attention.k_proj, attention.v_proj)
+            yield from _matrix(layers, f"{n:03d}.a.out", attention.o_proj)
+        if hasattr(mlp, "up_proj"):
+            yield from _matrix(layers, f"{n:03d}.m.up", mlp.up_proj)
+            yield from _matrix(layers, f"{n:03d}.m.down", mlp.down_proj)
+    yield from _two("norm", body.norm)
+    if model.head is not None:
+        yield from _matrix(rest, "head", model.head)
+
+
+def _fixed(c: VisionConfig) -> dict[str, np.ndarray]:
+    side, p = c.size // c.patch, c.patch
+    fixed = {"patches.cut": [0, 3, side, p, side, p], "patches.rows": [0, side * side, 3 * p * p], "ones": [1, 1]}
+    fixed |= {"patches.first": [c.prefix], "patches.last": [c.tokens], "axis": [1]}
+    numbers: dict[str, Any] = fixed | {"zero": 0, "one": 1}
+    return {k: np.array(v, np.float32 if k == "one" else np.int64) for k, v in numbers.items()}
+
+
+def _two(name: str, module: Any) -> Iterator[tuple[str, np.ndarray]]:
+    yield from ((f"{name}.{end}", getattr(module, end).detach().float().numpy()) for end in ("weight", "bias"))
+
+
+def _matrix(kind: str, name: str, *linears: nn.Linear) -> Iterator[tuple[str, np.ndarray]]:
+    """One matrix of these, one below the other."""
+    weight, bias = torch.cat([p.weight for p in linears]), torch.cat([p.bias for p in linears])
+    yield from ((f"{name}.{end}", array) for end, array in KINDS[kind].pack(weight).items())
+    yield f"{name}.bias", bias.detach().float().numpy()
+
+
+def _folded(model: Vision) -> Float[Tensor, "w i"]:
+    """The patches' matrix as it reads pixels from 0 to 255."""
+    scale: Any = model.scale
+    return (model.model.patches.weight.detach().float() * scale.float()).flatten(1)
+
+
+def _read_patches(model: Vision, kind: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Patches, position and prefix; the bias is of the rounded weights, so that a grey picture stays grey."""
+    folded, shift = _folded(model), -255 * torch.tensor(model.config.mean, dtype=torch.float64)
+    held = KINDS[kind].hold(folded).double().unflatten(1, (3, -1)).sum(2)
+    yield from ((f"patches.{end}", array) for end, array in KINDS[kind].pack(folded).items())
+    yield "patches.bias", (held @ shift).float().numpy()
+    table = torch.float32 if kind == "fp32" else torch.float16
+    yield "position", model.model.position.detach().to(table).numpy()
+    yield "prefix", model.model.prefix.detach().to(table).numpy()[None]
+
+
+def build(model: Vision, weights: str) -> Any:
+    """The onnx.ModelProto of the network: pixels (n, 3, s, s) from 0 to 255 -> features (n, 2w), and logits (n, classes) where it has a head.
+
+    Raises:
+        MissingExtra: onnx is not installed. InputError: `weights` are no row of WEIGHTS.
+    """
+    c, a, x = model.config, anatomy(model), ""
+    arrays, file = dict(_arrays(model, weights)), _frame(c, a.vocab)
+    for part, kind, name, size in _plan(a, weights):
+        nodes, tensors = PARTS[part](c, kind, name, x, size)
+        x = f"{name}.x"
+        file.graph.node.extend(nodes)
+        for key, (dtype, shape) in tensors.items():
+            raw = np.ascontiguousarray(arrays[key]).astype(arrays[key].dtype.newbyteorder("<"), copy=False).tobytes()
+            file.graph.initializer.add(dims=shape, data_type=dtype, name=key, raw_data=raw)
+    return file
+
+
+def write(path: Path, model: Vision, weights: str) -> None:
+    """Write the file, beside its place first: what is there is whole."""
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_bytes(build(model, weights).SerializeToString(deterministic=True))
+    beside.replace(path)
+
+
+def dequantized(model: Vision, weights: str) -> Vision:
+    """A copy whose weights, in fp32, are those that the file stands for."""
+    layers, rest = _row(weights)
+    new = copy.deepcopy(model).float()
+    for _, _, module in linears_of(new):
+        module.weight.data = KINDS[layers].hold(module.weight)
+    if new.head is not None:
+        new.head.weight.data = KINDS[rest].hold(new.head.weight)
+    if rest != "fp32":
+        scale: Any = new.scale
+        new.model.patches.weight.data = KINDS[rest].hold(_folded(new)).reshape(new.model.patches.weight.shape) / scale
+        for table in (new.model.position, new.model.prefix):
+            table.data = table.data.half().float()
+    return new
+
+
+def _field(size: int) -> int:
+    """Bytes of a field of `size` bytes inside a message: a tag and a length of 7 bits a byte in front of it."""
+    return 1 + max(1, -(-size.bit_length() // 7)) + size
+
+
+@cache
+def _part_bytes(c: VisionConfig, part: str, kind: str, name: str, size: int) -> int:
+    onnx, (nodes, tensors) = _onnx(), PARTS[part](c, kind, name, "000.e.x", size)
+    total = sum(_field(n.ByteSize()) for n in nodes)
+    for key, (dtype, shape) in tensors.items():
+        data = onnx.helper.tensor_dtype_to_np_dtype(dtype).itemsize * math.prod(shape)
+        total += _field(onnx.TensorProto(dims=shape, data_type=dtype, name=key).ByteSize() + _field(data))
+    return total
+
+
+@cache
+def _frame_bytes(c: VisionConfig, classes: int) -> tuple[int, int]:
+    """Of the graph, and of what is around it."""
+    file = _frame(c, classes)
+    return file.graph.ByteSize(), file.ByteSize() - _field(file.graph.ByteSize())
+
+
+def file_bytes(config: VisionConfig, a: Anatomy, weights: str) -> int:
+    """Exact bytes of the file that `write` makes of a network of these sizes."""
+    graph, file = _frame_bytes(config, a.vocab)
+    for part, kind, name, size in _plan(a, weights):
+        graph += _part_bytes(config, part, kind, f"000{name[3:]}" if name[0].isdigit() else name, size)
+    return file + _field(graph)

@@ -1,0 +1,99 @@
+"""ONNX Runtime in a process of its own: a job as JSON on stdin, its result as JSON on stdout.
+
+A process of its own keeps a crash of the runtime and its memory apart from ours, and makes its peak memory measurable. Pictures come and results go as numpy files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_worker import peak_memory  # by path, as this file is started: the package would load torch
+
+WARM_UP = 3  # runs before the clock counts
+
+
+def load(file: str, threads: int) -> Any:
+    """A session on the CPU; its waiting threads sleep, so that sessions beside each other do not take each other's time."""
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise SystemExit("ONNX Runtime is not installed: pip install onnxruntime==1.32.0") from error
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        said = " ".join(str(error).replace(file, Path(file).name).split())
+        raise SystemExit(f"it cannot be loaded: {said[:200]}") from error
+
+
+def classify(session: Any, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """Every output of the network by name."""
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"pixels": pixels}), strict=True))
+
+
+def job_outputs(job: dict[str, Any]) -> dict[str, Any]:
+    """All outputs of all pictures, `batch` at a time, into the file `out`."""
+    session, pixels = load(job["file"], job["threads"]), np.load(job["pixels"])
+    parts = [classify(session, pixels[i : i + job["batch"]]) for i in range(0, len(pixels), job["batch"])]
+    np.savez(job["out"], **{name: np.concatenate([p[name] for p in parts]) for name in parts[0]})  # type: ignore[arg-type]
+    return {"pictures": len(pixels)}
+
+
+def job_speed(job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds a picture at batch 1 of several files: each picture goes through all of them before the next one, now in one order, now in the other."""
+    pixels = np.load(job["pixels"])
+    sessions = {name: load(file, job["threads"]) for name, file in job["files"].items()}
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for n in range(WARM_UP + job["rounds"]):
+        picture = pixels[n % len(pixels)][None]
+        for name in list(sessions)[:: 1 if n % 2 else -1]:
+            started = time.perf_counter()
+            classify(sessions[name], picture)
+            times[name].append(time.perf_counter() - started)
+    quartiles = {name: np.percentile(t[WARM_UP:], [25, 50, 75]).tolist() for name, t in times.items()}
+    first = quartiles[next(iter(quartiles))][1]
+    return {
+        "files": {
+            n: {"seconds": q[1], "low": q[0], "high": q[2], "speedup": first / q[1]} for n, q in quartiles.items()
+        }
+    }
+
+
+def job_memory(job: dict[str, Any]) -> dict[str, Any]:
+    """Peak memory of loading the file and classifying the pictures one by one, and the memory before that."""
+    import onnxruntime  # noqa: F401  its code is not the file's
+
+    pixels = np.load(job["pixels"])
+    before = peak_memory()
+    session = load(job["file"], job["threads"])
+    for n in range(len(pixels)):
+        classify(session, pixels[n : n + 1])
+    return {"before_bytes": before}
+
+
+JOBS = {"outputs": job_outputs, "speed": job_speed, "memory": job_memory}
+
+
+def main() -> None:
+    """Read one job, print one result."""
+    job = json.load(sys.stdin)
+    out = os.dup(1)
+    os.dup2(2, 1)  # whatever the runtime prints must not mix with the result
+    result = JOBS[job["do"]](job)
+    result["peak_rss_bytes"] = peak_memory()
+    with os.fdopen(out, "w") as f:
+        json.dump(result, f)
+    os._exit(0)  # skip the runtime's own tear-down
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The whole job on pictures: decision, action, export to ONNX, measurement in ONNX Runtime, report."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sartor import picture_storage, storage
+from sartor.errors import BudgetError, InputError, OutputError
+from sartor.export import onnx_file
+from sartor.export.llama_worker import peak_memory
+from sartor.job import Job
+from sartor.model.network import anatomy
+from sartor.picture_evaluate import Originals, measure_pictures, picture_controls
+from sartor.picture_job import WEIGHTS, PreparedPictures
+from sartor.pictures import Fitted, fit_pictures, plan_pictures
+from sartor.plan import Plan
+from sartor.probing import Tell
+from sartor.report.layers import layer_rows
+from sartor.report.pictures import page
+from sartor.sources import Source
+
+ARTIFACT = "model.onnx"
+
+
+def compress_pictures(job: Job, source: Source, folder: Path | None, tell: Tell, memory: dict[str, int]) -> Fitted:
+    """Fit a vision transformer to one user's photos and a budget; `api.compress` for a model that sees.
+
+    Args:
+        folder: where artifact and report are written; None keeps the result in memory. memory: the job's peaks by stage, as they come.
+    Raises:
+        InputError, BudgetError, OutputError, MissingExtra, ParityError: each with the way out.
+    """
+    started = time.monotonic()
+    p = PreparedPictures(job, source, tell)
+    point = None
+    if folder:
+        point = storage.Checkpoint(folder / "checkpoint", asdict(job) | {"pictures": p.fingerprint()})
+    seconds = {"open": time.monotonic() - started}
+    plan = _plan(p, job, point, seconds, tell)
+    kept, settled = (point.of, point.save_plan) if point else (None, lambda plan: None)
+    made = fit_pictures(p.dense, plan, p.pictures, p.bytes_of, job.effort, None, tell, kept, settled)
+    seconds |= made.seconds
+    if folder:
+        _finish(p, job, made, folder, seconds, memory, tell)
+        if point:
+            point.clear()
+    return made
+
+
+def _plan(
+    p: PreparedPictures, job: Job, point: storage.Checkpoint | None, seconds: dict[str, float], tell: Tell
+) -> Plan:
+    if point and (saved := point.plan()):
+        return saved
+    started = time.monotonic()
+    try:
+        plan = plan_pictures(
+            p.dense, p.pictures, p.budget_bytes, p.bytes_of, p.source.sha256, job.effort, job.seed, tell
+        )
+    except (BudgetError, InputError):
+        if point:  # nothing to resume: leave no folder that the next try would trip over
+            point.clear()
+        raise
+    seconds["plan"] = time.monotonic() - started
+    if point:
+        point.save_plan(plan)
+    return plan
+
+
+def _finish(
+    p: PreparedPictures,
+    job: Job,
+    made: Fitted,
+    folder: Path,
+    seconds: dict[str, float],
+    memory: dict[str, int],
+    tell: Tell,
+) -> None:
+    """Write the artifact, measure it in its runtime against the original and the controls, and write the report."""
+    started = time.monotonic()
+    tell("export", 0.0, "ONNX")
+    artifact = folder / ARTIFACT
+    onnx_file.write(artifact, made.model, WEIGHTS)
+    held = onnx_file.dequantized(made.model, WEIGHTS)
+    picture_storage.save(held, made.plan, p.album.classes if p.labelled else (), p.source.provenance(), folder)
+    if (size := artifact.stat().st_size) > p.budget_bytes:
+        raise OutputError(f"the file has {size} bytes, more than the budget of {p.budget_bytes}: please report this")
+    seconds["export"] = time.monotonic() - started
+    with tempfile.TemporaryDirectory() as tmp:
+        originals = Originals.written(p, Path(tmp))
+        report = measure_pictures(p, originals, artifact, held, tell)
+        seconds["measure"] = time.monotonic() - started - seconds["export"]
+        report |= _told(p, job, made, memory)
+        _write(report, seconds, folder)
+        if job.controls != "none":
+            started = time.monotonic()
+            report["controls"] = picture_controls(p, job, made, originals, artifact, tell)
+            seconds["controls"] = time.monotonic() - started
+            _write(report, seconds, folder)
+
+
+def _told(p: PreparedPictures, job: Job, made: Fitted, memory: dict[str, int]) -> dict[str, Any]:
+    """The part of the report that says what was done."""
+    shape, plan = anatomy(made.model), made.plan
+    return {
+        "controls": [],
+        "model": p.source.provenance(),
+        "notes": [n for n in (p.source.note, *p.album.warnings) if n],
+        "parameters": {"before": p.parameters, "after": sum(x.numel() for x in made.model.parameters())},
+        "layers": layer_rows(plan, shape),
+        "probing": plan.probing,
+        "plan": {"method": plan.method, "price": plan.price, "predicted_damage": plan.predicted_damage},
+        "adaptation": _course(made.adapted),
+        "recovery": _course(made.trained),
+        "pruning": made.pruning,
+        "seed": job.seed,
+        "effort": job.effort,
+        "job_peak_rss_bytes": peak_memory(),
+        "peak_rss_bytes_by_stage": memory,
+    }
+
+
+def _course(c: Any) -> dict[str, Any]:
+    if c is None:
+        return {}
+    return {"curve": [list(x) for x in c.curve], "pictures": c.pictures, "pictures_per_s": c.pictures / c.seconds}
+
+
+def _write(report: dict[str, Any], seconds: dict[str, float], folder: Path) -> None:
+    report["seconds"] = {k: round(v, 1) for k, v in seconds.items()}
+    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    (folder / "report.html").write_text(page(report))
+
+
+def export_pictures(folder: Path, out: Path) -> Path:
+    """Write a saved artifact again (its exact weights)."""
+    model, _, _ = picture_storage.load(folder)
+    onnx_file.write(out / ARTIFACT, model, WEIGHTS)
+    return out / ARTIFACT
+
+
+def is_picture_artifact(folder: Path) -> bool:
+    """Whether `folder` holds what this module wrote."""
+    return (folder / ARTIFACT).exists()
+
+
+def classify(folder: Path, photo: Path) -> tuple[list[tuple[str, float]], torch.Tensor, torch.Tensor]:
+    """([(class, probability), ...] the likeliest first, by the artifact in its runtime; the picture; the relevance of its patches).
+
+    Raises:
+        InputError: not an artifact, made without labels, or a photo that cannot be opened.
+    """
+    from sartor.data.photos import open_photo
+    from sartor.export import onnxrt
+    from sartor.stages.attribute import patches_that_decided
+
+    model, _, classes = picture_storage.load(folder)
+    if not classes:
+        raise InputError(f"'{folder.name}' was fitted without labels and names no classes: it gives features only")
+    pixels = open_photo(photo, model.config.size)[None]
+    logits = torch.tensor(onnxrt.outputs(folder / ARTIFACT, pixels.numpy())["logits"][0])
+    p, order = torch.softmax(logits.float(), -1).sort(descending=True)
+    relevance = patches_that_decided(model, pixels, int(order[0]))
+    return [(classes[int(c)], float(x)) for c, x in zip(order, p, strict=True)], pixels[0], relevance

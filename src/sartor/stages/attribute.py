@@ -1,0 +1,82 @@
+"""Which patches of a picture decided for an answer: attention rollout, weighted by the answer's gradient (Chefer, Gur and Wolf 2021, arXiv:2103.15679)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from sartor.errors import InputError
+from sartor.model.network import has_attention, layers_of, tracked
+from sartor.model.vision import Vision
+
+
+def patches_that_decided(model: Vision, pixels: UInt8[Tensor, "1 3 s s"], label: int) -> Float[Tensor, "g g"]:
+    """Relevance of every patch for the answer `label`, from 0 (the least of this picture's) to 1 (the most); 0 everywhere where no patch stands out.
+
+    With A the attention maps of a layer and y the answer: R starts as the identity and takes R + mean over heads of relu(A * dy/dA) R at every layer (equations 5 and 6).
+
+    Where we depart from the paper: y is the answer's logit above the mean logit, since softmax is blind to what all have in common; and the features that the head reads are
+    not the class token alone. They are the class token beside the mean patch, so pooling is one attention more, with weight 1 and 1 / patches, and its relu(A * dy/dA) reads R.
+
+    Raises:
+        InputError: the model has no head.
+    """
+    if model.head is None:
+        raise InputError(
+            "the model has no head, an answer of a head is needed: give a model fitted to pictures with labels"
+        )
+    with torch.enable_grad(), _watched(model) as maps:
+        hidden = tracked(model, pixels)
+        logits = model.head(model.pool(hidden))[0]
+        slopes = torch.autograd.grad(logits[label] - logits.mean(), [hidden, *maps])
+    relevance = torch.eye(hidden.shape[1], dtype=hidden.dtype)
+    for attention, slope in zip(maps, slopes[1:], strict=True):
+        relevance = relevance + (attention.detach() * slope).relu()[0].mean(0) @ relevance
+    found = (_pooled(hidden.detach(), slopes[0]) @ relevance)[model.config.prefix :]
+    side = model.config.size // model.config.patch
+    return _stretched(found.float()).reshape(side, side)
+
+
+def _pooled(hidden: Float[Tensor, "1 t w"], slope: Float[Tensor, "1 t w"]) -> Float[Tensor, " t"]:
+    """What the answer gained from every token that was pooled: a patch's slope has its share of the mean in it already, a register's is zero."""
+    return (hidden * slope)[0].sum(-1).relu()
+
+
+def _stretched(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    spread = x.max() - x.min()
+    return (x - x.min()) / spread if spread > 0 else torch.zeros_like(x)
+
+
+@contextmanager
+def _watched(model: Vision) -> Iterator[list[Float[Tensor, "1 h t t"]]]:
+    """The model with its attention maps in a list, layer by layer, for those that have any; they are in the graph. Undone on the way out."""
+    maps: list[Tensor] = []
+    handles = [
+        layer.self_attn.register_forward_hook(_spelt_out(maps), with_kwargs=True)
+        for n, layer in enumerate(layers_of(model))
+        if has_attention(model, n)
+    ]
+    try:
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _spelt_out(maps: list[Tensor]) -> Any:
+    """A hook that answers in the attention's place: the fused kernel does not tell its maps."""
+
+    def hook(attention: Any, _: tuple[Tensor, ...], given: dict[str, Tensor], __: Any) -> tuple[Tensor, None]:
+        q, k, v = (
+            p(given["hidden_states"]).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        maps.append(nn.functional.softmax(q @ k.mT / attention.head_dim**0.5, -1))
+        return attention.o_proj((maps[-1] @ v).transpose(1, 2).flatten(2)), None
+
+    return hook
