@@ -14,7 +14,8 @@ from sartor.errors import BudgetError
 from sartor.model.network import anatomy, clone, embed, linear, masked, shrink_attention_, shrink_mlp_, through
 from sartor.model.tail import Tail
 from sartor.model.vision import Vision, VisionConfig
-from sartor.stages.allot import allot
+from sartor.plan import from_mask
+from sartor.stages.allot import Costs, allot
 from sartor.stages.fit import evidence_of, fit
 from sartor.stages.head import choose_head, clustered, fit_head, read_out, with_head
 from sartor.stages.masters import put_
@@ -169,13 +170,27 @@ def test_the_allotment_fits_the_budget_and_takes_what_is_worth_least(headed: Any
     bytes_of = lambda b: 1000 + sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
     effects = flat(a)
     effects.channel[1][:128] = 1e-6
-    found = allot(a, effects, bytes_of(a) - 128 * 128, bytes_of)
+    found = allot(a, effects, Costs(bytes_of, bytes_of(a) - 128 * 128))
     assert found.size <= bytes_of(a) - 128 * 128
     assert found.channels[1].startswith("256:" + "0" * 32)
     assert all(found.channels[n] == found.channels[0] for n in range(a.layers) if n != 1)
     with pytest.raises(BudgetError) as told:
-        allot(a, effects, 1000, bytes_of)
-    assert allot(a, effects, int(told.value.nearest or 0), bytes_of).size <= int(told.value.nearest or 0)
+        allot(a, effects, Costs(bytes_of, 1000))
+    assert allot(a, effects, Costs(bytes_of, int(told.value.nearest or 0))).size <= int(told.value.nearest or 0)
+
+
+def test_time_is_kept_too_and_costs_no_more_than_it_must(headed: Any) -> None:
+    a = anatomy(headed)
+    bytes_of = lambda b: sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
+    budget, seconds = int(0.7 * bytes_of(a)), Costs(bytes_of, 0, 1e-4, 1e-2).seconds(a)
+    free = allot(a, flat(a), Costs(bytes_of, budget, 1e-4, 1e-2))
+    bound = allot(a, flat(a), Costs(bytes_of, budget, 1e-4, 1e-2, 0.5 * seconds))
+    heads = [sum(len(from_mask(m)) for m in found.groups) for found in (free, bound)]
+    assert heads[1] <= a.layers * 2 < heads[0]
+    assert bound.size <= budget
+    assert free.damage <= bound.damage
+    with pytest.raises(BudgetError):
+        allot(a, flat(a), Costs(bytes_of, budget, 1e-4, 1e-2, 0.05 * seconds))
 
 
 def test_the_fit_brings_a_cut_vision_network_nearer_biases_too(headed: Any) -> None:
@@ -212,15 +227,16 @@ def test_a_vision_job_fits_its_budget_and_a_settled_plan_is_replayed(
     monkeypatch.setitem(pictures.PICTURE_EFFORTS, "quick", TINY)
     bytes_of = lambda b: 5000 + sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
     budget = int(0.6 * bytes_of(anatomy(headed)))
-    plan = pictures.plan_pictures(headed, given, budget, bytes_of, "0" * 64, "quick")
+    costs = Costs(bytes_of, budget)
+    plan = pictures.plan_pictures(headed, given, costs, "0" * 64, "quick")
     state = {n: p.clone() for n, p in headed.named_parameters()}
-    made = pictures.fit_pictures(headed, plan, given, bytes_of, "quick")
+    made = pictures.fit_pictures(headed, plan, given, costs, "quick")
     assert all(torch.equal(state[n], p) for n, p in headed.named_parameters())
     assert bytes_of(anatomy(made.model)) == made.plan.predicted_bytes <= budget
     assert made.plan.settled
     assert recognize(made.model, *drawn(90, 9)).accuracy > 0.5
     none = TuneConfig(0.0), TuneConfig(0.0)
-    again = pictures.fit_pictures(headed, made.plan, given, bytes_of, "quick", none)
+    again = pictures.fit_pictures(headed, made.plan, given, costs, "quick", none)
     assert again.plan == made.plan
     assert anatomy(again.model) == anatomy(made.model)
     assert replace(plan, settled=True) != made.plan

@@ -33,7 +33,7 @@ from sartor.plan import Budget, Plan
 from sartor.probing import Recall, Tell, explain, sense, worth_of
 from sartor.report.html import page
 from sartor.report.layers import layer_rows
-from sartor.sources import cache_dir, resolve
+from sartor.sources import Source, cache_dir, resolve
 from sartor.stages.decide import verdict
 from sartor.stages.distil import Trained
 from sartor.stages.masters import Latents
@@ -68,6 +68,7 @@ def compress(
     method: str = "sartor",
     steps: int = 1,
     labels: str | Path | None = None,
+    faster: float | None = None,
 ) -> Compressed | Fitted:
     """Fit a model to one user's data and a budget.
 
@@ -77,7 +78,7 @@ def compress(
         effort: quick, standard or thorough. controls: none, fast (without recovery) or full (with it).
         resume: go on with an interrupted job in `out`. tell: called with (stage, share done, note).
         method: how cuts are chosen; sartor, or paper: the two-rate rule of arXiv:2408.08684 in our reading, as a baseline. steps: that the cuts are made in, each healed and measured.
-        labels: a CSV of photos and their classes, where these do not lie in one folder a class.
+        labels: a CSV of photos and their classes, where these do not lie in one folder a class. faster: for pictures, than the original in fp32, at least so many times.
         to: gguf for language models, onnx for those that see; None: what goes with the model.
     Raises:
         InputError, BudgetError, OutputError, MissingExtra, ParityError: each with the way out.
@@ -96,17 +97,20 @@ def compress(
         method=method,
         steps=steps,
         labels=str(labels) if labels else None,
+        faster=faster,
     )
     job.check()
     folder = storage.claim_folder(Path(out), resume) if out is not None else None
     torch.set_num_threads(os.cpu_count() or 1)
-    started = time.monotonic()
     tell, memory = _watching(tell)
     source = resolve(job.model)
     kind = "pictures" if is_vision(source.folder) else "texts"
     job.check_kind(kind)
-    if kind == "pictures":
-        return compress_pictures(job, source, folder, tell, memory)
+    return (compress_pictures if kind == "pictures" else _compress_texts)(job, source, folder, tell, memory)
+
+
+def _compress_texts(job: Job, source: Source, folder: Path | None, tell: Tell, memory: dict[str, int]) -> Compressed:
+    started = time.monotonic()
     prepared = Prepared(job, tell, source)
     point = (
         storage.Checkpoint(folder / "checkpoint", asdict(job) | {"texts": prepared.fingerprint()}) if folder else None

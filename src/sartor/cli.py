@@ -84,6 +84,12 @@ def _add_compress(c: argparse.ArgumentParser) -> None:
         "--size", required=True, help="the file may have at most this: 25%% (of the original's fp16 bytes), 67MB, 64MiB"
     )
     c.add_argument(
+        "--faster",
+        type=float,
+        metavar="X",
+        help="for models that see: at least X times as fast as the original (fp32, two threads of this machine)",
+    )
+    c.add_argument(
         "--out",
         required=True,
         type=Path,
@@ -189,6 +195,7 @@ def do_compress(a: argparse.Namespace) -> None:
             a.method,
             a.steps,
             a.labels,
+            a.faster,
         )
     except KeyboardInterrupt:
         progress.end()
@@ -214,8 +221,8 @@ def do_compress(a: argparse.Namespace) -> None:
             str(a.out),
             "--resume",
         ]
-        for name in ("to", "generic", "labels"):
-            command += [f"--{name}", getattr(a, name)] if getattr(a, name) else []
+        for name in ("to", "generic", "labels", "faster"):
+            command += [f"--{name}", str(getattr(a, name))] if getattr(a, name) else []
         print(f"interrupted; the checkpoint is kept. Go on with:\n  {shlex.join(command)}", file=sys.stderr)
         raise SystemExit(130) from None
     finally:

@@ -111,7 +111,7 @@ class PictureEffort:
 
 
 PICTURE_EFFORTS: dict[str, PictureEffort] = {
-    "quick": PictureEffort(48, 0.9, 8, 32, 48, TuneConfig(60.0, checks=2), TuneConfig(60.0, 1e-4, checks=2)),
-    "standard": PictureEffort(192, 0.92, 16, 64, 192, TuneConfig(240.0), TuneConfig(360.0, 1e-4)),
-    "thorough": PictureEffort(512, 0.97, 48, 128, 512, TuneConfig(900.0), TuneConfig(2400.0, 1e-4)),
+    "quick": PictureEffort(48, 0.9, 8, 32, 48, TuneConfig(60.0, 1e-3, checks=2), TuneConfig(60.0, 2e-3, checks=2)),
+    "standard": PictureEffort(192, 0.92, 16, 64, 192, TuneConfig(240.0, 1e-3), TuneConfig(360.0, 2e-3)),
+    "thorough": PictureEffort(512, 0.97, 48, 128, 512, TuneConfig(900.0, 7e-4), TuneConfig(2400.0, 1.5e-3)),
 }

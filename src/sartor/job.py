@@ -38,6 +38,7 @@ class Job:
     method: str = "sartor"
     steps: int = 1
     labels: str | None = None
+    faster: float | None = None
 
     def check(self) -> None:
         """Raises InputError or BudgetError for what no job can be."""
@@ -49,6 +50,10 @@ class Job:
             raise InputError(f"the number of steps is {self.steps}: it must be 1 or more")
         if self.steps > 1 and self.method != "sartor":
             raise InputError(f"--steps goes with --method sartor: with {self.method} leave it at 1")
+        if self.faster is not None and self.faster <= 1:
+            raise InputError(
+                f"--faster is {self.faster}: it must be above 1, as 3.5 for three and a half times as fast as the original"
+            )
         parse_budget(self.size, self.effort)
 
     def check_kind(self, kind: str) -> None:
@@ -60,8 +65,8 @@ class Job:
             )
         if kind == "pictures" and (self.method != "sartor" or self.steps != 1):
             raise InputError("--method and --steps are for language models: leave them out for pictures")
-        if kind == "texts" and self.labels is not None:
-            raise InputError("--labels is for photos, and this model reads texts: leave it out")
+        if kind == "texts" and (self.labels is not None or self.faster is not None):
+            raise InputError("--labels and --faster are for models that see, and this one reads texts: leave them out")
 
 
 class Prepared:

@@ -45,7 +45,7 @@ def compress_pictures(job: Job, source: Source, folder: Path | None, tell: Tell,
     seconds = {"open": time.monotonic() - started}
     plan = _plan(p, job, point, seconds, tell)
     kept, settled = (point.of, point.save_plan) if point else (None, lambda plan: None)
-    made = fit_pictures(p.dense, plan, p.pictures, p.bytes_of, job.effort, None, tell, kept, settled)
+    made = fit_pictures(p.dense, plan, p.pictures, p.costs, job.effort, None, tell, kept, settled)
     seconds |= made.seconds
     if folder:
         _finish(p, job, made, folder, seconds, memory, tell)
@@ -61,9 +61,7 @@ def _plan(
         return saved
     started = time.monotonic()
     try:
-        plan = plan_pictures(
-            p.dense, p.pictures, p.budget_bytes, p.bytes_of, p.source.sha256, job.effort, job.seed, tell
-        )
+        plan = plan_pictures(p.dense, p.pictures, p.costs, p.source.sha256, job.effort, job.seed, tell)
     except (BudgetError, InputError):
         if point:  # nothing to resume: leave no folder that the next try would trip over
             point.clear()
@@ -97,6 +95,7 @@ def _finish(
         originals = Originals.written(p, Path(tmp))
         report = measure_pictures(p, originals, artifact, held, tell)
         seconds["measure"] = time.monotonic() - started - seconds["export"]
+        report["data"]["mirrored"] = made.mirror
         report |= _told(p, job, made, memory)
         _write(report, seconds, folder)
         if job.controls != "none":

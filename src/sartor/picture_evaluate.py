@@ -18,7 +18,7 @@ from sartor.errors import ParityError
 from sartor.export import onnx_file, onnxrt
 from sartor.job import Job
 from sartor.numerics.metrics import mean_interval, wilson
-from sartor.picture_job import WEIGHTS, PreparedPictures
+from sartor.picture_job import THREADS, TIMED, WEIGHTS, PreparedPictures
 from sartor.pictures import Fitted, Pictures, fit_pictures
 from sartor.probing import Tell
 from sartor.stages.head import choose_head, with_head
@@ -26,8 +26,6 @@ from sartor.stages.tune import TuneConfig
 
 PARITY_PICTURES = 64
 PARITY = 0.98  # least cosine of features: activations are rounded to eight bits in the runtime, not in PyTorch
-TIMED = 8  # pictures
-THREADS = 2
 NONE = TuneConfig(0.0), TuneConfig(0.0)
 
 
@@ -222,7 +220,7 @@ def picture_controls(
                 tell("controls", 0.1 + 0.4 * n, f"same bytes, {name} calibration")
                 plan = replace(made.plan, settled=False)
                 recover = PICTURE_EFFORTS[job.effort].recover if job.controls == "full" else NONE[1]
-                arm = fit_pictures(made.teacher.float(), plan, pictures, p.bytes_of, job.effort, (NONE[0], recover))
+                arm = fit_pictures(made.teacher.float(), plan, pictures, p.costs, job.effort, (NONE[0], recover))
                 onnx_file.write(file, arm.model, WEIGHTS)
                 compared = row(f"same bytes, {name} calibration", compared, time.monotonic() - started, note)
     return rows

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,21 @@ from torch import Tensor
 
 from sartor.data.album import Album, split
 from sartor.data.photos import read_photos
-from sartor.errors import DataError, InputError
-from sartor.export import onnx_file
+from sartor.errors import BudgetError, DataError, InputError
+from sartor.export import onnx_file, onnxrt
 from sartor.job import Job
 from sartor.model.checkpoints import load_vision
-from sartor.model.network import Anatomy, layers_of
+from sartor.model.network import BLOCK, Anatomy, anatomy, clone, layers_of, shrink_attention_, shrink_mlp_
 from sartor.pictures import Pictures
 from sartor.plan import parse_budget
 from sartor.probing import Tell
 from sartor.sources import Source
+from sartor.stages.allot import Costs, smallest
 from sartor.stages.head import Head, choose_head, clustered, with_head
 
 WEIGHTS = "int8"
+TIMED, THREADS = 8, 2  # pictures, and threads, that time is measured with
+MARGIN = 0.04  # of the time asked for: what is measured again in the end is a little different
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ class PreparedPictures:
         self.parameters = sum(p.numel() for p in self.whole.parameters())
         self.original_fp16 = 2 * self.parameters
         self.budget_bytes = self.budget.bytes_of(self.original_fp16)
+        self.costs = Costs(self.bytes_of, self.budget_bytes)
+        if job.faster:
+            tell("open", 0.9, "how long heads and channels take in the runtime")
+            self.costs = timed(self, job.faster)
 
     def _classes(self, seed: int) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
         """Labels of training, validation and test pictures, and how many classes: the user's, or clusters."""
@@ -108,3 +116,43 @@ def generic_pictures(path: Path | None, size: int, seed: int) -> Generic:
     except DataError as error:
         raise InputError(f"--generic: {error}") from error
     return Generic(torch.cat([album.train.pixels, album.validation.pixels]), album.test.pixels)
+
+
+def timed(p: PreparedPictures, faster: float) -> Costs:
+    """What heads and blocks of channels cost in the runtime, measured on files of this model: whole, with few channels, with few heads, and the original in fp32.
+
+    What they may take is the original's time by `faster`, less what the file takes beside them, and a MARGIN.
+
+    Raises:
+        BudgetError: the rest of the file alone takes longer.
+    """
+    a = anatomy(p.dense)
+    few = smallest(a)
+    sizes = {"whole": a, "channels": replace(a, ffn=few.ffn), "heads": replace(a, groups=few.groups)}
+    with tempfile.TemporaryDirectory() as tmp:
+        files = {name: Path(tmp) / f"{name}.onnx" for name in (*sizes, "original")}
+        for name, size in sizes.items():
+            onnx_file.write(files[name], resized(p.dense, size), WEIGHTS)
+        onnx_file.write(files["original"], p.whole, "fp32")
+        times = onnxrt.speeds(files, p.album.train.pixels[:TIMED].numpy(), THREADS)
+    second = {name: found["seconds"] for name, found in times.items()}
+    block = (second["whole"] - second["channels"]) / (sum(a.ffn) - sum(few.ffn)) * BLOCK
+    head = (second["whole"] - second["heads"]) / (sum(a.groups) - sum(few.groups))
+    costs = Costs(p.bytes_of, p.budget_bytes, max(block, 0.0), max(head, 0.0))
+    beside = second["whole"] - costs.seconds(a)
+    limit = (1 - MARGIN) * second["original"] / faster - beside
+    if limit < costs.seconds(few):
+        most = second["original"] / (beside + costs.seconds(few))
+        raise BudgetError(
+            f"{faster:g} times as fast as the original cannot be reached: at most about {most:.1f}; ask for less with --faster"
+        )
+    return replace(costs, limit=limit)
+
+
+def resized(model: Any, a: Anatomy) -> Any:
+    """A copy with the first heads and channels of each layer: for its time, not its words."""
+    small = clone(model)
+    for n in range(a.layers):
+        shrink_attention_(small, n, range(a.groups[n]))
+        shrink_mlp_(small, n, torch.arange(a.ffn[n]))
+    return small

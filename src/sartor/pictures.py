@@ -16,7 +16,7 @@ from sartor.effort import PICTURE_EFFORTS, PictureEffort
 from sartor.model.network import anatomy, clone
 from sartor.plan import LayerPlan, Plan
 from sartor.probing import Tell, sounded
-from sartor.stages.allot import Allotment, Bytes, allot
+from sartor.stages.allot import Allotment, Costs, allot
 from sartor.stages.decide import diagnose
 from sartor.stages.fit import evidence_of, fit
 from sartor.stages.masters import InMemory, Kept, Latents, put_
@@ -49,7 +49,7 @@ class Fitted:
     """A smaller vision transformer and everything known about it.
 
     Attributes:
-        model: in fp32. plan: what was done. adapted, trained: courses of adaptation and recovery, or None. teacher: the whole network as it adapted.
+        model: in fp32. plan: what was done. adapted, trained: courses of adaptation and recovery, or None. teacher: the whole network as it adapted. mirror: it learnt from mirrored pictures too.
         seconds: by stage. pruning: what was cut, and validation before and after.
     """
 
@@ -58,6 +58,7 @@ class Fitted:
     teacher: Any
     adapted: Course | None
     trained: Course | None
+    mirror: bool
     seconds: dict[str, float] = field(default_factory=dict)
     pruning: dict[str, Any] = field(default_factory=dict)
 
@@ -65,8 +66,7 @@ class Fitted:
 def plan_pictures(
     model: Any,
     pictures: Pictures,
-    budget: int,
-    bytes_of: Bytes,
+    costs: Costs,
     sha256: str,
     effort: str,
     seed: int = 0,
@@ -75,7 +75,7 @@ def plan_pictures(
     """Probe, diagnose, allocate.
 
     Args:
-        model: with a head, fp32; never changed. budget: bytes of the file. bytes_of: exact size of a file of given sizes.
+        model: with a head, fp32; never changed. costs: what file and time may be.
     Raises:
         BudgetError: the budget is below what can be reached.
     """
@@ -85,8 +85,8 @@ def plan_pictures(
     user = recovered(user, halves, generic)
     told = lambda share, note: tell("probe", 0.8 + 0.2 * share, note)  # noqa: E731
     worth = check(dense, order_units(user), sample(pictures.validation, e.checked, seed), e.checks, seed, told)
-    allotment = allot(a, user, budget, bytes_of)
-    return _plan(model, user, generic, worth, allotment, budget, sha256, seed)
+    allotment = allot(a, user, costs)
+    return _plan(model, user, generic, worth, allotment, costs.budget, sha256, seed)
 
 
 def _felt(
@@ -133,7 +133,7 @@ def fit_pictures(
     model: Any,
     plan: Plan,
     pictures: Pictures,
-    bytes_of: Bytes,
+    costs: Costs,
     effort: str,
     training: tuple[TuneConfig, TuneConfig] | None = None,
     tell: Tell = lambda stage, share, note: None,
@@ -158,7 +158,7 @@ def fit_pictures(
     if not plan.settled:
         told = lambda share, note: tell("prune", share, f"the adapted network's {note}")  # noqa: E731
         user, _, generic = _felt(teacher, pictures, e, plan.seed, told)
-        plan = _settle(plan, allot(before, blended(user, generic, plan.rho), plan.budget_bytes, bytes_of))
+        plan = _settle(plan, allot(before, blended(user, generic, plan.rho), costs))
         settled(plan)
     cut_(small, plan)
     pruning = gone(before, anatomy(small)) | {
@@ -176,7 +176,7 @@ def fit_pictures(
     clock.lap("fit")
     trained = _train("recover", small, replace(lessons, teacher=teacher), pictures, recover, plan.seed, tell, kept)
     clock.lap("recover")
-    return Fitted(small, plan, teacher, adapted, trained, clock.seconds, pruning)
+    return Fitted(small, plan, teacher, adapted, trained, mirror, clock.seconds, pruning)
 
 
 def _settle(plan: Plan, found: Allotment) -> Plan:

@@ -23,6 +23,7 @@ STAGES = {
     "measure": "measuring",
     "controls": "control arms",
 }
+Bar = tuple[str, float, tuple[float, float] | None, str]  # as `svg.bars` wants it
 LEAST_WORTH = 0.5  # rank correlation of foretold and measured damage below which nothing is said of whose a layer is
 
 
@@ -212,7 +213,7 @@ def _warnings(r: dict[str, Any]) -> str:
 
 def _quality(r: dict[str, Any]) -> str:
     u, metric = r["user"], r["user"]["metric"]
-    bars = [
+    bars: list[Bar] = [
         ("original", u["dense"], tuple(u["dense_ci95"]), svg.SOFT),
         ("fitted", u["artifact"], tuple(u["ci95"]), svg.USER),
     ]
@@ -229,7 +230,7 @@ def _quality(r: dict[str, Any]) -> str:
     )
 
 
-def _control_bars(r: dict[str, Any]) -> list[tuple[str, float, tuple[float, float] | None, str]]:
+def _control_bars(r: dict[str, Any]) -> list[Bar]:
     return [(c["name"], c["accuracy"], tuple(c["ci95"]), svg.GENERIC) for c in r["controls"] if measured(c)]
 
 

@@ -1,7 +1,7 @@
-"""The decision for pictures: which channels and heads go, so that the file fits the budget, at one price for every byte.
+"""The decision for pictures: which channels and heads go, so that the file fits its bytes and runs in its time, at one price for all.
 
 Eight bits a weight are nearly free here and the fastest that phones run, so bytes are saved by structure alone: FFN blocks and heads of every layer compete, and a
-layer may lose all of either.
+layer may lose all of either. For its bytes a head takes twice the time of an FFN block: where time is asked for too, what both cost is weighed so that the damage is least.
 """
 
 from __future__ import annotations
@@ -19,7 +19,32 @@ from sartor.stages.decide import kept_groups
 from sartor.stages.probe import Effects, Units, order_units
 
 Bytes = Callable[[Anatomy], int]
+MIXES = tuple(i / 10 for i in range(11))  # weights of time against bytes that are tried
+UNIT = 1 << 40  # allocation counts in whole numbers: this many are all that must be saved
+STEPS = 24  # of the bisection for how much must be saved
 LEAST = 0.08  # of all channels, that no file goes below: with fewer the sum of effects foretells nothing
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What may be spent.
+
+    Attributes:
+        bytes_of: exact bytes of a file of given sizes. budget: bytes it may have. block_seconds, head_seconds: of a picture's time, that a block of channels and a head take, as
+        measured in the runtime; limit: seconds that all of them together may take.
+    """
+
+    bytes_of: Bytes
+    budget: int
+    block_seconds: float = 0.0
+    head_seconds: float = 0.0
+    limit: float = float("inf")
+
+    def seconds(self, a: Anatomy) -> float:
+        return self.head_seconds * sum(a.groups) + self.block_seconds * sum(a.ffn) / BLOCK
+
+    def met(self, a: Anatomy) -> bool:
+        return self.bytes_of(a) <= self.budget and self.seconds(a) <= self.limit
 
 
 @dataclass(frozen=True)
@@ -34,51 +59,63 @@ class Allotment:
     steps: Mapping[str, int]
 
 
-def smallest(a: Anatomy, bytes_of: Bytes) -> int:
-    """Bytes of the smallest file: every layer with the least channels and one head."""
-    return bytes_of(_least(a))
-
-
-def _least(a: Anatomy) -> Anatomy:
+def smallest(a: Anatomy) -> Anatomy:
+    """The smallest network: every layer with the least channels and one head."""
     blocks = tuple(BLOCK * max(1, round(LEAST * f / BLOCK)) if f else 0 for f in a.ffn)
     return replace(a, groups=tuple(min(1, g) for g in a.groups), ffn=blocks)
 
 
-def allot(a: Anatomy, effects: Effects, budget: int, bytes_of: Bytes) -> Allotment:
-    """What stays, of least foretold damage within `budget` bytes.
+def allot(a: Anatomy, effects: Effects, costs: Costs) -> Allotment:
+    """What stays, of least foretold damage within the costs.
 
     Raises:
-        BudgetError: even the smallest is larger.
+        BudgetError: even the smallest is larger, or slower.
     """
-    if budget < (least := smallest(a, bytes_of)):
+    least = smallest(a)
+    if costs.budget < (size := costs.bytes_of(least)):
         raise BudgetError(
-            f"a budget of {budget:,} bytes cannot be reached: the smallest model Sartor would make of this one has {least:,} bytes; ask for that or more",
-            least,
+            f"a budget of {costs.budget:,} bytes cannot be reached: the smallest model Sartor would make of this one has {size:,} bytes; ask for that or more",
+            size,
+        )
+    if costs.limit < costs.seconds(least):
+        raise BudgetError(
+            f"{1000 * costs.limit:.2f} ms a picture for all heads and channels cannot be reached: the smallest model Sartor would make takes {1000 * costs.seconds(least):.2f} ms; ask for less with --faster"
         )
     units = order_units(effects)
-    ladders = _ladders(a, units, bytes_of)
-    need = bytes_of(a) - budget
-    while True:  # headers make the file's size a little uneven: what is still missing is saved too
-        choice = allocate(ladders, need)
-        cut = _cut(a, choice)
-        if (over := bytes_of(cut) - budget) <= 0:
-            return _allotment(a, units, choice, bytes_of(cut))
-        need = max(need, choice.saved) + over
+    found = [_least_damage(a, units, costs, mix) for mix in (MIXES if costs.limit < float("inf") else MIXES[:1])]
+    choice = min(found, key=lambda c: c.damage)
+    return _allotment(a, units, choice, costs.bytes_of(_cut(a, choice)))
 
 
-def _ladders(a: Anatomy, units: Units, bytes_of: Bytes) -> list[Ladder]:
-    block, head = _costs(a, bytes_of)
+def _least_damage(a: Anatomy, units: Units, costs: Costs, mix: float) -> Choice:
+    """The least that must be saved so that all costs are met, where time has `mix` of the weight."""
+    ladders, low, high = _ladders(a, units, costs, mix), 0, UNIT
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        low, high = (low, middle) if costs.met(_cut(a, allocate(ladders, middle))) else (middle, high)
+    return allocate(ladders, high)
+
+
+def _ladders(a: Anatomy, units: Units, costs: Costs, mix: float) -> list[Ladder]:
+    """Ladders whose steps save shares of UNIT, which is all there is."""
+    block, head = _bytes_of_units(a, costs.bytes_of)
+    blocks, heads = sum(a.ffn) // BLOCK, sum(a.groups)
+    whole = (blocks * block + heads * head, max(costs.seconds(a), 1e-12))
+    shares = [
+        int(UNIT * ((1 - mix) * size / whole[0] + mix * time / whole[1]))
+        for size, time in ((block, costs.block_seconds), (head, costs.head_seconds))
+    ]
     found = []
     for n in range(a.layers):
-        for kind, cost in (("mlp", block), ("attention", head)):
+        for kind, share in zip(("mlp", "attention"), shares, strict=True):
             effects = units.of(n, kind)
             ordered = effects if kind == "mlp" else np.sort(effects)
             damage = (0.0, *np.cumsum(np.maximum(ordered, 0)).tolist())
-            found.append(Ladder(f"{kind}.{n}", tuple(cost * i for i in range(len(damage))), damage))
+            found.append(Ladder(f"{kind}.{n}", tuple(share * i for i in range(len(damage))), damage))
     return found
 
 
-def _costs(a: Anatomy, bytes_of: Bytes) -> tuple[int, int]:
+def _bytes_of_units(a: Anatomy, bytes_of: Bytes) -> tuple[int, int]:
     """Bytes of a block of channels and of a head, as the file has them."""
     n = int(np.argmax(a.ffn))
     fewer = lambda sizes, by: tuple(s - by * (i == n) for i, s in enumerate(sizes))  # noqa: E731

@@ -120,7 +120,9 @@ def with_head(model: Vision, head: Head) -> Vision:
 
 def clustered(model: Vision, pixels: UInt8[Tensor, "n 3 s s"], seed: int = 0) -> tuple[Int[Tensor, " n"], int]:
     """(the cluster of every picture, how many there are): k-means on the direction of features, for pictures without labels."""
-    features = nn.functional.normalize(read_out(clone(model, torch.bfloat16), pixels, len(layers_of(model)))[-1], dim=-1)
+    features = nn.functional.normalize(
+        read_out(clone(model, torch.bfloat16), pixels, len(layers_of(model)))[-1], dim=-1
+    )
     k = max(2, min(MOST_CLUSTERS, len(pixels) // PICTURES_A_CLUSTER))
     _, cluster = kmeans2(features.double().numpy(), k, minit="++", seed=seed)
     used, labels = torch.unique(torch.as_tensor(cluster, dtype=torch.long), return_inverse=True)

@@ -84,13 +84,19 @@ class InMemory:
 
 
 class Adam:
-    """AdamW, one a tensor, so that only one fp32 gradient exists at a time."""
+    """AdamW, one a tensor, so that only one fp32 gradient exists at a time.
 
-    def __init__(self, master: Tensor, rate: float) -> None:
-        self.master = master
-        self.optimizer = torch.optim.AdamW([master], lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    Args:
+        relative: rates are shares of the size of what they move, row by row of a matrix. With a layer scale folded in, rows differ a hundredfold, and a step that
+        suits the large ones wipes out the others.
+    """
+
+    def __init__(self, master: Tensor, rate: float, relative: bool = False) -> None:
+        self.master, self.size = master, _size_of(master) if relative else None
+        self.moved = master if self.size is None else torch.zeros_like(master)
+        self.optimizer = torch.optim.AdamW([self.moved], lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         # made now: at the first step it would settle in the gaps that activations had left, and the next step's would find none
-        self.optimizer.state[master] = {
+        self.optimizer.state[self.moved] = {
             "step": torch.zeros(()),
             "exp_avg": torch.zeros_like(master),
             "exp_avg_sq": torch.zeros_like(master),
@@ -98,9 +104,21 @@ class Adam:
 
     def step(self, gradient: Tensor, rate: float) -> None:
         self.optimizer.param_groups[0]["lr"] = rate
-        self.master.grad = gradient
+        self.moved.grad = gradient
         self.optimizer.step()
-        self.master.grad = None
+        self.moved.grad = None
+        if self.size is not None:
+            self.master.addcmul_(self.moved, self.size)
+            self.moved.zero_()
+
+
+LEAST = 1e-4  # what has no size yet moves as if it had this one
+
+
+def _size_of(w: Tensor) -> Tensor:
+    """Root mean square, of every row of a matrix or of a whole vector, in its shape."""
+    over = tuple(range(1, w.ndim)) if w.ndim > 1 else 0
+    return w.square().mean(over, keepdim=True).sqrt().clamp_min(LEAST)
 
 
 def update_(named: Mapping[str, Any], optimizers: Mapping[str, Adam], rate: float) -> None:

@@ -155,7 +155,8 @@ def decide(
         cut = replace(a, groups=tuple(len(g) for g, _ in kept), ffn=tuple(len(c) for _, c in kept))
         there = {n: g for n, g in grids.items() if exists(n, cut)}
         layers = tuple(
-            LayerPlan(to_mask(g, a.groups[n]), to_mask(c, a.ffn[n]), *diagnose(m.user, m.generic, m.worth, n)) for n, (g, c) in enumerate(kept)
+            LayerPlan(to_mask(g, a.groups[n]), to_mask(c, a.ffn[n]), *diagnose(m.user, m.generic, m.worth, n))
+            for n, (g, c) in enumerate(kept)
         )
         return bytes_of(cut, tokenizer, there), layers, there
 

@@ -30,10 +30,10 @@ SURE = 2.0  # standard deviations by which mirrored pictures must be named worse
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """How to train: wall-clock seconds, peak learning rate of AdamW, pictures a step, how often validation is looked at."""
+    """How to train: wall-clock seconds, peak learning rate of AdamW as a share of what it moves, pictures a step, how often validation is looked at."""
 
     seconds: float = 300.0
-    rate: float = 5e-5
+    rate: float = 1e-3
     batch: int = 16
     checks: int = 6
 
@@ -111,7 +111,7 @@ def tune_(
     started, kept = time.monotonic(), best or InMemory()
     put_(model, latents)
     named = {n: p.requires_grad_(True) for n, p in model.named_parameters() if n in latents.masters}
-    optimizers = {n: Adam(latents.masters[n], config.rate) for n in named}
+    optimizers = {n: Adam(latents.masters[n], config.rate, relative=True) for n in named}
     length = max(config.seconds - before, 1e-9)
     strange = round(OTHERS * config.batch) if lessons.teacher is not None and len(lessons.others) else 0
     rows, others = Rows(len(lessons.pixels), seed), Rows(len(lessons.others), seed + 1)
