@@ -36,6 +36,7 @@ RANK = {
     "picture_job": 10,
     "picture_evaluate": 11,
     "picture_api": 12,
+    "doctor": 8,
     "controls": 10,
     "api": 13,
     "__init__": 14,

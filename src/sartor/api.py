@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sartor import evaluate, storage
+from sartor import evaluate, picture_storage, storage
 from sartor.clock import versions
 from sartor.controls import control_arms
 from sartor.data.generic import generic_corpus
@@ -26,7 +26,7 @@ from sartor.memory import hand_back
 from sartor.model.checkpoints import is_vision
 from sartor.model.network import anatomy, clone
 from sartor.numerics.metrics import Score
-from sartor.picture_api import compress_pictures, export_pictures, is_picture_artifact
+from sartor.picture_api import compress_pictures, evaluate_pictures_again, export_pictures, is_picture_artifact
 from sartor.pictures import Fitted
 from sartor.pipeline import Compressed, apply_plan, make_plan
 from sartor.plan import Budget, Plan
@@ -312,12 +312,19 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     (folder / "report.html").write_text(page(report))
 
 
-def evaluate_again(folder: Path, data: Path, generic: Path | None, tell: Tell) -> dict[str, Any]:
+def evaluate_again(
+    folder: Path, data: Path, generic: Path | None, tell: Tell, model: str | None = None, labels: Path | None = None
+) -> dict[str, Any]:
     """Measure an artifact again, on its own; data is split as it was when the model was made (same seed).
+
+    Args:
+        model: the original of a network that sees, where it was a folder or file. labels: as for `compress`.
 
     Raises:
         InputError: not an artifact, or its original cannot be found again.
     """
+    if is_picture_artifact(folder):
+        return evaluate_pictures_again(folder, data, generic, tell, model, labels)
     report_file = folder / "report.json"
     if not report_file.exists() or not (folder / ARTIFACT).exists():
         raise InputError(f"'{folder.name}' is not a Sartor artifact: report.json or {ARTIFACT} is missing")
@@ -336,7 +343,20 @@ def evaluate_again(folder: Path, data: Path, generic: Path | None, tell: Tell) -
     return old | fresh | {"controls": [], "seconds": {}}
 
 
-def export(folder: Path, to: str, out: Path) -> Path:
+def load(folder: str | Path) -> tuple[Any, Any, Plan]:
+    """(network in fp32, its tokenizer or, of one that sees, the names of its classes, the plan) from a folder that `compress` wrote.
+
+    Raises:
+        SourceError: something is missing or does not fit together.
+    """
+    folder = Path(folder)
+    if is_picture_artifact(folder):
+        model, plan, classes = picture_storage.load(folder)
+        return model, classes, plan
+    return storage.load(folder)
+
+
+def export(folder: str | Path, to: str, out: str | Path) -> Path:
     """Write a saved artifact again in a runtime's format (its exact weights).
 
     Raises:
@@ -344,6 +364,7 @@ def export(folder: Path, to: str, out: Path) -> Path:
     """
     if to not in RUNTIMES:
         raise InputError(f"the runtime '{to}' is unknown: Sartor writes {', '.join(RUNTIMES)}")
+    folder, out = Path(folder), Path(out)
     own = "onnx" if is_picture_artifact(folder) else "gguf"
     if to != own:
         raise InputError(f"'{folder.name}' reads {RUNTIMES[own]}: it can be written as {own}, not as {to}")

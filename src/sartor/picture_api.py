@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from sartor.plan import Plan
 from sartor.probing import Tell
 from sartor.report.layers import layer_rows
 from sartor.report.pictures import page
-from sartor.sources import Source
+from sartor.sources import Source, resolve
 
 ARTIFACT = "model.onnx"
 
@@ -136,6 +136,33 @@ def _write(report: dict[str, Any], seconds: dict[str, float], folder: Path) -> N
     report["seconds"] = {k: round(v, 1) for k, v in seconds.items()}
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     (folder / "report.html").write_text(page(report))
+
+
+def evaluate_pictures_again(
+    folder: Path, data: Path, generic: Path | None, tell: Tell, model: str | None, labels: Path | None
+) -> dict[str, Any]:
+    """Measure an artifact again, on its own, against its original with a head fitted anew; photos are split as they were when it was made (same seed).
+
+    Raises:
+        InputError: the original cannot be found again, or is another one.
+    """
+    old = json.loads((folder / "report.json").read_text())
+    spec = model or old["model"]["spec"]
+    if model is None and not spec.startswith("pypi:"):
+        raise InputError(
+            "the original was a local folder, file or hub model, whose place is not kept: name it with --model"
+        )
+    source = resolve(spec)
+    if source.sha256 != old["model"]["sha256"]:
+        raise InputError("--model is not the original this artifact was made from: its sha256 differs")
+    told = str(generic) if generic else None
+    job = Job(spec, str(data), f"{old['bytes']['budget']}B", effort=old["effort"], generic=told, seed=old["seed"])
+    p = PreparedPictures(replace(job, labels=str(labels) if labels else None), source, tell)
+    held, _, _ = picture_storage.load(folder)
+    with tempfile.TemporaryDirectory() as tmp:
+        fresh = measure_pictures(p, Originals.written(p, Path(tmp)), folder / ARTIFACT, held, tell)
+    fresh["data"]["mirrored"] = old["data"]["mirrored"]
+    return old | fresh | {"controls": [], "seconds": {}}
 
 
 def export_pictures(folder: Path, out: Path) -> Path:

@@ -81,29 +81,44 @@ def plan_pictures(
     """
     a, e = anatomy(model), PICTURE_EFFORTS[effort]
     dense = clone(model, torch.bfloat16)
-    user, halves, generic = _felt(dense, pictures, e, seed, partial(tell, "probe"))
+    user, halves, generic = felt_pictures(dense, pictures, e, seed, partial(tell, "probe"))
     user = recovered(user, halves, generic)
     told = lambda share, note: tell("probe", 0.8 + 0.2 * share, note)  # noqa: E731
     worth = check(dense, order_units(user), sample(pictures.validation, e.checked, seed), e.checks, seed, told)
     allotment = allot(a, user, costs)
-    return _plan(model, user, generic, worth, allotment, costs.budget, sha256, seed)
+    rho = RHO if len(pictures.generic) else 0.0
+    return _plan(model, user, generic, worth, allotment, costs.budget, sha256, rho, seed)
 
 
-def _felt(
-    model: Any, pictures: Pictures, e: PictureEffort, seed: int, tell: Callable[[float, str], None]
+def felt_pictures(
+    model: Any,
+    pictures: Pictures,
+    e: PictureEffort,
+    seed: int,
+    tell: Callable[[float, str], None] = lambda share, note: None,
 ) -> tuple[Effects, tuple[Effects, Effects], Effects]:
     """Backward probes: (the user's effects, those of two halves, generic effects). The user's pictures are felt as views that training never showed."""
     generator = torch.Generator().manual_seed(seed + 1)
     own = sample(pictures.train, e.felt, seed)
     own = torch.cat([views(p, generator, mirror=False).round_().to(torch.uint8) for p in own.split(32)])
     user, *halves = sounded(model, own, e.known, seed, lambda s: tell(0.4 * s, "gradients on your pictures"))
+    if not len(pictures.generic):
+        return user, (halves[0], halves[1]), user
     others = sample(pictures.generic, e.felt, seed)
     generic = sounded(model, others, e.known, seed, lambda s: tell(0.4 + 0.4 * s, "gradients on generic pictures"))[0]
     return user, (halves[0], halves[1]), generic
 
 
 def _plan(
-    model: Any, user: Effects, generic: Effects, worth: Worth, found: Allotment, budget: int, sha256: str, seed: int
+    model: Any,
+    user: Effects,
+    generic: Effects,
+    worth: Worth,
+    found: Allotment,
+    budget: int,
+    sha256: str,
+    rho: float,
+    seed: int,
 ) -> Plan:
     layers = []
     for n in range(anatomy(model).layers):
@@ -124,7 +139,7 @@ def _plan(
         {name: [float(s)] for name, s in found.steps.items()},
         {k: float(v) for k, v in told.items()},
         {},
-        RHO,
+        rho,
         seed,
     )
 
@@ -152,14 +167,27 @@ def fit_pictures(
     mirror = may_mirror(model, *pictures.judged)
     small = clone(model)
     lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic)
-    adapted = _train("adapt", small, lessons, pictures, adapt, plan.seed, tell, kept)
+    adapted = trained(small, lessons, pictures, adapt, plan.seed, partial(tell, "adapt"), kept("adapt"))
     clock.lap("adapt")
-    teacher, before = clone(small, torch.bfloat16), anatomy(small)
-    if not plan.settled:
-        told = lambda share, note: tell("prune", share, f"the adapted network's {note}")  # noqa: E731
-        user, _, generic = _felt(teacher, pictures, e, plan.seed, told)
-        plan = _settle(plan, allot(before, blended(user, generic, plan.rho), costs))
-        settled(plan)
+    teacher, pruning = clone(small, torch.bfloat16), dict[str, Any]()
+    if kept("recover").load() is None:
+        if not plan.settled:
+            plan = _settled(plan, teacher, pictures, costs, e, tell)
+            settled(plan)
+        small, pruning = _cut(small, teacher, plan, pictures, e, tell, clock)
+    else:
+        cut_(small, plan)
+    lessons, told = replace(lessons, teacher=teacher), partial(tell, "recover")
+    course = trained(small, lessons, pictures, recover, plan.seed, told, kept("recover"))
+    clock.lap("recover")
+    return Fitted(small, plan, teacher, adapted, course, mirror, clock.seconds, pruning)
+
+
+def _cut(
+    small: Any, teacher: Any, plan: Plan, pictures: Pictures, e: PictureEffort, tell: Tell, clock: Clock
+) -> tuple[Any, dict[str, Any]]:
+    """The plan's cuts, in place, and what is left fitted to the whole network's stream; what validation says on the way."""
+    before = anatomy(small)
     cut_(small, plan)
     pruning = gone(before, anatomy(small)) | {
         "validation_whole": _judged(teacher, pictures),
@@ -170,16 +198,17 @@ def fit_pictures(
     evidence = evidence_of(
         teacher, own, others, plan.rho, lambda share: tell("fit", 0.4 * share, "gradients of every patch")
     )
-    latents = fit(small, teacher, evidence, {}, lambda share, note: tell("fit", 0.4 + 0.6 * share, note))
-    put_(small, latents)
+    put_(small, fit(small, teacher, evidence, {}, lambda share, note: tell("fit", 0.4 + 0.6 * share, note)))
     pruning["validation_fitted"] = _judged(clone(small, torch.bfloat16), pictures)
     clock.lap("fit")
-    trained = _train("recover", small, replace(lessons, teacher=teacher), pictures, recover, plan.seed, tell, kept)
-    clock.lap("recover")
-    return Fitted(small, plan, teacher, adapted, trained, mirror, clock.seconds, pruning)
+    return small, pruning
 
 
-def _settle(plan: Plan, found: Allotment) -> Plan:
+def _settled(plan: Plan, whole: Any, pictures: Pictures, costs: Costs, e: PictureEffort, tell: Tell) -> Plan:
+    """The plan with its cuts chosen anew, within the same costs, by what the network needs now that it has adapted."""
+    told = lambda share, note: tell("prune", share, f"the adapted network's {note}")  # noqa: E731
+    user, _, generic = felt_pictures(whole, pictures, e, plan.seed, told)
+    found = allot(anatomy(whole), blended(user, generic, plan.rho), costs)
     layers = (
         replace(layer, groups=g, channels=c)
         for layer, g, c in zip(plan.layers, found.groups, found.channels, strict=True)
@@ -201,25 +230,23 @@ def _judged(model: Any, pictures: Pictures) -> dict[str, float]:
     return {"accuracy": found.accuracy, "nats": float(found.nats.mean())}
 
 
-def _train(
-    stage: str,
+def trained(
     model: Any,
     lessons: Lessons,
     pictures: Pictures,
     config: TuneConfig,
     seed: int,
-    tell: Tell,
-    kept: Callable[[str], Kept],
+    tell: Callable[[float, str], None] = lambda share, note: None,
+    kept: Kept | None = None,
 ) -> Course | None:
     """Train the fp32 network in place; what was trained before an interruption is not trained again."""
-    latents, before = kept(stage).load() or (Latents({n: p.data for n, p in model.named_parameters()}), 0.0)
+    kept = kept or InMemory()
+    latents, before = kept.load() or (Latents({n: p.data for n, p in model.named_parameters()}), 0.0)
     course = None
     if before < config.seconds:
         running = clone(model, torch.bfloat16)
-        tell(stage, 0.0, "the first step")
-        course = tune_(
-            running, latents, lessons, pictures.judged, config, seed, partial(tell, stage), kept(stage), before
-        )
-        kept(stage).save(latents, config.seconds)
+        tell(0.0, "the first step")
+        course = tune_(running, latents, lessons, pictures.judged, config, seed, tell, kept, before)
+        kept.save(latents, config.seconds)
     put_(model, latents)
     return course

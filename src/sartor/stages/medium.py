@@ -24,7 +24,7 @@ class Medium:
     Attributes:
         positions: of a row at which something is foretold. directions: among the outputs that a backward probe draws for a row.
         gradients: of log p at the hidden states, along a random direction of what the model itself foretells. listen: sends back from the hidden states what the loss on these rows feels.
-        said: what a model foretells of rows. kl: mean KL of a model to that, in nats a prediction.
+        said: what a model foretells of rows. kl: mean KL of a model to that, in nats a prediction; unit: what that is called.
     """
 
     positions: Callable[[Tensor], int]
@@ -33,6 +33,7 @@ class Medium:
     listen: Callable[[Any, Tensor, Tensor], None]
     said: Callable[[Any, Tensor], Said]
     kl: Callable[[Any, Tensor, Said], float]
+    unit: str
 
 
 TEXT = Medium(
@@ -42,6 +43,7 @@ TEXT = Medium(
     lambda model, hidden, rows: likelihood.loss_of(model, hidden, rows).backward(),
     likelihood.top_of,
     likelihood.kl_of,
+    "nats per token",
 )
 PICTURES = Medium(
     lambda rows: 1,
@@ -52,6 +54,7 @@ PICTURES = Medium(
     ),
     recognition.said_of,
     recognition.kl_of,
+    "nats a picture",
 )
 
 

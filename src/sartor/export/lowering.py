@@ -1,0 +1,138 @@
+"""Lowering a vision transformer for a phone's runtime, in a process of its own: a job as JSON on stdin, its result as JSON on stdout.
+
+    network -> program (torch.export) -> [prepare: once] -> [WEIGHTS: once a kind of weights] -> files, moved to their places once they are whole
+
+The packages that lower take 3 to 11 s to load, disturb each other and may end the process they are in. What stands in brackets is in a runtime's own file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sartor.errors import InputError, MissingExtra, SartorError
+from sartor.model.network import clone
+from sartor.model.vision import Vision
+
+LIMIT_S = 3600.0  # a ViT-S takes one to four minutes
+
+
+class Outputs(nn.Module):
+    """Logits, where there is a head, and features, of one pass."""
+
+    def __init__(self, network: Vision) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> tuple[Float[Tensor, "n c"], ...]:
+        features = self.network.features(pixels)
+        return (features,) if self.network.head is None else (self.network.head(features), features)
+
+
+def program(model: Vision, pixels: torch.dtype) -> torch.export.ExportedProgram:
+    """The network in fp32 for one picture (1, 3, s, s), pixels from 0 to 255 of this type."""
+    size = model.config.size
+    network = Outputs(clone(model, torch.float32)).eval().requires_grad_(False)
+    made = torch.export.export(network, (torch.zeros(1, 3, size, size, dtype=pixels),))
+    for node in made.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names folders of this machine
+    return made
+
+
+def missing(needs: Sequence[str]) -> bool:
+    return any(importlib.util.find_spec(name) is None for name in needs)
+
+
+def lower(runtime: str, files: Mapping[str, Path], model: Vision, limit_s: float = LIMIT_S) -> dict[str, dict[str, Any]]:
+    """Write a file for each kind of weights: {weights: {"seconds": of this kind, what they share counted in} or {"failed": why}}.
+
+    Args:
+        runtime: a file of this folder with NEEDS, INSTALL, PIXELS, `prepare` and WEIGHTS. limit_s: seconds until the process is ended.
+
+    Raises:
+        MissingExtra: the runtime is not installed. InputError: it has no such weights. SartorError: the process failed; its last words are in the message.
+    """
+    of: Any = importlib.import_module(f"sartor.export.{runtime}")
+    if missing(of.NEEDS):
+        raise MissingExtra(f"{of.NAME} is not installed: {of.INSTALL}")
+    if unknown := [w for w in files if w not in of.WEIGHTS]:
+        raise InputError(f"there are no '{unknown[0]}' weights for {of.NAME}: take one of {', '.join(of.WEIGHTS)}")
+    with tempfile.TemporaryDirectory(dir=next(iter(files.values())).parent, prefix=".lowering-") as folder:
+        torch.export.save(program(model, of.PIXELS), f"{folder}/program.pt2")
+        parts = {weights: f"{folder}/{weights}-{file.name}" for weights, file in files.items()}
+        made = _apart(of.NAME, {"runtime": runtime, "folder": folder, "files": parts}, limit_s)
+        for weights, file in files.items():
+            if "failed" not in made[weights]:
+                _move(Path(parts[weights]), file)
+    return made
+
+
+def _apart(name: str, job: dict[str, Any], limit_s: float) -> dict[str, dict[str, Any]]:
+    """The job in a process of its own; -P: a folder that the user stands in holds no modules of ours."""
+    command = [sys.executable, "-P", "-m", "sartor.export.lowering"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(job), capture_output=True, text=True, env=env, timeout=limit_s
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SartorError(f"{name}: lowering took more than {limit_s:.0f} s and was ended: give it more time") from error
+    if done.returncode or not done.stdout:
+        last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
+        raise SartorError(f"{name} failed to lower the network: {_said(last, job['folder'])}")
+    return json.loads(done.stdout)
+
+
+def _said(text: str, folder: str) -> str:
+    return " ".join(text.replace(f"{folder}/", "").split())[:300]
+
+
+def _move(part: Path, place: Path) -> None:
+    """A package is a folder, which cannot be replaced in one step."""
+    if place.is_dir():
+        shutil.rmtree(place)
+    part.replace(place)
+
+
+def _written(of: Any, prepared: Any, weights: str, file: Path, folder: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    try:
+        of.WEIGHTS[weights](prepared, file)
+    except Exception as error:
+        return {"failed": _said(f"{type(error).__name__}: {error}", folder)}
+    return {"seconds": time.perf_counter() - started}
+
+
+def main() -> None:
+    """Read one job, print one result."""
+    job = json.load(sys.stdin)
+    out = os.dup(1)
+    os.dup2(2, 1)  # whatever the packages print must not mix with the result
+    of: Any = importlib.import_module(f"sartor.export.{job['runtime']}")
+    started = time.perf_counter()
+    prepared = of.prepare(torch.export.load(f"{job['folder']}/program.pt2"), Path(job["folder"]))
+    shared = time.perf_counter() - started
+    made = {w: _written(of, prepared, w, Path(file), job["folder"]) for w, file in job["files"].items()}
+    for found in made.values():
+        found.update({"seconds": shared + found["seconds"]} if "seconds" in found else {})
+    with os.fdopen(out, "w") as f:
+        json.dump(made, f)
+    os._exit(0)  # skip the packages' own tear-down
+
+
+if __name__ == "__main__":
+    main()

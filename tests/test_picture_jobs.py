@@ -1,0 +1,191 @@
+"""The whole job on photos: a pico DINOv2, drawn photos, ONNX Runtime, the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sartor
+from sartor import effort
+from sartor.cli import main
+from sartor.export import onnxrt
+from sartor.picture_api import ARTIFACT
+from sartor.stages.tune import TuneConfig
+
+from .test_pictures import drawn
+
+TINY = effort.PictureEffort(32, 0.9, 6, 16, 24, TuneConfig(1.0, 1e-3, checks=2), TuneConfig(1.0, 1e-3, checks=2))
+NAMES = ("secret-standing", "secret-lying", "secret-square")
+
+
+def put_tiny(patch: pytest.MonkeyPatch) -> None:
+    for name in effort.PICTURE_EFFORTS:
+        patch.setitem(effort.PICTURE_EFFORTS, name, TINY)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a pico model, a user's photos by class, the same without classes, and generic pictures."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    root = tmp_path_factory.mktemp("seen")
+    found = {name: root / name for name in ("model", "photos", "loose", "generic")}
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=32, patch_size=8, layerscale_value=1.0
+    )
+    Dinov2Model(config).save_pretrained(found["model"])
+    pixels, labels = drawn(180, 21)
+    for i, (picture, label) in enumerate(zip(pixels, labels, strict=True)):
+        for folder in (found["photos"] / NAMES[label], found["loose"]):
+            keep(picture, folder / f"secret-{i}.png")
+    for i, picture in enumerate(drawn(60, 22)[0]):
+        keep(picture, found["generic"] / f"g{i}.png")
+    return found
+
+
+def keep(picture: torch.Tensor, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(file)
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_tiny(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def fitted(place: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One job through the command line, with all controls."""
+    out = tmp_path_factory.mktemp("job") / "seen"
+    with pytest.MonkeyPatch.context() as patch:
+        put_tiny(patch)
+        ask = ["compress", str(place["model"]), "--data", str(place["photos"]), "--generic", str(place["generic"])]
+        assert main([*ask, "--size", "35%", "--to", "onnx", "--out", str(out)]) == 0
+    return out
+
+
+def report(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return found
+
+
+def test_the_file_keeps_its_budget_and_agrees_with_pytorch(fitted: Path) -> None:
+    r = report(fitted)
+    assert (fitted / ARTIFACT).stat().st_size == r["bytes"]["artifact"] <= r["bytes"]["budget"]
+    assert r["parity"]["cosine"] > 0.98
+    model, classes, plan = sartor.load(fitted)
+    pixels = drawn(8, 30)[0]
+    said = onnxrt.outputs(fitted / ARTIFACT, pixels.numpy())
+    with torch.no_grad():
+        assert torch.cosine_similarity(model.features(pixels), torch.tensor(said["features"])).min() > 0.98
+    assert classes == sorted(NAMES)
+    assert len(plan.layers) == r["head"]["depth"]
+
+
+def test_photos_are_named_with_what_decided_drawn(
+    fitted: Path, place: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, why = next((place["photos"] / NAMES[0]).iterdir()), tmp_path / "why.png"
+    before = fitted.stat().st_mtime_ns
+    assert main(["run", str(fitted), str(photo), "--why", str(why)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(any(name in line for name in NAMES) for line in lines)
+    assert Image.open(why).size[1] >= 448
+    assert fitted.stat().st_mtime_ns == before
+    assert main(["run", str(fitted), str(tmp_path / "missing.jpg")]) == 2
+
+
+def test_the_report_compares_with_what_a_user_would_pick_instead(fitted: Path) -> None:
+    r = report(fitted)
+    assert {"user", "generic", "speed", "parity", "head", "layers", "controls", "data", "versions"} <= set(r)
+    assert [c["name"] for c in r["controls"]][1:] == [
+        "ONNX Runtime's own 8 bits of the original",
+        "the original adapted to your photos, 8 bits, nothing cut",
+        "same bytes, personal calibration",
+        "same bytes, generic calibration",
+    ]
+    assert r["user"]["ci95"][0] <= r["user"]["artifact"] <= r["user"]["ci95"][1]
+    assert sum(r["data"]["pictures"].values()) <= 180
+    page = (fitted / "report.html").read_text()
+    assert page.count("<svg") >= 3
+    assert "<script" not in page
+
+
+def test_no_name_of_class_or_file_leaves_but_in_classes_json(fitted: Path) -> None:
+    for file in fitted.rglob("*"):
+        if file.is_file() and file.name != "classes.json":
+            assert b"secret" not in file.read_bytes(), file.name
+
+
+def test_the_same_commands_inspect_measure_and_export(
+    fitted: Path, place: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(fitted)]) == 0
+    assert "heads" in capsys.readouterr().out
+    ask = ["eval", str(fitted), "--data", str(place["photos"]), "--generic", str(place["generic"]), "--json"]
+    assert main(ask) == 2  # the original was a folder: which one, only the user knows
+    capsys.readouterr()
+    assert main([*ask, "--model", str(place["model"])]) == 0
+    again, r = json.loads(capsys.readouterr().out), report(fitted)
+    assert again["user"]["artifact"] == r["user"]["artifact"]
+    assert again["user"]["dense"] == pytest.approx(r["user"]["dense"], abs=0.05)
+    assert sartor.export(fitted, "onnx", tmp_path / "copy").read_bytes() == (fitted / ARTIFACT).read_bytes()
+
+
+def test_photos_without_labels_are_fitted_to_how_alike_they_are(place: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sartor.compress(str(place["model"]), place["loose"], "35%", out, controls="none", faster=1.05)
+    r = report(out)
+    assert r["user"]["metric"] == "feature agreement"
+    assert 0.5 < r["user"]["artifact"] <= 1
+    assert r["generic"] is None
+    assert not r["data"]["labelled"]
+    assert json.loads((out / "classes.json").read_text()) == []
+    assert main(["run", str(out), str(next(place["loose"].iterdir()))]) == 2
+
+
+@pytest.mark.parametrize("stage", ["adapt", "recover"])
+def test_an_interrupted_job_on_photos_resumes(stage: str, place: dict[str, Path], tmp_path: Path) -> None:
+    def stop(now: str, share: float, note: str) -> None:
+        if now == stage and share > 0.3:
+            raise KeyboardInterrupt
+
+    ask = (str(place["model"]), place["photos"], "35%", tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        sartor.compress(*ask, controls="none", tell=stop)
+    seen: list[str] = []
+    sartor.compress(*ask, controls="none", resume=True, tell=lambda s, f, n: seen.append(s))
+    assert "probe" not in seen
+    assert ("fit" in seen) == (stage == "adapt")
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_what_cannot_be_asked_is_refused_in_one_line(
+    place: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["compress", str(place["model"]), "--data", str(place["photos"])]
+    for i, (wrong, way_out) in enumerate(
+        (
+            (["--size", "35%", "--to", "gguf"], "--to onnx"),
+            (["--size", "1%"], "ask for"),
+            (["--size", "35%", "--faster", "1000"], "--faster"),
+            (["--size", "35%", "--faster", "0.5"], "above 1"),
+            (["--size", "35%", "--steps", "3"], "leave them out"),
+        )
+    ):
+        assert main([*ask, *wrong, "--out", str(tmp_path / str(i))]) == 2
+        told = capsys.readouterr().err.strip().splitlines()[-1]
+        assert way_out in told
+        assert "secret" not in told
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("words")
+    ask[3] = str(tmp_path / "texts")
+    assert main([*ask, "--size", "35%", "--out", str(tmp_path / "o")]) == 2
