@@ -39,6 +39,7 @@ RANK = {
     "doctor": 8,
     "controls": 10,
     "api": 13,
+    "arguments": 2,
     "__init__": 14,
     "cli": 15,
 }

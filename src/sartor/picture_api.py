@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 
 from sartor import picture_storage, storage
+from sartor.data.photos import read_photos
 from sartor.errors import BudgetError, InputError, OutputError
-from sartor.export import onnx_file
+from sartor.export import onnx_file, runtimes
 from sartor.export.llama_worker import peak_memory
 from sartor.job import Job
 from sartor.model.network import anatomy
@@ -27,6 +29,7 @@ from sartor.report.pictures import page
 from sartor.sources import Source, resolve
 
 ARTIFACT = "model.onnx"
+COMPARED = 16  # photos, when exports are compared
 
 
 def compress_pictures(job: Job, source: Source, folder: Path | None, tell: Tell, memory: dict[str, int]) -> Fitted:
@@ -165,11 +168,27 @@ def evaluate_pictures_again(
     return old | fresh | {"controls": [], "seconds": {}}
 
 
-def export_pictures(folder: Path, out: Path) -> Path:
-    """Write a saved artifact again (its exact weights)."""
+def export_pictures(folder: Path, to: str, out: Path) -> Path:
+    """Write a saved artifact for a runtime: onnx (its exact weights), or a row of `runtimes.ROWS`.
+
+    Raises:
+        InputError: there is no such runtime. MissingExtra: its packages are not installed.
+    """
+    row = runtimes.row_of("onnx-int8" if to == "onnx" else to)
     model, _, _ = picture_storage.load(folder)
-    onnx_file.write(out / ARTIFACT, model, WEIGHTS)
-    return out / ARTIFACT
+    file = storage.claim_folder(out) / f"model{row.ending}"
+    runtimes.write("onnx-int8" if to == "onnx" else to, file, model)
+    return file
+
+
+def measure_exports(folder: Path, names: Sequence[str], photos: Path, out: Path) -> list[dict[str, Any]]:
+    """Write a saved artifact for these runtimes (none: for all), reopen each file in its own and compare it with PyTorch on some of the photos: `runtimes.measure_all`."""
+    for name in names:
+        runtimes.row_of(name)
+    model, _, _ = picture_storage.load(folder)
+    pixels = read_photos(photos, model.config.size).pixels
+    some = pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:COMPARED]]
+    return runtimes.measure_all(model, storage.claim_folder(out), some, names or None)
 
 
 def is_picture_artifact(folder: Path) -> bool:

@@ -86,7 +86,7 @@ def job_run(job: dict[str, Any]) -> dict[str, Any]:
 
 def job_constants(job: dict[str, Any]) -> dict[str, Any]:
     """Every tensor of numbers in a Core ML package into the file `out`."""
-    np.savez(job["out"], **coreml_reader.constants(job["file"]))  # type: ignore[arg-type]
+    np.savez(job["out"], **coreml_reader.constants(job["file"]))
     return {}
 
 

@@ -57,7 +57,9 @@ def missing(needs: Sequence[str]) -> bool:
     return any(importlib.util.find_spec(name) is None for name in needs)
 
 
-def lower(runtime: str, files: Mapping[str, Path], model: Vision, limit_s: float = LIMIT_S) -> dict[str, dict[str, Any]]:
+def lower(
+    runtime: str, files: Mapping[str, Path], model: Vision, limit_s: float = LIMIT_S
+) -> dict[str, dict[str, Any]]:
     """Write a file for each kind of weights: {weights: {"seconds": of this kind, what they share counted in} or {"failed": why}}.
 
     Args:
@@ -84,13 +86,14 @@ def lower(runtime: str, files: Mapping[str, Path], model: Vision, limit_s: float
 def _apart(name: str, job: dict[str, Any], limit_s: float) -> dict[str, dict[str, Any]]:
     """The job in a process of its own; -P: a folder that the user stands in holds no modules of ours."""
     command = [sys.executable, "-P", "-m", "sartor.export.lowering"]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    ours = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"PYTHONPATH": ours}
     try:
-        done = subprocess.run(
-            command, input=json.dumps(job), capture_output=True, text=True, env=env, timeout=limit_s
-        )
+        done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=env, timeout=limit_s)
     except subprocess.TimeoutExpired as error:
-        raise SartorError(f"{name}: lowering took more than {limit_s:.0f} s and was ended: give it more time") from error
+        raise SartorError(
+            f"{name}: lowering took more than {limit_s:.0f} s and was ended: give it more time"
+        ) from error
     if done.returncode or not done.stdout:
         last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
         raise SartorError(f"{name} failed to lower the network: {_said(last, job['folder'])}")

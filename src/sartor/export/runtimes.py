@@ -1,0 +1,278 @@
+"""Every runtime that a vision transformer can be written for, as a table, and what each makes of the same pictures.
+
+A row of ROWS is a runtime and a kind of weights: how such files are written, several of one runtime at a time, as they share the slow part; and how one is run, in a process of its own.
+Pixels are whole numbers from 0 to 255 (1, 3, s, s) in every file; Core ML's is an RGB image. Each gives features, and logits where there is a head.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from sartor.errors import InputError, MissingExtra, SartorError
+from sartor.export import coreml, litert, lowering, onnx_file, onnxrt
+from sartor.export import executorch as et
+from sartor.model.network import clone
+from sartor.model.vision import Vision
+
+THREADS, ROUNDS = 2, 30
+LIMIT_S = 1800.0  # of running a file
+BATCH = 16
+ONNX = "pip install onnx==1.23.2 onnxruntime==1.32.0"
+READERS = {  # what running alone takes
+    "executorch": (("executorch", "torchao"), et.NAME, et.INSTALL),
+    "litert": (("ai_edge_litert",), litert.NAME, "pip install ai-edge-litert==2.3.0"),
+    "coreml": (coreml.NEEDS, "coremltools", coreml.INSTALL),
+}
+Written = dict[str, dict[str, Any]]  # weights -> {"seconds"} or {"failed"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A runtime and a kind of weights.
+
+    Attributes:
+        runtime: its name. ending: of the file. weights: as `write` knows them. needs, install: packages that it takes, and the pip command.
+        write: ({weights: file}, network) -> {weights: seconds or why it failed}.
+        run: (file, pictures, threads, rounds) -> {"outputs": {name: array}, "seconds" a picture, "peak_rss_bytes"}; the last two are None where the runtime itself does not run here.
+        note: what a reader of the measurement must know.
+    """
+
+    runtime: str
+    ending: str
+    weights: str
+    needs: tuple[str, ...]
+    install: str
+    write: Callable[[Mapping[str, Path], Vision], Written]
+    run: Callable[[Path, UInt8[np.ndarray, "n 3 s s"], int, int], dict[str, Any]]
+    note: str
+
+
+def _write_onnx(files: Mapping[str, Path], model: Vision) -> Written:
+    found: Written = {}
+    for weights, file in files.items():
+        started = time.perf_counter()
+        onnx_file.write(file, model, weights)
+        found[weights] = {"seconds": time.perf_counter() - started}
+    return found
+
+
+def _run_onnx(file: Path, pixels: np.ndarray, threads: int, rounds: int) -> dict[str, Any]:
+    outputs = onnxrt.run_job("outputs", {"file": file}, pixels, batch=1, threads=threads)["outputs"]
+    seconds = onnxrt.speeds({"file": file}, pixels, threads, rounds)["file"]["seconds"] if rounds else None
+    return {"outputs": outputs, "seconds": seconds, "peak_rss_bytes": onnxrt.peak(file, pixels, threads)}
+
+
+def run_job(runtime: str, do: str, file: Path, **job: Any) -> dict[str, Any]:
+    """Run one job of `edge_worker` and return its result.
+
+    Args:
+        runtime: "executorch", "litert" or "coreml". job: `pixels` (an array), `threads` and `rounds` for "run"; nothing for "constants".
+
+    Raises:
+        MissingExtra: the runtime is not installed. SartorError: it failed or took more than LIMIT_S; its last words are in the message.
+    """
+    needs, name, install = READERS[runtime]
+    if lowering.missing(needs):
+        raise MissingExtra(f"{name} is not installed: {install}")
+    command = [sys.executable, str(Path(__file__).with_name("edge_worker.py"))]
+    with tempfile.TemporaryDirectory() as folder:
+        spec = {"do": do, "runtime": runtime, "file": str(file), "out": f"{folder}/out.npz"} | job
+        if "pixels" in job:
+            np.save(f"{folder}/pixels.npy", job["pixels"])
+            spec["pixels"] = f"{folder}/pixels.npy"
+        try:
+            done = subprocess.run(command, input=json.dumps(spec), capture_output=True, text=True, timeout=LIMIT_S)
+        except subprocess.TimeoutExpired as error:
+            raise SartorError(
+                f"{file.name} ran for more than {LIMIT_S:.0f} s and was ended: take fewer pictures"
+            ) from error
+        if done.returncode or not done.stdout:
+            last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
+            raise SartorError(f"{name} failed on {file.name}: {last[:300]}")
+        with np.load(spec["out"]) as found:
+            return json.loads(done.stdout) | {"outputs": dict(found)}
+
+
+def _run(runtime: str, file: Path, pixels: np.ndarray, threads: int, rounds: int) -> dict[str, Any]:
+    return run_job(runtime, "run", file, pixels=pixels, threads=threads, rounds=rounds)
+
+
+def _read_coreml(file: Path, pixels: np.ndarray, threads: int, rounds: int) -> dict[str, Any]:
+    found = run_job("coreml", "run", file, pixels=pixels, threads=threads, rounds=0)
+    return found | {"seconds": None, "peak_rss_bytes": None}
+
+
+MAC = "runs on Apple's systems alone: its program and weights, read back, were computed in PyTorch"
+TORCH_TOO = "memory with torch, which its Python side needs"
+ROWS: dict[str, Row] = {
+    **{
+        f"onnx-{w}": Row("ONNX Runtime", ".onnx", w, ("onnx", "onnxruntime"), ONNX, _write_onnx, _run_onnx, "")
+        for w in onnx_file.WEIGHTS
+    },
+    **{
+        f"executorch-{w}": Row(
+            et.NAME, ".pte", w, et.NEEDS, et.INSTALL, et.write, partial(_run, "executorch"), TORCH_TOO
+        )
+        for w in et.WEIGHTS
+    },
+    **{
+        f"litert-{w}": Row(
+            litert.NAME, ".tflite", w, litert.NEEDS, litert.INSTALL, litert.write, partial(_run, "litert"), ""
+        )
+        for w in litert.WEIGHTS
+    },
+    **{
+        f"coreml-{w}": Row(coreml.NAME, ".mlpackage", w, coreml.NEEDS, coreml.INSTALL, coreml.write, _read_coreml, MAC)
+        for w in coreml.WEIGHTS
+    },
+}
+
+
+def write(name: str, path: Path, model: Vision) -> float:
+    """Write the network for one row of ROWS; returns the seconds that it took.
+
+    Raises:
+        InputError: there is no such row. MissingExtra: its packages are not installed; the message has the pip command. SartorError: it could not be lowered.
+    """
+    row = row_of(name)
+    if lowering.missing(row.needs):
+        raise MissingExtra(f"{row.runtime} is not installed: {row.install}")
+    made = row.write({row.weights: path}, model)[row.weights]
+    if "failed" in made:
+        raise SartorError(f"{row.runtime}, {row.weights}: {made['failed']}")
+    return float(made["seconds"])
+
+
+def row_of(name: str) -> Row:
+    """Raises InputError where there is no such row."""
+    if name not in ROWS:
+        raise InputError(f"there is no runtime '{name}': take one of {', '.join(ROWS)}")
+    return ROWS[name]
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files of a package."""
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+
+
+@torch.inference_mode()
+def reference(model: Vision, pixels: UInt8[Tensor, "n 3 s s"]) -> dict[str, np.ndarray]:
+    """What PyTorch says in fp32."""
+    network: Vision = clone(model, torch.float32).eval()
+    features = torch.cat([network.features(part) for part in pixels.split(BATCH)])
+    found = {"features": features} | ({} if network.head is None else {"logits": network.head(features)})
+    return {name: value.numpy() for name, value in found.items()}
+
+
+def alike(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> dict[str, float | None]:
+    """The worst cosine of features, and the share of pictures with the same answer (None without a head)."""
+    a, b = (x["features"].astype(np.float64) for x in (found, wanted))
+    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    same = (found["logits"].argmax(1) == wanted["logits"].argmax(1)).mean() if "logits" in wanted else None
+    return {"cosine": float(cosine.min()), "same_answers": None if same is None else float(same)}
+
+
+EMPTY = dict.fromkeys(("bytes", "cosine", "same_answers", "seconds", "peak_rss_bytes", "lowering_seconds"))
+
+
+def measure_all(
+    model: Vision,
+    folder: Path,
+    pixels: UInt8[Tensor, "n 3 s s"],
+    only: Sequence[str] | None = None,
+    rounds: int = ROUNDS,
+) -> list[dict[str, Any]]:
+    """Write the network for every row of ROWS into `folder` as NAME.ENDING, reopen each file in its own runtime and compare it with PyTorch in fp32 on these pictures.
+
+    Args:
+        only: names of ROWS, or None for all. rounds: pictures that are timed.
+
+    Returns:
+        For each row "runtime", "weights", "bytes", "cosine" (of features, the worst picture's), "same_answers" (share), "seconds" (a picture, the median, two threads),
+        "peak_rss_bytes" (of the process that runs it), "lowering_seconds" (the runtime's shared part counted in each) and "note"; what is not known is None and the note says why.
+
+    Raises:
+        InputError: `only` names a row that there is not.
+    """
+    wanted, rows = reference(model, pixels), []
+    named = {name: row_of(name) for name in only or ROWS}
+    folder.mkdir(parents=True, exist_ok=True)
+    for _, group in groupby(named.items(), lambda item: item[1].runtime):
+        files = {row.weights: (row, folder / f"{name}{row.ending}") for name, row in group}
+        made = _write_some(
+            {weights: file for weights, (_, file) in files.items()}, next(iter(files.values()))[0], model
+        )
+        for weights, (row, file) in files.items():
+            rows.append(_measure(row, file, made[weights], pixels.numpy(), wanted, rounds))
+    return rows
+
+
+def _write_some(files: dict[str, Path], row: Row, model: Vision) -> Written:
+    """All files of one runtime; what goes wrong with all is said of each."""
+    if lowering.missing(row.needs):
+        return dict.fromkeys(files, {"failed": f"not installed: {row.install}"})
+    try:
+        return row.write(files, model)
+    except SartorError as error:
+        return dict.fromkeys(files, {"failed": str(error)})
+
+
+def _measure(
+    row: Row, file: Path, made: dict[str, Any], pixels: np.ndarray, wanted: dict[str, np.ndarray], rounds: int
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"runtime": row.runtime, "weights": row.weights} | EMPTY
+    if "failed" in made:
+        return found | {"note": made["failed"]}
+    found |= {"bytes": size(file), "lowering_seconds": made["seconds"]}
+    try:
+        result = row.run(file, pixels, THREADS, rounds)
+    except SartorError as error:
+        return found | {"note": str(error)}
+    found |= alike(result["outputs"], wanted)
+    return found | {"seconds": result["seconds"], "peak_rss_bytes": result["peak_rss_bytes"], "note": row.note}
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    def cell(key: str, write: Callable[[float], str]) -> str:
+        return "-" if row[key] is None else write(row[key])
+
+    return [
+        row["runtime"],
+        row["weights"],
+        cell("bytes", lambda x: f"{x / 1e6:.1f}"),
+        cell("cosine", lambda x: f"{x:.5f}"),
+        cell("same_answers", lambda x: f"{x:.1%}"),
+        cell("seconds", lambda x: f"{1e3 * x:.1f}"),
+        cell("peak_rss_bytes", lambda x: f"{x / 1e6:.0f}"),
+        cell("lowering_seconds", lambda x: f"{x:.0f}"),
+        row["note"],
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """What `measure_all` found, as aligned text."""
+    head = ["runtime", "weights", "MB", "cosine", "same answers", "ms a picture", "peak MB", "lowering s", "note"]
+    body = [head, *map(_cells, rows)]
+    widths = [max(len(cells[i]) for cells in body) for i in range(len(head) - 1)]
+    lines = []
+    for cells in body:
+        left = [
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=False))
+        ]
+        lines.append("  ".join([*left, cells[-1]]).rstrip())
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(head) + 4), *lines[1:]])

@@ -1,0 +1,279 @@
+"""Which channels of a convolutional network must go together, and a network without them.
+
+A channel is followed from the layer that makes it to the layers that read it. On its way it meets other layers' channels: a sum, a product with a squeeze-excite gate and a depthwise
+convolution tie channels one to one, a grouped convolution ties all channels of one of its groups, a concatenation lays channels side by side, and flattening spreads a channel over its pixels.
+Channels tied together are a *unit*, that stays or goes; units made by the same layers are a *group*.
+
+    rows      convolutions and linear layers that make a unit's channels: their outputs (a depthwise or grouped convolution is here alone)
+    columns   those that read them and mix them with others: their inputs
+
+Between rows and columns nothing mixes channels. So a unit that reads as zero at its columns might as well not be there, whatever it holds until then, and that is the law:
+`shrink(graph, keep)` says what `graph` says inside `masked(graph, keep)`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sartor.errors import InputError
+from sartor.model.graph import INPUT, LAYERS, Draft, Graph, Node, conv_of, linear_of, shapes
+
+Ids = Int[np.ndarray, " c"]  # of a value's channels
+
+
+@dataclass(frozen=True)
+class Part:
+    """Outputs, or inputs, of one layer that belong to a group: output `at[j]` is of the group's unit `unit[j]`."""
+
+    at: Int[Tensor, " k"]
+    unit: Int[Tensor, " k"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units made by the same layers. name: of the first of these layers, with a number behind it where another group begins there. rows, columns: parts of layers by name."""
+
+    name: str
+    units: int
+    rows: Mapping[str, Part]
+    columns: Mapping[str, Part]
+
+
+class _Ties:
+    """Union-find over channels."""
+
+    def __init__(self) -> None:
+        self.parent: list[int] = []
+
+    def new(self, count: int) -> Ids:
+        start = len(self.parent)
+        self.parent.extend(range(start, start + count))
+        return np.arange(start, start + count)
+
+    def find(self, i: int) -> int:
+        while self.parent[i] != i:
+            self.parent[i] = i = self.parent[self.parent[i]]
+        return i
+
+    def tie(self, a: Ids, b: Ids) -> None:
+        for i, j in zip(a.tolist(), b.tolist(), strict=True):
+            i, j = self.find(i), self.find(j)
+            self.parent[max(i, j)] = min(i, j)
+
+    def roots(self, ids: Ids) -> Ids:
+        return np.array([self.find(i) for i in ids.tolist()], dtype=np.int64)
+
+
+def _mixes(layer: Any) -> bool:
+    """Whether each output reads all inputs."""
+    return getattr(layer, "groups", 1) == 1
+
+
+def _layer(ties: _Ties, layer: Any, x: Ids) -> Ids:
+    """Channels that a layer makes of channels `x`."""
+    made = ties.new(len(layer.weight))
+    if not _mixes(layer):
+        for inside, outside in zip(np.split(x, layer.groups), np.split(made, layer.groups), strict=True):
+            both = np.concatenate([inside, outside])
+            ties.tie(both[1:], both[:-1])
+    return made
+
+
+def _met(ties: _Ties, pinned: list[Ids], *inputs: Ids) -> Ids:
+    """Channels of a sum or product; a single channel that meets many stays."""
+    wide = max(inputs, key=len)
+    for other in inputs:
+        if len(other) == len(wide):
+            ties.tie(wide, other)
+        else:
+            pinned.append(other)
+    return wide
+
+
+def _followed(graph: Graph) -> tuple[_Ties, dict[str, Ids], list[Ids]]:
+    """(ties, channels of every value, channels that must stay)."""
+    ties, sizes = _Ties(), shapes(graph)
+    ids = {INPUT: ties.new(3)}
+    pinned = [ids[INPUT]]
+    special: dict[str, Callable[[Node, list[Ids]], Ids]] = {
+        "add": lambda node, x: _met(ties, pinned, *x),
+        "mul": lambda node, x: _met(ties, pinned, *x),
+        "concat": lambda node, x: np.concatenate(x),
+        "flatten": lambda node, x: np.repeat(x[0], sizes[node.name][0] // len(x[0])),
+    } | dict.fromkeys(LAYERS, lambda node, x: _layer(ties, graph.layers[node.name], x[0]))
+    for node in graph.nodes:
+        inputs = [ids[name] for name in node.inputs]
+        ids[node.name] = special[node.op](node, inputs) if node.op in special else inputs[0]
+    return ties, ids, [*pinned, ids[graph.nodes[-1].name]]
+
+
+def channel_groups(graph: Graph) -> list[Group]:
+    """Groups of units that may go, in the order of the network; what touches the pixels, or the network's output, is in none of them."""
+    ties, ids, stay = _followed(graph)
+    pinned = set(ties.roots(np.concatenate(stay)).tolist())
+    layers = [n for n in graph.nodes if n.op in LAYERS]
+    rows = {n.name: ties.roots(ids[n.name]) for n in layers}
+    columns = {n.name: ties.roots(ids[n.inputs[0]]) for n in layers if _mixes(graph.layers[n.name])}
+    makers: dict[int, list[str]] = {}
+    for name, roots in rows.items():
+        for root in dict.fromkeys(roots.tolist()):
+            makers.setdefault(root, []).append(name)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for root, names in makers.items():
+        if root not in pinned:
+            groups.setdefault(tuple(names), []).append(root)
+    found: dict[str, Group] = {}
+    for made, units in groups.items():
+        count = sum(made[0] == g.name.split(".")[0] for g in found.values())
+        name = f"{made[0]}.{count + 1}" if count else made[0]
+        found[name] = Group(name, len(units), _parts(rows, units), _parts(columns, units))
+    return list(found.values())
+
+
+def _parts(layers: Mapping[str, Ids], units: list[int]) -> dict[str, Part]:
+    order = np.argsort(units)
+    ordered = np.asarray(units)[order]
+    found = {}
+    for name, roots in layers.items():
+        at = np.flatnonzero(np.isin(roots, ordered))
+        if len(at):
+            unit = order[np.searchsorted(ordered, roots[at])]
+            found[name] = Part(torch.from_numpy(at), torch.from_numpy(unit))
+    return found
+
+
+Keep = Mapping[str, Bool[Tensor, " units"]]
+Masks = dict[str, Bool[Tensor, " c"]]
+
+
+def kept_channels(graph: Graph, keep: Keep) -> tuple[Masks, Masks]:
+    """(outputs, inputs) that stay of every layer. `keep` has the units that stay (True) of groups by name; other groups stay.
+
+    Raises:
+        InputError: there is no such group, it has another number of units, or none of them stays.
+    """
+    groups = {g.name: g for g in channel_groups(graph)}
+    outputs = {n: torch.ones(len(layer.weight), dtype=torch.bool) for n, layer in _layers(graph)}
+    inputs = {n: torch.ones(_inputs(layer), dtype=torch.bool) for n, layer in _layers(graph)}
+    for name, mask in keep.items():
+        if name not in groups or len(mask) != groups[name].units or not mask.any():
+            units = f"it has {groups[name].units} units" if name in groups else "there is no such group"
+            raise InputError(
+                f"group '{name}' is to keep {int(mask.sum())} of {len(mask)} units, but {units}: keep one at least of a group that channel_groups names"
+            )
+        for masks, parts in ((outputs, groups[name].rows), (inputs, groups[name].columns)):
+            for layer, part in parts.items():
+                masks[layer][part.at] = mask.cpu()[part.unit]
+    return outputs, inputs
+
+
+def _layers(graph: Graph) -> Iterator[tuple[str, Any]]:
+    yield from graph.layers.items()
+
+
+def _inputs(layer: Any) -> int:
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
+@contextmanager
+def masked(graph: Graph, keep: Keep) -> Iterator[None]:
+    """The network with only the kept (True) units, undone on the way out: the others read as zero, in the features too.
+
+    Raises:
+        InputError: as `kept_channels`.
+    """
+    _, inputs = kept_channels(graph, keep)
+    handles = [graph.layers[n].register_forward_pre_hook(_gate(m)) for n, m in inputs.items() if not m.all()]
+    if graph.head is not None:
+        handles.append(graph.seen.register_forward_pre_hook(_gate(inputs[graph.nodes[-1].name])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gate(keep: Tensor) -> Any:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        return (x * keep.to(x).view(-1, *[1] * (x.ndim - 2)), *args[1:])
+
+    return hook
+
+
+def shrink(graph: Graph, keep: Keep) -> Graph:
+    """A smaller network with only the kept (True) units of these groups; it shares nothing with `graph`.
+
+    Raises:
+        InputError: as `kept_channels`.
+    """
+    outputs, inputs = kept_channels(graph, keep)
+    return again(graph, graph.nodes, {n: _smaller(layer, outputs[n], inputs[n]) for n, layer in _layers(graph)})
+
+
+def _smaller(layer: Any, outputs: Tensor, inputs: Tensor) -> nn.Module:
+    weight, bias = layer.weight.data[outputs], layer.bias.data[outputs]
+    if isinstance(layer, nn.Linear):
+        return linear_of(weight[:, inputs], bias)
+    groups = layer.groups
+    if _mixes(layer):
+        weight = weight[:, inputs]
+    else:  # its groups go as a whole
+        groups = len(weight) * groups // layer.out_channels
+    return conv_of(weight, bias, layer.stride, layer.padding, layer.dilation, groups)
+
+
+def again(graph: Graph, nodes: Iterable[Node], layers: Mapping[str, nn.Module]) -> Graph:
+    """A network of other nodes that reads pictures as `graph` does."""
+    new = Graph(nodes, layers, graph.size, (1.0,) * 3, (0.0,) * 3)
+    new.register_buffer("scale", graph.get_buffer("scale").clone(), persistent=False)
+    new.register_buffer("shift", graph.get_buffer("shift").clone(), persistent=False)
+    return new.train(graph.training)
+
+
+def ended(graph: Graph, at: str | None = None) -> Graph:
+    """A copy without head that says the value of node `at` (None: what the head reads), averaged over space if it is a map.
+
+    Raises:
+        InputError: there is no such node.
+    """
+    draft, at = _redrafted(graph), graph.nodes[graph.ends - 1].name if at is None else at
+    flat = len(draft.shape.get(at, "1")) == 1
+    last = at if flat else draft.add("flatten", draft.add("global_average_pool", at))
+    if flat and last in draft.layers and draft.nodes[last].op == "linear":  # it would be taken for a head
+        last = draft.add("flatten", last)
+    return again(graph, draft.graph(last).nodes, draft.layers)
+
+
+def _redrafted(graph: Graph) -> Draft:
+    """A copy to go on from."""
+    draft = Draft(graph.size)
+    draft.nodes, draft.layers = {n.name: n for n in graph.nodes}, copy.deepcopy(dict(graph.layers))
+    draft.shape = shapes(graph)
+    draft.taken |= set(draft.nodes)
+    return draft
+
+
+def with_head(graph: Graph, weight: Float[Tensor, "c f"], bias: Float[Tensor, " c"]) -> Graph:
+    """A copy with this head instead of its own.
+
+    Raises:
+        InputError: the head reads another number of features.
+    """
+    draft = _redrafted(ended(graph))
+    features = list(draft.nodes)[-1]
+    if weight.shape[1:] != draft.shape[features]:
+        raise InputError(
+            f"the head reads {weight.shape[1]} features, the network has {draft.shape[features][0]}: fit it on this network"
+        )
+    draft.linear(features, weight, bias, "head")
+    return again(graph, draft.nodes.values(), draft.layers)
