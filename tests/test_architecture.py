@@ -34,14 +34,15 @@ RANK = {
     "job": 9,
     "picture_storage": 9,
     "picture_job": 10,
-    "picture_evaluate": 11,
-    "picture_api": 12,
+    "picture_view": 11,
+    "picture_evaluate": 12,
+    "picture_api": 13,
     "doctor": 8,
     "controls": 10,
-    "api": 13,
+    "api": 14,
     "arguments": 2,
-    "__init__": 14,
-    "cli": 15,
+    "__init__": 15,
+    "cli": 16,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,17 @@ def test_photos_are_named_with_what_decided_drawn(
     assert all(any(name in line for name in NAMES) for line in lines)
     assert Image.open(why).size[1] >= 448
     assert fitted.stat().st_mtime_ns == before
+    capsys.readouterr()
     assert main(["run", str(fitted), str(tmp_path / "missing.jpg")]) == 2
+    assert "no file 'missing.jpg'" in capsys.readouterr().err
+    assert main(["run", str(fitted), str(photo), "--why", str(tmp_path / "no" / "why.png")]) == 2
 
 
 def test_the_report_compares_with_what_a_user_would_pick_instead(fitted: Path) -> None:
     r = report(fitted)
     assert {"user", "generic", "speed", "parity", "head", "layers", "controls", "data", "versions"} <= set(r)
-    assert [c["name"] for c in r["controls"]][1:] == [
-        "ONNX Runtime's own 8 bits of the original",
+    assert r["controls"][1]["name"].startswith("ONNX Runtime's own 8 bits of the original's first")
+    assert [c["name"] for c in r["controls"]][2:] == [
         "the original adapted to your photos, 8 bits, nothing cut",
         "same bytes, personal calibration",
         "same bytes, generic calibration",
@@ -134,9 +138,17 @@ def test_the_same_commands_inspect_measure_and_export(
     assert main(ask) == 2  # the original was a folder: which one, only the user knows
     capsys.readouterr()
     assert main([*ask, "--model", str(place["model"])]) == 0
+    changed = tmp_path / "changed"
+    shutil.copytree(place["photos"], changed)
+    (changed / NAMES[0]).rename(changed / "secret-other")
+    other = [str(changed) if a == str(place["photos"]) else a for a in ask]
     again, r = json.loads(capsys.readouterr().out), report(fitted)
     assert again["user"]["artifact"] == r["user"]["artifact"]
     assert again["user"]["dense"] == pytest.approx(r["user"]["dense"], abs=0.05)
+    assert main([*other, "--model", str(place["model"])]) == 2
+    told = capsys.readouterr().err
+    assert "classes" in told
+    assert "secret" not in told
     assert sartor.export(fitted, "onnx", tmp_path / "copy").read_bytes() == (fitted / ARTIFACT).read_bytes()
 
 
@@ -159,6 +171,13 @@ def test_photos_without_labels_are_fitted_to_how_alike_they_are(place: dict[str,
     assert r["user"]["metric"] == "feature agreement"
     assert 0.5 < r["user"]["artifact"] <= 1
     assert r["generic"] is None
+    assert all(layer["verdict"] == {} for layer in r["layers"])  # with nobody to compare with, nothing is said
+    assert r["adaptation"] == {}
+    assert r["head"]["side"] in {int(side) for side in r["head"]["sides"]}
+    assert (r["speed"]["dense_seconds"] / r["speed"]["seconds"] < 1.05) == (
+        "1.05 times" in (out / "report.html").read_text()
+    )
+    assert main(["inspect", str(out)]) == 0
     assert not r["data"]["labelled"]
     assert json.loads((out / "classes.json").read_text()) == []
     assert main(["run", str(out), str(next(place["loose"].iterdir()))]) == 2
@@ -200,6 +219,8 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
         told = capsys.readouterr().err.strip().splitlines()[-1]
         assert way_out in told
         assert "secret" not in told
+    assert main(["probe", str(place["model"]), "--data", str(place["photos"])]) == 2
+    assert "texts so far" in capsys.readouterr().err
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("words")
     ask[3] = str(tmp_path / "texts")

@@ -107,9 +107,13 @@ def test_a_head_gives_every_class_the_same_weight() -> None:
 
 
 def test_pictures_without_labels_fall_into_clusters(headed: Any) -> None:
-    clusters, k = clustered(network(), drawn(96, 4)[0])
+    shaping, fresh = drawn(96, 4)[0], drawn(20, 5)[0]
+    (clusters, others), k = clustered(network(), [shaping, fresh])
     assert 2 <= k <= 8
     assert sorted(set(clusters.tolist())) == list(range(k))
+    (again, alone), _ = clustered(network(), [shaping, fresh[:1]])  # what does not shape them changes nothing
+    assert torch.equal(again, clusters)
+    assert torch.equal(alone, others[:1])
 
 
 def test_signed_directions_have_the_second_moments_of_drawn_labels(headed: Any) -> None:
@@ -177,6 +181,23 @@ def test_the_allotment_fits_the_budget_and_takes_what_is_worth_least(headed: Any
     with pytest.raises(BudgetError) as told:
         allot(a, effects, Costs(bytes_of, 1000))
     assert allot(a, effects, Costs(bytes_of, int(told.value.nearest or 0))).size <= int(told.value.nearest or 0)
+
+
+def test_what_fits_as_it_is_loses_nothing(headed: Any) -> None:
+    a = anatomy(headed)
+    bytes_of = lambda b: 1000 + sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
+    found = allot(a, flat(a), Costs(bytes_of, bytes_of(a), 1e-4, 1e-2, 1e9))
+    assert found.damage == 0
+    assert found.size == bytes_of(a)
+    assert all(len(from_mask(m)) == a.ffn[0] for m in found.channels)
+
+
+def test_time_that_a_kind_of_unit_does_not_take_is_sought_elsewhere(headed: Any) -> None:
+    a = anatomy(headed)
+    bytes_of = lambda b: sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
+    found = allot(a, flat(a), Costs(bytes_of, int(0.7 * bytes_of(a)), 0.0, 1e-2, 1e-2 * a.layers * 2))
+    assert found.size <= 0.7 * bytes_of(a)
+    assert sum(len(from_mask(m)) for m in found.groups) <= 2 * a.layers
 
 
 def test_time_is_kept_too_and_costs_no_more_than_it_must(headed: Any) -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sartor.errors import SourceError
-from sartor.model.checkpoints import is_vision, load_vision
+from sartor.model.checkpoints import load_vision
+from sartor.model.kinds import is_vision
 from sartor.model.vision import Vision
 from sartor.sources import resolve
 

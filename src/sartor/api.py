@@ -23,7 +23,7 @@ from sartor.export import gguf_file
 from sartor.export.llama_worker import peak_memory
 from sartor.job import Job, Prepared
 from sartor.memory import hand_back
-from sartor.model.checkpoints import is_vision
+from sartor.model.kinds import kind_of
 from sartor.model.network import anatomy, clone
 from sartor.numerics.metrics import Score
 from sartor.picture_api import compress_pictures, evaluate_pictures_again, export_pictures, is_picture_artifact
@@ -104,7 +104,7 @@ def compress(
     torch.set_num_threads(os.cpu_count() or 1)
     tell, memory = _watching(tell)
     source = resolve(job.model)
-    kind = "pictures" if is_vision(source.folder) else "texts"
+    kind = kind_of(source.folder)
     job.check_kind(kind)
     return (compress_pictures if kind == "pictures" else _compress_texts)(job, source, folder, tell, memory)
 
@@ -184,7 +184,12 @@ def probe(
     """
     job = Job(model, str(data), "50%", effort=effort, generic=str(generic) if generic else None, seed=seed)
     torch.set_num_threads(os.cpu_count() or 1)
-    p = Prepared(job, tell)
+    source = resolve(model)
+    if kind_of(source.folder) == "pictures":
+        raise InputError(
+            "sartor probe is for models that read texts so far: sartor compress tells of photos in its report"
+        )
+    p = Prepared(job, tell, source)
     dense = clone(p.release(), torch.bfloat16)
     user, general = sense(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
     worth = worth_of(dense, p.tokenizer, p.texts, order_units(user), effort, seed, tell)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.arguments import parser
-from sartor.errors import SartorError
+from sartor.errors import OutputError, SartorError
 from sartor.memory import keep_freed
 from sartor.progress import Progress
 
@@ -150,7 +150,12 @@ def _run_on_photo(a: argparse.Namespace) -> None:
     if why.exists():
         print(f"not drawn: '{why.name}' is there already, name another with --why", file=sys.stderr)
         return
-    overlay(pixels, relevance).save(why)
+    try:
+        overlay(pixels, relevance).save(why)
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"cannot draw to '{why}' ({type(error).__name__}): name a .png in a folder that is there, with --why"
+        ) from error
     print(f"what decided: {why}", file=sys.stderr)
 
 

@@ -50,7 +50,7 @@ class Job:
             raise InputError(f"the number of steps is {self.steps}: it must be 1 or more")
         if self.steps > 1 and self.method != "sartor":
             raise InputError(f"--steps goes with --method sartor: with {self.method} leave it at 1")
-        if self.faster is not None and self.faster <= 1:
+        if self.faster is not None and not 1 < self.faster < float("inf"):
             raise InputError(
                 f"--faster is {self.faster}: it must be above 1, as 3.5 for three and a half times as fast as the original"
             )

@@ -21,6 +21,7 @@ from sartor.job import Job
 from sartor.model.network import anatomy
 from sartor.picture_evaluate import Originals, measure_pictures, picture_controls
 from sartor.picture_job import WEIGHTS, PreparedPictures
+from sartor.picture_view import View, view_again, view_of
 from sartor.pictures import Fitted, fit_pictures, plan_pictures
 from sartor.plan import Plan
 from sartor.probing import Tell
@@ -46,25 +47,46 @@ def compress_pictures(job: Job, source: Source, folder: Path | None, tell: Tell,
     if folder:
         point = storage.Checkpoint(folder / "checkpoint", asdict(job) | {"pictures": p.fingerprint()})
     seconds = {"open": time.monotonic() - started}
-    plan = _plan(p, job, point, seconds, tell)
+    view = _view(p, job, point, seconds, tell)
+    plan = _plan(p, view, job, point, seconds, tell)
     kept, settled = (point.of, point.save_plan) if point else (None, lambda plan: None)
-    made = fit_pictures(p.dense, plan, p.pictures, p.costs, job.effort, None, tell, kept, settled)
+    made = fit_pictures(view.dense, plan, view.pictures, view.costs, job.effort, None, tell, kept, settled)
     seconds |= made.seconds
     if folder:
-        _finish(p, job, made, folder, seconds, memory, tell)
+        _finish(p, view, job, made, folder, seconds, memory, tell)
         if point:
             point.clear()
     return made
 
 
-def _plan(
+def _view(
     p: PreparedPictures, job: Job, point: storage.Checkpoint | None, seconds: dict[str, float], tell: Tell
+) -> View:
+    """What the network will look at: as it was decided, in a resumed job."""
+    started = time.monotonic()
+    file = point.folder / "view.json" if point else None
+    if file and file.exists():
+        return view_again(p, job, json.loads(file.read_text()))
+    try:
+        view = view_of(p, job, tell)
+    except BudgetError:
+        if point:
+            point.clear()
+        raise
+    if file:
+        file.write_text(json.dumps(view.decided()))
+    seconds["view"] = time.monotonic() - started
+    return view
+
+
+def _plan(
+    p: PreparedPictures, view: View, job: Job, point: storage.Checkpoint | None, seconds: dict[str, float], tell: Tell
 ) -> Plan:
     if point and (saved := point.plan()):
         return saved
     started = time.monotonic()
     try:
-        plan = plan_pictures(p.dense, p.pictures, p.costs, p.source.sha256, job.effort, job.seed, tell)
+        plan = plan_pictures(view.dense, view.pictures, view.costs, p.source.sha256, job.effort, job.seed, tell)
     except (BudgetError, InputError):
         if point:  # nothing to resume: leave no folder that the next try would trip over
             point.clear()
@@ -77,6 +99,7 @@ def _plan(
 
 def _finish(
     p: PreparedPictures,
+    view: View,
     job: Job,
     made: Fitted,
     folder: Path,
@@ -96,14 +119,16 @@ def _finish(
     seconds["export"] = time.monotonic() - started
     with tempfile.TemporaryDirectory() as tmp:
         originals = Originals.written(p, Path(tmp))
-        report = measure_pictures(p, originals, artifact, held, tell)
+        report = measure_pictures(p, view.side, originals, artifact, held, tell)
         seconds["measure"] = time.monotonic() - started - seconds["export"]
         report["data"]["mirrored"] = made.mirror
+        report["head"]["sides"] = view.sides
+        report["speed"]["asked"] = job.faster
         report |= _told(p, job, made, memory)
         _write(report, seconds, folder)
         if job.controls != "none":
             started = time.monotonic()
-            report["controls"] = picture_controls(p, job, made, originals, artifact, tell)
+            report["controls"] = picture_controls(p, view, job, made, originals, artifact, tell)
             seconds["controls"] = time.monotonic() - started
             _write(report, seconds, folder)
 
@@ -149,6 +174,8 @@ def evaluate_pictures_again(
     Raises:
         InputError: the original cannot be found again, or is another one.
     """
+    if not (folder / "report.json").exists():
+        raise InputError(f"'{folder.name}' holds no report.json: its job did not come to an end, make it again")
     old = json.loads((folder / "report.json").read_text())
     spec = model or old["model"]["spec"]
     if model is None and not spec.startswith("pypi:"):
@@ -161,10 +188,15 @@ def evaluate_pictures_again(
     told = str(generic) if generic else None
     job = Job(spec, str(data), f"{old['bytes']['budget']}B", effort=old["effort"], generic=told, seed=old["seed"])
     p = PreparedPictures(replace(job, labels=str(labels) if labels else None), source, tell)
-    held, _, _ = picture_storage.load(folder)
+    held, _, classes = picture_storage.load(folder)
+    if tuple(classes) != (p.album.classes if p.labelled else ()) or p.album.counts() != old["data"]["pictures"]:
+        raise InputError(
+            "the photos or their classes are not those this artifact was fitted to: with others, what was held out would be mixed with what it learnt; give the same folder"
+        )
     with tempfile.TemporaryDirectory() as tmp:
-        fresh = measure_pictures(p, Originals.written(p, Path(tmp)), folder / ARTIFACT, held, tell)
+        fresh = measure_pictures(p, held.config.size, Originals.written(p, Path(tmp)), folder / ARTIFACT, held, tell)
     fresh["data"]["mirrored"] = old["data"]["mirrored"]
+    fresh["head"]["sides"], fresh["speed"]["asked"] = old["head"]["sides"], old["speed"]["asked"]
     return old | fresh | {"controls": [], "seconds": {}}
 
 
@@ -183,10 +215,11 @@ def export_pictures(folder: Path, to: str, out: Path) -> Path:
 
 def measure_exports(folder: Path, names: Sequence[str], photos: Path, out: Path) -> list[dict[str, Any]]:
     """Write a saved artifact for these runtimes (none: for all), reopen each file in its own and compare it with PyTorch on some of the photos: `runtimes.measure_all`."""
+    names = ["onnx-int8" if name == "onnx" else name for name in names]
     for name in names:
         runtimes.row_of(name)
     model, _, _ = picture_storage.load(folder)
-    pixels = read_photos(photos, model.config.size).pixels
+    pixels = read_photos(photos, model.config.size, loose=True).pixels
     some = pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:COMPARED]]
     return runtimes.measure_all(model, storage.claim_folder(out), some, names or None)
 

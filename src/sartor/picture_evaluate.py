@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from sartor.effort import PICTURE_EFFORTS
 from sartor.errors import ParityError
 from sartor.export import onnx_file, onnxrt
 from sartor.job import Job
-from sartor.numerics.metrics import mean_interval, wilson
-from sartor.picture_job import THREADS, TIMED, WEIGHTS, PreparedPictures
+from sartor.model.network import clone
+from sartor.numerics.metrics import mean_interval, paired_interval, wilson
+from sartor.picture_job import WEIGHTS, PreparedPictures
+from sartor.picture_view import THREADS, TIMED, View, smaller
 from sartor.pictures import Fitted, Pictures, fit_pictures
 from sartor.probing import Tell
 from sartor.stages.head import choose_head, with_head
@@ -26,6 +29,7 @@ from sartor.stages.tune import TuneConfig
 
 PARITY_PICTURES = 64
 PARITY = 0.98  # least cosine of features: activations are rounded to eight bits in the runtime, not in PyTorch
+EXACT_PICTURES, EXACT = 8, 0.9999  # the same for the original in fp32
 NONE = TuneConfig(0.0), TuneConfig(0.0)
 
 
@@ -78,19 +82,20 @@ def alike(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def measure_pictures(
-    p: PreparedPictures, originals: Originals, artifact: Path, held: Any, tell: Tell
+    p: PreparedPictures, side: int, originals: Originals, artifact: Path, held: Any, tell: Tell
 ) -> dict[str, Any]:
     """Everything that is measured on the artifact itself and on the original, in ONNX Runtime, in one run.
 
     Args:
-        held: PyTorch's network with the artifact's exact weights.
+        side: of the pictures that the artifact reads. held: PyTorch's network with the artifact's exact weights.
     """
     test, labels = p.album.test.pixels, p.labels[2]
     tell("measure", 0.0, "the artifact on held-out photos")
-    ours = answers(artifact, test, labels)
-    parity = check_parity(ours, held, test)
+    ours = answers(artifact, smaller(test, side), labels)
+    parity = check_parity(ours, held, smaller(test, side))
     tell("measure", 0.4, "the original on held-out photos")
     theirs = answers(originals.read, test, labels)
+    check_original(theirs, p.dense, test)
     tell("measure", 0.7, "speed and memory")
     files = {"whole": originals.whole, "int8": originals.whole_int8, "read": originals.read, "artifact": artifact}
     times = onnxrt.speeds(files, test[:TIMED].numpy(), THREADS)
@@ -106,7 +111,7 @@ def measure_pictures(
             "dense_int8": originals.whole_int8.stat().st_size,
         },
         "user": _user(p, ours, theirs),
-        "generic": _generic(p, artifact, originals.read),
+        "generic": _generic(p, side, artifact, originals.read),
         "speed": {
             "seconds": mine["seconds"],
             "low": mine["low"],
@@ -116,7 +121,7 @@ def measure_pictures(
             "dense_read_seconds": times["read"]["seconds"],
             "threads": THREADS,
         },
-        "peak_rss_bytes": onnxrt.peak(artifact, test[:TIMED].numpy(), THREADS),
+        "peak_rss_bytes": onnxrt.peak(artifact, smaller(test[:TIMED], side).numpy(), THREADS),
         "dense_peak_rss_bytes": onnxrt.peak(originals.whole, test[:TIMED].numpy(), THREADS),
         "parity": parity,
         "data": {
@@ -125,7 +130,7 @@ def measure_pictures(
             "labelled": p.labelled,
             "dropped": p.album.dropped,
         },
-        "head": {"depth": p.head.depth, "of": p.depth, "nats": p.head.nats},
+        "head": {"depth": p.head.depth, "of": p.depth, "nats": p.head.nats, "side": side, "of_side": test.shape[-1]},
         "versions": versions("sartor", "torch", "onnx", "onnxruntime", "pillow"),
     }
 
@@ -146,17 +151,18 @@ def _user(p: PreparedPictures, ours: Answers, theirs: Answers) -> dict[str, Any]
         "dense_ci95": list(wilson(theirs.right)),
         "ci95": list(wilson(ours.right)),
         "change": ours.accuracy - theirs.accuracy,
-        "change_ci95": list(mean_interval(ours.right * 1.0 - theirs.right)),
+        "change_ci95": list(paired_interval(ours.right, theirs.right)),
         "nats": float(ours.nats.mean()),
         "dense_nats": float(theirs.nats.mean()),
     }
 
 
-def _generic(p: PreparedPictures, artifact: Path, original: Path) -> dict[str, Any] | None:
+def _generic(p: PreparedPictures, side: int, artifact: Path, original: Path) -> dict[str, Any] | None:
     pixels = p.generic.test
     if not len(pixels):
         return None
-    cosine = alike(*(onnxrt.outputs(f, pixels.numpy())["features"] for f in (artifact, original)))
+    seen = (artifact, smaller(pixels, side)), (original, pixels)
+    cosine = alike(*(onnxrt.outputs(file, x.numpy())["features"] for file, x in seen))
     return {
         "metric": "feature agreement",
         "artifact": float(cosine.mean()),
@@ -183,59 +189,76 @@ def check_parity(ours: Answers, held: Any, test: Tensor) -> dict[str, Any]:
     return {"cosine": worst, "same_answers": float((ours.said[: len(some)] == said).mean()), "pictures": len(some)}
 
 
+def check_original(theirs: Answers, dense: Any, test: Tensor) -> None:
+    """The original's file says what PyTorch says: a fault of the export would flatter us.
+
+    Raises:
+        ParityError: it does not.
+    """
+    some = test[:EXACT_PICTURES]
+    with torch.no_grad():
+        worst = float(alike(theirs.features[: len(some)], dense.features(some).numpy()).min())
+    if worst < EXACT:
+        raise ParityError(
+            f"the original's ONNX file has features with a cosine of {worst:.5f} to PyTorch's, at least {EXACT} was expected: please report this"
+        )
+
+
 def picture_controls(
-    p: PreparedPictures, job: Job, made: Fitted, originals: Originals, artifact: Path, tell: Tell
+    p: PreparedPictures, view: View, job: Job, made: Fitted, originals: Originals, artifact: Path, tell: Tell
 ) -> list[dict[str, Any]]:
     """What a user would pick instead: the runtime's own eight bits, the adapted original at eight bits; and the same bytes with generic calibration."""
     test, labels = p.album.test.pixels, p.labels[2]
-    ours = answers(artifact, test, labels)
-    rows = []
+    ours = answers(artifact, view.seen(test), labels)
     with tempfile.TemporaryDirectory() as tmp:
         file = Path(tmp) / "control.onnx"
-
-        def row(name: str, compared: Answers | None, seconds: float | None = None, note: str = "") -> Answers:
-            found = answers(file, test, labels)
-            rows.append(_row(name, file, found, compared, seconds, note))
-            return found
-
-        tell("controls", 0.0, "the original, read at its end")
+        measured = lambda pixels: (file.stat().st_size, answers(file, pixels, labels))  # noqa: E731
+        tell("controls", 0.0, "the original at eight bits, and adapted")
         file.write_bytes(originals.whole.read_bytes())
-        row("the original with a head at its end, fp32", ours)
+        rows = [_row("the original with a head at its end, fp32", *measured(test), ours)]
         onnxrt.quantize(originals.read, file)
-        row("ONNX Runtime's own 8 bits of the original", ours)
-        onnx_file.write(file, made.teacher.float(), WEIGHTS)
-        row("the original adapted to your photos, 8 bits, nothing cut", ours)
+        rows.append(
+            _row(f"ONNX Runtime's own 8 bits of the original's first {p.head.depth} layers", *measured(test), ours)
+        )
+        onnx_file.write(file, clone(made.teacher, torch.float32), WEIGHTS)
+        name = "the original adapted to your photos, 8 bits, nothing cut"
+        rows.append(_row(name, *measured(view.seen(test)), ours))
         if len(p.generic.train):
-            generic = Pictures(
-                p.generic.train,
-                torch.zeros(len(p.generic.train), dtype=torch.long),
-                *p.pictures.judged,
-                p.generic.train,
-            )
-            mine = p.pictures
-            note = "" if job.controls == "full" else "before recovery"
-            compared: Answers | None = None
-            for n, (name, pictures) in enumerate((("personal", mine), ("generic", generic))):
-                started = time.monotonic()
-                tell("controls", 0.1 + 0.4 * n, f"same bytes, {name} calibration")
-                plan = replace(made.plan, settled=False)
-                recover = PICTURE_EFFORTS[job.effort].recover if job.controls == "full" else NONE[1]
-                arm = fit_pictures(made.teacher.float(), plan, pictures, p.costs, job.effort, (NONE[0], recover))
-                onnx_file.write(file, arm.model, WEIGHTS)
-                compared = row(f"same bytes, {name} calibration", compared, time.monotonic() - started, note)
+            rows += _calibrated(view, job, made, file, lambda: measured(view.seen(test)), tell)
+    return rows
+
+
+def _calibrated(
+    view: View, job: Job, made: Fitted, file: Path, measured: Callable[[], tuple[int, Answers]], tell: Tell
+) -> list[dict[str, Any]]:
+    """The same bytes from the same adapted network, cuts and fit once on the user's pictures and once on generic ones."""
+    generic = view.pictures.generic
+    theirs = Pictures(generic, torch.zeros(len(generic), dtype=torch.long), *view.pictures.judged, generic)
+    full = job.controls == "full"
+    training = NONE[0], PICTURE_EFFORTS[job.effort].recover if full else NONE[1]
+    rows: list[dict[str, Any]] = []
+    compared: Answers | None = None
+    for n, (name, pictures) in enumerate((("personal", view.pictures), ("generic", theirs))):
+        started = time.monotonic()
+        tell("controls", 0.1 + 0.4 * n, f"same bytes, {name} calibration")
+        whole, plan = clone(made.teacher, torch.float32), replace(made.plan, settled=False)
+        arm = fit_pictures(whole, plan, pictures, view.costs, job.effort, training)
+        onnx_file.write(file, arm.model, WEIGHTS)
+        size, found = measured()
+        seconds, note = time.monotonic() - started, "" if full else "before recovery"
+        rows.append(
+            _row(f"same bytes, {name} calibration", size, found, compared, seconds, note) | {"against": "personal"}
+        )
+        compared = found
     return rows
 
 
 def _row(
-    name: str, file: Path, found: Answers, ours: Answers | None, seconds: float | None, note: str
+    name: str, size: int, found: Answers, ours: Answers | None, seconds: float | None = None, note: str = ""
 ) -> dict[str, Any]:
-    against = (
-        {}
-        if ours is None
-        else {
-            "change": ours.accuracy - found.accuracy,
-            "change_ci95": list(mean_interval(ours.right * 1.0 - found.right)),
-        }
-    )
-    told = {"name": name, "bytes": file.stat().st_size, "accuracy": found.accuracy, "ci95": list(wilson(found.right))}
-    return told | {"change": None, "change_ci95": None, "seconds": seconds, "note": note} | against
+    told: dict[str, Any] = {"name": name, "bytes": size, "accuracy": found.accuracy, "ci95": list(wilson(found.right))}
+    told |= {"change": None, "change_ci95": None, "seconds": seconds, "note": note}
+    if ours is None:
+        return told
+    gain = list(paired_interval(ours.right, found.right))
+    return told | {"change": ours.accuracy - found.accuracy, "change_ci95": gain}

@@ -16,11 +16,11 @@ from sartor.effort import PICTURE_EFFORTS, PictureEffort
 from sartor.model.network import anatomy, clone
 from sartor.plan import LayerPlan, Plan
 from sartor.probing import Tell, sounded
-from sartor.stages.allot import Allotment, Costs, allot
+from sartor.stages.allot import Allotment, Costs, allot, refuse_impossible
 from sartor.stages.decide import diagnose
 from sartor.stages.fit import evidence_of, fit
 from sartor.stages.masters import InMemory, Kept, Latents, put_
-from sartor.stages.probe import Effects, Worth, blended, check, order_units, recovered
+from sartor.stages.probe import PARTS, Effects, Worth, blended, check, order_units, recovered
 from sartor.stages.prune import cut_, gone
 from sartor.stages.recognition import recognize
 from sartor.stages.tokens import sample
@@ -31,13 +31,14 @@ RHO = 0.3  # share of generic pictures in what is sensed of the adapted network,
 
 @dataclass(frozen=True)
 class Pictures:
-    """What the stages see: the user's training and validation pictures with labels (classes, or clusters), and generic ones."""
+    """What the stages see: the user's training and validation pictures with labels, and generic ones. labelled: these are classes of the user's; else clusters, that nothing is to be adapted to."""
 
     train: UInt8[Tensor, "n 3 s s"]
     labels: Int[Tensor, " n"]
     validation: UInt8[Tensor, "v 3 s s"]
     validation_labels: Int[Tensor, " v"]
     generic: UInt8[Tensor, "g 3 s s"]
+    labelled: bool = True
 
     @property
     def judged(self) -> tuple[Tensor, Tensor]:
@@ -80,13 +81,14 @@ def plan_pictures(
         BudgetError: the budget is below what can be reached.
     """
     a, e = anatomy(model), PICTURE_EFFORTS[effort]
+    refuse_impossible(a, costs)
     dense = clone(model, torch.bfloat16)
     user, halves, generic = felt_pictures(dense, pictures, e, seed, partial(tell, "probe"))
-    user = recovered(user, halves, generic)
+    user = recovered(user, halves, generic) if generic else user
     told = lambda share, note: tell("probe", 0.8 + 0.2 * share, note)  # noqa: E731
     worth = check(dense, order_units(user), sample(pictures.validation, e.checked, seed), e.checks, seed, told)
     allotment = allot(a, user, costs)
-    rho = RHO if len(pictures.generic) else 0.0
+    rho = RHO if generic else 0.0
     return _plan(model, user, generic, worth, allotment, costs.budget, sha256, rho, seed)
 
 
@@ -96,14 +98,14 @@ def felt_pictures(
     e: PictureEffort,
     seed: int,
     tell: Callable[[float, str], None] = lambda share, note: None,
-) -> tuple[Effects, tuple[Effects, Effects], Effects]:
-    """Backward probes: (the user's effects, those of two halves, generic effects). The user's pictures are felt as views that training never showed."""
+) -> tuple[Effects, tuple[Effects, Effects], Effects | None]:
+    """Backward probes: (the user's effects, those of two halves, generic effects where there are such pictures). The user's pictures are felt as views that training never showed."""
     generator = torch.Generator().manual_seed(seed + 1)
     own = sample(pictures.train, e.felt, seed)
     own = torch.cat([views(p, generator, mirror=False).round_().to(torch.uint8) for p in own.split(32)])
     user, *halves = sounded(model, own, e.known, seed, lambda s: tell(0.4 * s, "gradients on your pictures"))
     if not len(pictures.generic):
-        return user, (halves[0], halves[1]), user
+        return user, (halves[0], halves[1]), None
     others = sample(pictures.generic, e.felt, seed)
     generic = sounded(model, others, e.known, seed, lambda s: tell(0.4 + 0.4 * s, "gradients on generic pictures"))[0]
     return user, (halves[0], halves[1]), generic
@@ -112,7 +114,7 @@ def felt_pictures(
 def _plan(
     model: Any,
     user: Effects,
-    generic: Effects,
+    generic: Effects | None,
     worth: Worth,
     found: Allotment,
     budget: int,
@@ -122,9 +124,10 @@ def _plan(
 ) -> Plan:
     layers = []
     for n in range(anatomy(model).layers):
-        layers.append(LayerPlan(found.groups[n], found.channels[n], *diagnose(user, generic, worth, n)))
+        said = diagnose(user, generic, worth, n) if generic else ({k: user.parts[k][n] for k in PARTS}, {}, {})
+        layers.append(LayerPlan(found.groups[n], found.channels[n], *said))
     told = {"masks": worth.masks, "r2": worth.r2, "spearman": worth.spearman, "factor": worth.factor}
-    told |= {"user_pictures": user.tokens, "generic_pictures": generic.tokens, "known": user.known}
+    told |= {"user_pictures": user.tokens, "generic_pictures": generic.tokens if generic else 0, "known": user.known}
     return Plan(
         sha256,
         model.config.family,
@@ -167,6 +170,7 @@ def fit_pictures(
     mirror = may_mirror(model, *pictures.judged)
     small = clone(model)
     lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic)
+    adapt = adapt if pictures.labelled else replace(adapt, seconds=0.0)
     adapted = trained(small, lessons, pictures, adapt, plan.seed, partial(tell, "adapt"), kept("adapt"))
     clock.lap("adapt")
     teacher, pruning = clone(small, torch.bfloat16), dict[str, Any]()
@@ -177,6 +181,7 @@ def fit_pictures(
         small, pruning = _cut(small, teacher, plan, pictures, e, tell, clock)
     else:
         cut_(small, plan)
+        pruning = gone(anatomy(teacher), anatomy(small))
     lessons, told = replace(lessons, teacher=teacher), partial(tell, "recover")
     course = trained(small, lessons, pictures, recover, plan.seed, told, kept("recover"))
     clock.lap("recover")
@@ -208,7 +213,7 @@ def _settled(plan: Plan, whole: Any, pictures: Pictures, costs: Costs, e: Pictur
     """The plan with its cuts chosen anew, within the same costs, by what the network needs now that it has adapted."""
     told = lambda share, note: tell("prune", share, f"the adapted network's {note}")  # noqa: E731
     user, _, generic = felt_pictures(whole, pictures, e, plan.seed, told)
-    found = allot(anatomy(whole), blended(user, generic, plan.rho), costs)
+    found = allot(anatomy(whole), blended(user, generic, plan.rho) if generic else user, costs)
     layers = (
         replace(layer, groups=g, channels=c)
         for layer, g, c in zip(plan.layers, found.groups, found.channels, strict=True)
@@ -241,7 +246,7 @@ def trained(
 ) -> Course | None:
     """Train the fp32 network in place; what was trained before an interruption is not trained again."""
     kept = kept or InMemory()
-    latents, before = kept.load() or (Latents({n: p.data for n, p in model.named_parameters()}), 0.0)
+    latents, before = kept.load() or (Latents({n: p.data for n, p in model.named_parameters()}, exact=True), 0.0)
     course = None
     if before < config.seconds:
         running = clone(model, torch.bfloat16)

@@ -11,6 +11,7 @@ class Progress:
 
     ORDER = {
         "open": (0.0, 0.02),
+        "view": (0.02, 0.05),
         "probe": (0.02, 0.10),
         "explain": (0.4, 1.0),
         "decide": (0.10, 0.15),

@@ -207,7 +207,7 @@ class Checkpoint:
 
 
 class WeightsFile:
-    """The latest weights of a training (`distil.Kept`), on the grids of the plan."""
+    """The latest weights of a training (`masters.Kept`), on the grids of the plan."""
 
     def __init__(self, file: Path, plan: Plan | None) -> None:
         self.file, self.grids = file, plan.grids if plan else {}

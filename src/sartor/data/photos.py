@@ -6,15 +6,13 @@ carries pixels, class names and fingerprints. Colour profiles are not applied; p
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import re
-import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +22,8 @@ from jaxtyping import Int64, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from sartor.data.readers import PICTURES, decode
+from sartor.data.labels import count, named_in
+from sartor.data.readers import PICTURES
 from sartor.errors import DataError
 
 MOST = 4_000  # photos; at 224 pixels they take 0.6 GB
@@ -47,8 +46,6 @@ DAMAGED = "truncated or damaged"
 NO_PICTURE = "no picture that Pillow can open"
 HEIC = "HEIC, which Pillow cannot open: export as JPEG"
 UNREAD = "not readable: check its permissions"
-FILE_HEADERS = {"file", "filename", "file_name", "image", "photo", "picture", "path"}
-LABEL_HEADERS = {"label", "labels", "class", "category", "target", "tag"}
 WAY_OUT = {
     BOMB: ": save a smaller copy",
     TINY: f": give photos of at least {LEAST_SIDE} pixels a side",
@@ -74,6 +71,21 @@ class Gallery:
     exact: tuple[str, ...]
     dropped: Counter[str]
 
+    def without(self, exact: Set[str]) -> Gallery:
+        """What is left when photos with these fingerprints go."""
+        keep = np.array([e not in exact for e in self.exact], bool)
+        labels = None if self.labels is None else self.labels[torch.tensor(keep)]
+        kept = [i for i, k in enumerate(keep) if k]
+        parts, exacts = [self.part[i] for i in kept], tuple(self.exact[i] for i in kept)
+        return replace(
+            self,
+            pixels=self.pixels[torch.tensor(keep)],
+            labels=labels,
+            part=parts,
+            fingerprint=self.fingerprint[keep],
+            exact=exacts,
+        )
+
 
 class _Entry(NamedTuple):
     file: Path
@@ -81,11 +93,11 @@ class _Entry(NamedTuple):
     part: str | None
 
 
-def read_photos(path: Path, size: int, labels: Path | None = None) -> Gallery:
+def read_photos(path: Path, size: int, labels: Path | None = None, loose: bool = False) -> Gallery:
     """Read a folder of photos: `<class>/**`, `{train,validation,test}/<class>/**`, any folder with a table of labels, or no labels.
 
     Args:
-        size: pixels of a side. labels: rows of file name (relative to path) and class, with commas, semicolons or tabs between.
+        size: pixels of a side. labels: rows of file name (relative to path) and class, with commas, semicolons or tabs between. loose: folders mean nothing.
     Raises:
         DataError: no photos, one photo, one class, or no class with four photos.
     """
@@ -95,7 +107,12 @@ def read_photos(path: Path, size: int, labels: Path | None = None) -> Gallery:
         raise DataError(f"there is {what} at '{path.name}', a folder of photos is needed: give the folder itself")
     dropped: Counter[str] = Counter()
     files = _files(path, labels, dropped)
-    entries = _by_folder(path, files, dropped) if labels is None else _by_table(path, files, labels, dropped)
+    if labels is not None and not labels.is_file():
+        raise DataError(f"there is no table of labels at '{labels.name}': give a CSV of file,label")
+    if loose:
+        entries = [_Entry(file, None, None) for file in files]
+    else:
+        entries = _by_folder(path, files, dropped) if labels is None else _by_table(path, files, labels, dropped)
     _check(entries, dropped)
     return _read_all(_sample(entries, dropped), size, dropped)
 
@@ -124,7 +141,7 @@ def _by_folder(path: Path, files: Sequence[Path], dropped: Counter[str]) -> list
     if "train" not in parts or (len(tops) > 1 and not {"validation", "test"} & set(parts)):
         return _classed([(p, f, None) for p, f in zip(files, folders, strict=True)], dropped)
     kept = [(p, f[1:], part) for p, f, part in zip(files, folders, parts, strict=True) if part]
-    _count(dropped, "photos outside the train, validation and test folders", len(files) - len(kept))
+    count(dropped, "photos outside the train, validation and test folders", len(files) - len(kept))
     return _classed(kept, dropped)
 
 
@@ -134,10 +151,10 @@ def _classed(kept: Sequence[tuple[Path, tuple[str, ...], str | None]], dropped: 
     names = {name for _, name, _ in inside}
     dated = bool(names) and all(DATES.fullmatch(name) for name in names)
     if 2 * len(inside) <= len(kept) or dated:
-        _count(dropped, "folders that are dates and were taken for no classes", len(names) * dated)
+        count(dropped, "folders that are dates and were taken for no classes", len(names) * dated)
         return [_Entry(p, None, part) for p, _, part in kept]
-    _count(dropped, "photos outside the class folders", len(kept) - len(inside))
-    _count(dropped, "class names that differ only in case (kept apart)", _twins(names))
+    count(dropped, "photos outside the class folders", len(kept) - len(inside))
+    count(dropped, "class names that differ only in case (kept apart)", _twins(names))
     return [_Entry(*row) for row in inside]
 
 
@@ -146,78 +163,9 @@ def _by_table(path: Path, files: Sequence[Path], labels: Path, dropped: Counter[
     found = named_in(labels, names, dropped)
     entries = [_Entry(p, found[n], None) for p, n in zip(files, names, strict=True) if n in found]
     unnamed = [p for p, n in zip(files, names, strict=True) if n not in found and p.suffix.lower() in SUFFIXES]
-    _count(dropped, "photos that the table of labels does not name", len(unnamed))
-    _count(dropped, "class names that differ only in case (kept apart)", _twins({e.name or "" for e in entries}))
+    count(dropped, "photos that the table of labels does not name", len(unnamed))
+    count(dropped, "class names that differ only in case (kept apart)", _twins({e.name or "" for e in entries}))
     return entries
-
-
-def named_in(table: Path, names: Sequence[str], dropped: Counter[str]) -> dict[str, str]:
-    """File name -> class, for those of `names` (relative, with slashes) that rows of the table name.
-
-    A name is matched as it stands, else whatever its case and accents' encoding, if only one file fits.
-
-    Raises:
-        DataError: the table cannot be read, or names none of the files.
-    """
-    exact, folded = set(names), _folded(names)
-    found: dict[str, set[str]] = {}
-    missing = 0
-    for file, label in _rows(table, exact, dropped):
-        wanted = file.strip().replace("\\", "/").removeprefix("./")
-        fits = [wanted] if wanted in exact else folded.get(_fold(wanted), [])
-        missing += not fits
-        _count(dropped, "rows whose file name fits several files", len(fits) > 1)
-        _count(dropped, "rows without a label", not label.strip())
-        if len(fits) == 1 and label.strip():
-            found.setdefault(fits[0], set()).add(label.strip())
-    if missing and not found:
-        raise DataError(
-            f"none of the {missing} files named in '{table.name}' is in the folder: write their names relative to the folder given"
-        )
-    if not found:
-        raise DataError(f"'{table.name}' labels no file: write a row 'file,label' for each photo")
-    _count(dropped, "rows whose file is missing", missing)
-    _count(dropped, "photos with several labels", sum(len(v) > 1 for v in found.values()))
-    return {file: v.pop() for file, v in found.items() if len(v) == 1}
-
-
-def _fold(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
-
-
-def _folded(names: Sequence[str]) -> dict[str, list[str]]:
-    folded: dict[str, list[str]] = {}
-    for name in names:
-        folded.setdefault(_fold(name), []).append(name)
-    return folded
-
-
-def _rows(table: Path, names: set[str], dropped: Counter[str]) -> Iterator[tuple[str, str]]:
-    """File and label of each row; a header is a first row with a header's words, or one that names no file and has no suffix."""
-    text = decode(table.read_bytes()) if table.is_file() else None
-    if text is None:
-        raise DataError(f"'{table.name}' is no table of labels: give a CSV file with rows 'file,label'")
-    lines = [line for line in text.splitlines() if line.strip()]
-    comma = max(",;\t", key=lambda c: sum(c in line for line in lines))  # a tie goes to the comma
-    try:
-        rows = list(csv.reader(lines, delimiter=comma))
-    except csv.Error:
-        raise DataError(f"'{table.name}' is no table of labels: give a CSV file with rows 'file,label'") from None
-    head = [cell.strip().lower() for cell in rows[0]] if rows else []
-    file = next((i for i, cell in enumerate(head) if cell in FILE_HEADERS), 0)
-    label = next((i for i, cell in enumerate(head) if cell in LABEL_HEADERS and i != file), 1)
-    headed = bool(head) and rows[0][0] not in names and (bool(FILE_HEADERS & set(head)) or "." not in head[0])
-    file, label = (file, label) if headed else (0, 1)
-    for row in rows[headed:]:
-        if len(row) > max(file, label):
-            yield row[file], row[label]
-        else:
-            dropped["rows that are not 'file,label'"] += 1
-
-
-def _count(dropped: Counter[str], why: str, n: int) -> None:
-    if n:
-        dropped[why] += n
 
 
 def _twins(names: set[str]) -> int:
@@ -283,7 +231,7 @@ def _read_all(entries: Sequence[_Entry], size: int, dropped: Counter[str]) -> Ga
     classes = tuple(sorted({e.name for e in read if e.name is not None}))
     index = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([index[e.name] for e in read if e.name is not None], dtype=torch.int64) if classes else None
-    _count(dropped, "file names that differ only in case (kept)", _twins({str(e.file) for e in read}))
+    count(dropped, "file names that differ only in case (kept)", _twins({str(e.file) for e in read}))
     part = [e.part for e in read]
     return Gallery(pixels[: len(read)], labels, classes, part, np.array(prints, np.int64), tuple(exact), dropped)
 
@@ -302,6 +250,8 @@ def open_photo(file: Path, size: int) -> UInt8[Tensor, "3 s s"]:
     Raises:
         DataError: damaged, no picture, over MOST_PIXELS or under LEAST_SIDE.
     """
+    if not file.is_file():
+        raise DataError(f"there is no file '{file.name}': give a photo")
     picture = _load(file, size)
     if isinstance(picture, str):
         raise DataError(f"'{file.name}' is {picture}{WAY_OUT.get(picture, '')}")

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 
 from sartor.errors import MissingExtra, SartorError
 
-BATCH = 16
+BATCH = 1  # as it is used: activations are quantized by what they share a batch with
 
 
 def available() -> bool:

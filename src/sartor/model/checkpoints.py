@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sartor.errors import SourceError
 from sartor.model.families import QKV, VISION, VisionFamily
+from sartor.model.network import BLOCK
 from sartor.model.vision import Vision, VisionConfig
 
 SIDE = 224  # pixels that a picture gets unless the user says otherwise: what most of these networks were trained with
@@ -65,14 +66,6 @@ class Said:
     prefix: int | None = None
 
 
-def is_vision(folder: Path) -> bool:
-    """Whether config.json names a vision transformer that Sartor knows, or a network of timm."""
-    if not (folder / "config.json").is_file():
-        return False
-    raw = _json(folder / "config.json")
-    return _is_timm(raw) or raw.get("model_type") in VISION
-
-
 def load_vision(folder: Path, size: int | None = None) -> Vision:
     """The network of a checkpoint, in fp32, for looking at and cutting: eval, without gradients and without a head.
 
@@ -82,8 +75,8 @@ def load_vision(folder: Path, size: int | None = None) -> Vision:
     Raises:
         SourceError: no such checkpoint, a network that is not a plain transformer, or tensors that are missing, unknown or misshapen.
     """
-    raw = _json(folder / "config.json")
-    said = _timm(raw) if _is_timm(raw) else _transformers(folder, raw)
+    raw = read_json(folder / "config.json")
+    said = _timm(raw) if is_timm(raw) else _transformers(folder, raw)
     mean, std = _pixels(folder, raw, said.row)
     left = _split(_tensors(folder, said.row))
     patches = _take(left, said.row.patches + ".weight", None, 3, None, None)
@@ -114,6 +107,8 @@ def load_vision(folder: Path, size: int | None = None) -> Vision:
         std=std,
     )
     _agree(said, config)
+    if config.intermediate_size % BLOCK:
+        raise SourceError(f"the MLPs have {config.intermediate_size} channels: Sartor needs a multiple of {BLOCK}")
     return _filled(config, state)
 
 
@@ -129,7 +124,7 @@ def _filled(config: VisionConfig, state: dict[str, Tensor]) -> Vision:
     return model.eval().requires_grad_(False)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -139,7 +134,7 @@ def _json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _is_timm(raw: dict[str, Any]) -> bool:
+def is_timm(raw: dict[str, Any]) -> bool:
     return "architecture" in raw and "pretrained_cfg" in raw
 
 
@@ -217,7 +212,7 @@ def _pixels(folder: Path, raw: dict[str, Any], row: VisionFamily) -> tuple[Any, 
     mean, std, factor = read["mean"], read["std"], 1 / 255
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
-            found = _json(folder / name)
+            found = read_json(folder / name)
             found = found.get("image_processor", found)
             plain = found.get("do_normalize", True)
             mean = found.get("image_mean", mean) if plain else (0.0, 0.0, 0.0)
@@ -236,7 +231,7 @@ def _pixels(folder: Path, raw: dict[str, Any], row: VisionFamily) -> tuple[Any, 
 def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = {str(n) for n in _json(index).get("weight_map", {}).values()}
+        names = {str(n) for n in read_json(index).get("weight_map", {}).values()}
         outside = [n for n in names if Path(n).name != n]
         files = [folder / n for n in sorted(names)]
         if outside or not files or not all(f.is_file() for f in files):

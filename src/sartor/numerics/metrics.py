@@ -54,6 +54,15 @@ def wilson(right: Array, z: float = 1.96) -> tuple[float, float]:
     return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
 
 
+def paired_interval(ours: Array, theirs: Array, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of the difference of two shares of right answers to the same questions (Agresti and Min 2005: Wald's, with half an answer more in every cell; it never collapses)."""
+    n = len(ours) + 2
+    won, lost = float((ours & ~theirs).sum()) + 0.5, float((theirs & ~ours).sum()) + 0.5
+    centre = (won - lost) / n
+    spread = z * math.sqrt(max(0.0, won + lost - (won - lost) ** 2 / n)) / n
+    return centre - spread, centre + spread
+
+
 def mean_interval(values: Array, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
     """95% bootstrap interval of a mean; of a change, where the values are differences on the same pictures."""
     pick = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from sartor.report import svg
-from sartor.report.text import mb, rows
+from sartor.report.text import generic_effect, mb, rows
 
 STYLE = """
 :root{color-scheme:light}body{font:16px/1.5 system-ui,sans-serif;color:#22303c;max-width:780px;margin:2rem auto;padding:0 1rem}
@@ -114,7 +114,10 @@ def layer_map(layers: Sequence[dict[str, Any]], groups: str) -> str:
             str(n),
             f"{x['groups_kept']}/{x['groups']}",
             f"{x['channels_kept']}/{x['channels']}",
-            *(f"{x['user'][k][0]:.3f} / {x['generic'][k][0]:.3f} {x['verdict'][k]}" for k in ("attention", "mlp")),
+            *(
+                f"{x['user'][k][0]:.3f} / {generic_effect(x, k)} {x['verdict'].get(k, '')}"
+                for k in ("attention", "mlp")
+            ),
         )
         for n, x in enumerate(layers)
     ]

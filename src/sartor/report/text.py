@@ -103,6 +103,11 @@ def inspection(r: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def generic_effect(layer: dict[str, Any], part: str) -> str:
+    """Of a part of a layer, where there was generic data."""
+    return f"{layer['generic'][part][0]:.3f}" if part in layer["generic"] else "-"
+
+
 def layer_lines(layers: Sequence[dict[str, Any]], groups: str, on: str) -> list[str]:
     """What was kept of every layer, and the effects of its parts.
 
@@ -114,7 +119,8 @@ def layer_lines(layers: Sequence[dict[str, Any]], groups: str, on: str) -> list[
     ]
     for n, x in enumerate(layers):
         cells = "  ".join(
-            f"{x['user'][k][0]:.3f}/{x['generic'][k][0]:.3f} {x['verdict'][k]:12s}"[:24] for k in ("attention", "mlp")
+            f"{x['user'][k][0]:.3f}/{generic_effect(x, k)} {x['verdict'].get(k, ''):12s}"[:24]
+            for k in ("attention", "mlp")
         )
         lines.append(
             f"{n:5d}  {x['groups_kept']:5d}/{x['groups']:<6d}  {x['channels_kept']:4d}/{x['channels']:<5d}  {cells}"

@@ -49,7 +49,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Allotment:
-    """Masks of the heads and channels that stay, layer by layer, the bytes of the file and the damage foretold, in nats a picture."""
+    """Masks of the heads and channels that stay, layer by layer, the bytes of the file and the damage foretold, in nats a picture; price: of the last step, per byte of all that could go."""
 
     groups: tuple[str, ...]
     channels: tuple[str, ...]
@@ -71,6 +71,15 @@ def allot(a: Anatomy, effects: Effects, costs: Costs) -> Allotment:
     Raises:
         BudgetError: even the smallest is larger, or slower.
     """
+    refuse_impossible(a, costs)
+    units = order_units(effects)
+    found = [_least_damage(a, units, costs, mix) for mix in (MIXES if costs.limit < float("inf") else MIXES[:1])]
+    choice = min((c for c in found if costs.met(_cut(a, c))), key=lambda c: c.damage)
+    return _allotment(a, units, choice, costs)
+
+
+def refuse_impossible(a: Anatomy, costs: Costs) -> None:
+    """Raises BudgetError where even the smallest network is larger, or slower."""
     least = smallest(a)
     if costs.budget < (size := costs.bytes_of(least)):
         raise BudgetError(
@@ -81,15 +90,13 @@ def allot(a: Anatomy, effects: Effects, costs: Costs) -> Allotment:
         raise BudgetError(
             f"{1000 * costs.limit:.2f} ms a picture for all heads and channels cannot be reached: the smallest model Sartor would make takes {1000 * costs.seconds(least):.2f} ms; ask for less with --faster"
         )
-    units = order_units(effects)
-    found = [_least_damage(a, units, costs, mix) for mix in (MIXES if costs.limit < float("inf") else MIXES[:1])]
-    choice = min(found, key=lambda c: c.damage)
-    return _allotment(a, units, choice, costs.bytes_of(_cut(a, choice)))
 
 
 def _least_damage(a: Anatomy, units: Units, costs: Costs, mix: float) -> Choice:
     """The least that must be saved so that all costs are met, where time has `mix` of the weight."""
     ladders, low, high = _ladders(a, units, costs, mix), 0, UNIT
+    if costs.met(a):
+        return allocate(ladders, 0)
     for _ in range(STEPS):
         middle = (low + high) // 2
         low, high = (low, middle) if costs.met(_cut(a, allocate(ladders, middle))) else (middle, high)
@@ -129,10 +136,13 @@ def _cut(a: Anatomy, choice: Choice) -> Anatomy:
     return replace(a, groups=groups, ffn=tuple(f - BLOCK * choice.step[f"mlp.{n}"] for n, f in enumerate(a.ffn)))
 
 
-def _allotment(a: Anatomy, units: Units, choice: Choice, size: int) -> Allotment:
+def _allotment(a: Anatomy, units: Units, choice: Choice, costs: Costs) -> Allotment:
     groups, channels = [], []
     for n in range(a.layers):
         groups.append(to_mask(kept_groups(units.of(n, "attention"), choice.step[f"attention.{n}"]), a.groups[n]))
         order = units.order[n].tolist() if a.ffn[n] else []
         channels.append(to_mask(sorted(order[choice.step[f"mlp.{n}"] * units.size :]), a.ffn[n]))
-    return Allotment(tuple(groups), tuple(channels), size, choice.damage, choice.price, choice.step)
+    block, head = _bytes_of_units(a, costs.bytes_of)
+    price = choice.price * UNIT / (block * sum(a.ffn) / BLOCK + head * sum(a.groups))
+    size = costs.bytes_of(_cut(a, choice))
+    return Allotment(tuple(groups), tuple(channels), size, choice.damage, price, choice.step)

@@ -97,15 +97,16 @@ def heard(
     Args:
         weight: of each row in C of the last hidden state; they sum to 1.
     """
+    generator = torch.Generator().manual_seed(0)
     norms: dict[Site, list[Tensor]] = {}
     head: dict[Site, Tensor] = {}
     for at in range(0, len(rows), PASS):
         part, felt = rows[at : at + PASS], dict[Site, Tensor]()
         with _feeling(model, felt):
             hidden = tracked(model, part)
-            medium_of(model).listen(model, hidden, part)
+            medium_of(model).listen(model, hidden, part, generator)
         for site, squared in felt.items():
-            norms.setdefault(site, []).append(len(part) * squared.sqrt())  # the loss is a mean
+            norms.setdefault(site, []).append(squared.sqrt())
         scale = (weight[at : at + PASS, None, None] / hidden.shape[1]).sqrt().to(hidden.dtype)
         _add_(head, 1.0, HEAD, hidden.detach() * scale)
         tell(min(1.0, (at + PASS) / len(rows)))

@@ -6,6 +6,7 @@ were left out (folds of the training split) is taken. Without labels the classes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,10 +83,11 @@ def choose_head(
     classes: int,
     seed: int = 0,
     first: int | None = None,
+    last: int | None = None,
 ) -> Head:
-    """The head, and the depth it reads at, of least nats on pictures left out; no layers are left out before the `first` (None: half of them)."""
+    """The head, and the depth it reads at, of least nats on pictures left out; from behind layer `first` (None: over half of them) to behind layer `last` (None: all)."""
     first = first or len(layers_of(model)) // 2 + 1
-    read = read_out(clone(model, torch.bfloat16), pixels, first)
+    read = read_out(clone(model, torch.bfloat16), pixels, first)[: None if last is None else last - first + 1]
     fold = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)) % FOLDS
     best: tuple[float, int, float] | None = None
     for depth, features in enumerate(read, first):
@@ -118,12 +120,16 @@ def with_head(model: Vision, head: Head) -> Vision:
     return new.eval().requires_grad_(False)
 
 
-def clustered(model: Vision, pixels: UInt8[Tensor, "n 3 s s"], seed: int = 0) -> tuple[Int[Tensor, " n"], int]:
-    """(the cluster of every picture, how many there are): k-means on the direction of features, for pictures without labels."""
-    features = nn.functional.normalize(
-        read_out(clone(model, torch.bfloat16), pixels, len(layers_of(model)))[-1], dim=-1
-    )
-    k = max(2, min(MOST_CLUSTERS, len(pixels) // PICTURES_A_CLUSTER))
-    _, cluster = kmeans2(features.double().numpy(), k, minit="++", seed=seed)
-    used, labels = torch.unique(torch.as_tensor(cluster, dtype=torch.long), return_inverse=True)
-    return labels, len(used)
+def clustered(
+    model: Vision, parts: Sequence[UInt8[Tensor, "n 3 s s"]], seed: int = 0
+) -> tuple[list[Int[Tensor, " n"]], int]:
+    """(the cluster of every picture, part by part; how many there are): k-means on the direction of features, for pictures without labels.
+
+    Only the first part shapes the clusters; pictures of the others belong to the nearest.
+    """
+    half, last = clone(model, torch.bfloat16), len(layers_of(model))
+    features = [nn.functional.normalize(read_out(half, p, last)[-1], dim=-1) for p in parts]
+    k = max(2, min(MOST_CLUSTERS, len(parts[0]) // PICTURES_A_CLUSTER))
+    centres, cluster = kmeans2(features[0].double().numpy(), k, minit="++", seed=seed)
+    used = torch.as_tensor(centres)[torch.unique(torch.as_tensor(cluster, dtype=torch.long))]
+    return [torch.cdist(f.double(), used).argmin(-1) for f in features], len(used)

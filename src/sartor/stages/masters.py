@@ -18,11 +18,15 @@ from sartor.numerics.grids import Grid, snap
 
 @dataclass
 class Latents:
-    """fp32 master weights: tensors on a grid with their scales, and free ones (norms, biases)."""
+    """fp32 master weights: tensors on a grid with their scales, and free ones (norms, biases).
+
+    exact: matrices are kept in fp32, as where a layer scale is folded into rows too small for fp16.
+    """
 
     masters: dict[str, Tensor]
     scales: dict[str, Tensor] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
+    exact: bool = False
 
     def value(self, name: str) -> Tensor:
         """The weights as the runtime will see them."""
@@ -32,7 +36,7 @@ class Latents:
 
     def halved(self) -> dict[str, Tensor]:
         """The masters in fp16 (vectors in fp32): half the room, and a cell of any grid here is far wider than the rounding."""
-        return {n: t.half() if t.ndim > 1 else t.clone() for n, t in self.masters.items()}
+        return {n: t.half() if t.ndim > 1 and not self.exact else t.clone() for n, t in self.masters.items()}
 
 
 @torch.no_grad()
@@ -112,13 +116,14 @@ class Adam:
             self.moved.zero_()
 
 
-LEAST = 1e-4  # what has no size yet moves as if it had this one
+LEAST = 0.01  # of the size of the whole tensor: rows that are smaller move as if they had this one
 
 
 def _size_of(w: Tensor) -> Tensor:
     """Root mean square, of every row of a matrix or of a whole vector, in its shape."""
     over = tuple(range(1, w.ndim)) if w.ndim > 1 else 0
-    return w.square().mean(over, keepdim=True).sqrt().clamp_min(LEAST)
+    least = max(LEAST * float(w.square().mean().sqrt()), 1e-8)
+    return w.square().mean(over, keepdim=True).sqrt().clamp_min(least)
 
 
 def update_(named: Mapping[str, Any], optimizers: Mapping[str, Adam], rate: float) -> None:

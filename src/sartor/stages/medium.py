@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from sartor.model.vision import Vision
 from sartor.stages import likelihood, recognition
 
+DIRECTIONS = 4  # of a picture, which has but one prediction
 Said = tuple[Tensor, Tensor]
 
 
@@ -23,14 +24,14 @@ class Medium:
 
     Attributes:
         positions: of a row at which something is foretold. directions: among the outputs that a backward probe draws for a row.
-        gradients: of log p at the hidden states, along a random direction of what the model itself foretells. listen: sends back from the hidden states what the loss on these rows feels.
+        gradients: of log p at the hidden states, along a random direction of what the model itself foretells. listen: sends back from the hidden states what the loss summed over these rows feels, in one or several goes.
         said: what a model foretells of rows. kl: mean KL of a model to that, in nats a prediction; unit: what that is called.
     """
 
     positions: Callable[[Tensor], int]
     directions: int
     gradients: Callable[[Any, Tensor, Generator], Tensor]
-    listen: Callable[[Any, Tensor, Tensor], None]
+    listen: Callable[[Any, Tensor, Tensor, Generator], None]
     said: Callable[[Any, Tensor], Said]
     kl: Callable[[Any, Tensor, Said], float]
     unit: str
@@ -40,18 +41,16 @@ TEXT = Medium(
     lambda rows: rows.shape[1],
     1,
     likelihood.drawn_gradients,
-    lambda model, hidden, rows: likelihood.loss_of(model, hidden, rows).backward(),
+    lambda model, hidden, rows, generator: (likelihood.loss_of(model, hidden, rows) * len(rows)).backward(),
     likelihood.top_of,
     likelihood.kl_of,
     "nats per token",
 )
 PICTURES = Medium(
     lambda rows: 1,
-    4,
+    DIRECTIONS,
     recognition.signed_gradients,
-    lambda model, hidden, rows: hidden.backward(
-        recognition.signed_gradients(model, hidden.detach(), Generator().manual_seed(0))
-    ),
+    lambda model, hidden, rows, generator: recognition.listen(model, hidden, generator, DIRECTIONS),
     recognition.said_of,
     recognition.kl_of,
     "nats a picture",

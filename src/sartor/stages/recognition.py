@@ -76,3 +76,9 @@ def loss_of(model: Any, pixels: UInt8[Tensor, "n 3 s s"], labels: Int[Tensor, " 
     return torch.nn.functional.cross_entropy(
         model.head(model.pool(through(model, embed(model, pixels)))).float(), labels
     )
+
+
+def listen(model: Any, hidden: Float[Tensor, "n t w"], generator: torch.Generator, directions: int) -> None:
+    """Send back several random directions of what the model foretells, one after the other."""
+    for left in reversed(range(directions)):
+        hidden.backward(signed_gradients(model, hidden.detach(), generator), retain_graph=left > 0)

@@ -1,0 +1,175 @@
+"""What the fitted network will look at: pictures as large as the original's, or smaller ones where time is asked for.
+
+A picture's side is a cut like any other. The heads' reading of each other grows with the fourth power of it, everything else with the square; the damage is what the head says worse of
+smaller pictures, in nats on pictures left out, and is weighed against the damage foretold of the heads and channels that would have to go instead.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from sartor.effort import PICTURE_EFFORTS
+from sartor.errors import BudgetError
+from sartor.export import onnx_file, onnxrt
+from sartor.job import Job
+from sartor.model.checkpoints import load_vision
+from sartor.model.network import BLOCK, Anatomy, anatomy, clone, shrink_attention_, shrink_mlp_
+from sartor.picture_job import WEIGHTS, PreparedPictures
+from sartor.pictures import Pictures, felt_pictures
+from sartor.probing import Tell
+from sartor.stages.allot import Costs, allot, smallest
+from sartor.stages.head import choose_head, with_head
+from sartor.stages.probe import recovered
+
+SHARES = (1.0, 0.875, 0.75)  # of the side of the original's pictures, that are tried where time is asked for
+TIMED, THREADS = 8, 2  # pictures, and threads, that time is measured with
+MARGIN = 0.04  # of the time asked for: what is measured again in the end is a little different
+
+
+@dataclass(frozen=True)
+class View:
+    """The network to fit, its pictures and what it may cost; `sides`: {side of a picture: [nats of its head on pictures left out, damage foretold of what else must go]}."""
+
+    dense: Any
+    pictures: Pictures
+    costs: Costs
+    sides: dict[int, list[float]]
+
+    @property
+    def side(self) -> int:
+        found: int = self.dense.config.size
+        return found
+
+    def decided(self) -> dict[str, float | None]:
+        """What `view_again` needs, for JSON."""
+        c = self.costs
+        limit = None if c.limit == float("inf") else c.limit
+        return {"side": self.side, "block_seconds": c.block_seconds, "head_seconds": c.head_seconds, "limit": limit}
+
+    def seen(self, pixels: UInt8[Tensor, "n 3 s s"]) -> UInt8[Tensor, "n 3 r r"]:
+        return smaller(pixels, self.side)
+
+
+def smaller(pixels: UInt8[Tensor, "n 3 s s"], side: int) -> UInt8[Tensor, "n 3 r r"]:
+    """Pictures with fewer pixels."""
+    if pixels.shape[-1] == side or not len(pixels):
+        return pixels if len(pixels) else pixels.new_zeros(0, 3, side, side)
+    parts = (
+        nn.functional.interpolate(part.float(), size=side, mode="bicubic", antialias=True) for part in pixels.split(64)
+    )
+    return torch.cat([p.round_().clamp_(0, 255).to(torch.uint8) for p in parts])
+
+
+def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
+    """The view of least damage within the job's bytes and time.
+
+    Raises:
+        BudgetError: not even the smallest pictures are fast enough.
+    """
+    whole: int = p.whole.config.size
+    if job.faster is None:
+        return View(p.dense, p.pictures, Costs(bytes_of(p.dense), p.budget_bytes), {})
+    patch, views = p.whole.config.patch, list[View]()
+    effects = None
+    sides = [patch * round(share * whole / patch) for share in SHARES]
+    for n, r in enumerate(sides):
+        told = lambda note, n=n: tell("view", n / len(sides), note)  # noqa: E731
+        told(f"pictures of {r} pixels a side: what the head says of them")
+        dense, nats = (p.dense, p.head.nats) if r == whole else _headed(p, r, job.seed)
+        pictures = _smaller(p.pictures, r)
+        told(f"pictures of {r} pixels a side: how long heads and channels take in the runtime")
+        costs = timed(p, dense, job.faster)
+        if effects is None:
+            told("what the photos need of heads and channels")
+            user, halves, generic = felt_pictures(
+                clone(dense, torch.bfloat16), pictures, PICTURE_EFFORTS[job.effort], job.seed
+            )
+            effects = recovered(user, halves, generic) if generic else user
+        views.append(View(dense, pictures, costs, {r: [nats, _damage(dense, effects, costs)]}))
+    best = min(views, key=lambda v: sum(v.sides[v.side]))
+    if costs_too_much(best):
+        raise BudgetError(
+            f"{job.faster:g} times as fast as the original cannot be reached, not even with pictures of {sides[-1]} pixels a side: ask for less with --faster"
+        )
+    return replace(best, sides={r: found for v in views for r, found in v.sides.items()})
+
+
+def view_again(p: PreparedPictures, job: Job, saved: dict[str, float]) -> View:
+    """The view of a resumed job, as it was decided and measured (`View.decided`): time is not taken again."""
+    side = int(saved["side"])
+    dense = p.dense if side == p.whole.config.size else _headed(p, side, job.seed)[0]
+    limit = saved["limit"] if saved["limit"] is not None else float("inf")
+    costs = Costs(bytes_of(dense), p.budget_bytes, saved["block_seconds"], saved["head_seconds"], limit)
+    return View(dense, _smaller(p.pictures, side), costs, {})
+
+
+def _smaller(pictures: Pictures, side: int) -> Pictures:
+    parts: dict[str, Any] = {k: smaller(getattr(pictures, k), side) for k in ("train", "validation", "generic")}
+    return replace(pictures, **parts)
+
+
+def costs_too_much(view: View) -> bool:
+    a = anatomy(view.dense)
+    return view.costs.limit < view.costs.seconds(smallest(a))
+
+
+def _damage(dense: Any, effects: Any, costs: Costs) -> float:
+    """Foretold of what must go; infinite where it is never enough for the time. Too few bytes are an error for any side."""
+    try:
+        return allot(anatomy(dense), effects, costs).damage
+    except BudgetError as error:
+        if error.nearest is not None:
+            raise
+        return float("inf")
+
+
+def _headed(p: PreparedPictures, side: int, seed: int) -> tuple[Any, float]:
+    """The network for smaller pictures, read behind the same layer, and the nats of its head."""
+    network = load_vision(p.source.folder, side)
+    train, depth = smaller(p.album.train.pixels, side), p.head.depth
+    head = choose_head(network, train, p.labels[0], p.classes, seed, first=depth, last=depth)
+    return with_head(network, head), head.nats
+
+
+def bytes_of(dense: Any) -> Callable[[Anatomy], int]:
+    """Exact bytes of the ONNX file of a model of given sizes."""
+    return lambda a: onnx_file.file_bytes(dense.config, a, WEIGHTS)
+
+
+def timed(p: PreparedPictures, dense: Any, faster: float) -> Costs:
+    """What heads and blocks of channels cost in the runtime, measured on files of this network: whole, with few channels, with few heads; beside the original in fp32.
+
+    What they may take is the original's time by `faster`, less what the file takes beside them, and a MARGIN.
+    """
+    a = anatomy(dense)
+    few = smallest(a)
+    sizes = {"whole": a, "channels": replace(a, ffn=few.ffn), "heads": replace(a, groups=few.groups)}
+    with tempfile.TemporaryDirectory() as tmp:
+        files = {name: Path(tmp) / f"{name}.onnx" for name in (*sizes, "original")}
+        for name, size in sizes.items():
+            onnx_file.write(files[name], resized(dense, size), WEIGHTS)
+        onnx_file.write(files["original"], p.whole, "fp32")
+        times = onnxrt.speeds(files, p.album.train.pixels[:TIMED].numpy(), THREADS)
+    second = {name: found["seconds"] for name, found in times.items()}
+    block = (second["whole"] - second["channels"]) / (sum(a.ffn) - sum(few.ffn)) * BLOCK
+    head = (second["whole"] - second["heads"]) / (sum(a.groups) - sum(few.groups))
+    costs = Costs(bytes_of(dense), p.budget_bytes, max(block, 0.0), max(head, 0.0))
+    beside = second["whole"] - costs.seconds(a)
+    return replace(costs, limit=(1 - MARGIN) * second["original"] / faster - beside)
+
+
+def resized(model: Any, a: Anatomy) -> Any:
+    """A copy with the first heads and channels of each layer: for its time, not its words."""
+    small = clone(model)
+    for n in range(a.layers):
+        shrink_attention_(small, n, range(a.groups[n]))
+        shrink_mlp_(small, n, torch.arange(a.ffn[n]))
+    return small
