@@ -14,11 +14,13 @@ import torch
 
 from sartor.errors import InputError
 from sartor.model.network import layers_of, shrink_attention_
-from sartor.model.vision import Vision, VisionConfig
+from sartor.model.vision import VisionConfig
 from sartor.report.overlay import inferno, overlay
 from sartor.report.pictures import inspection, page, table, warnings
 from sartor.stages.attribute import _watched, patches_that_decided
 from sartor.stages.head import choose_head, with_head
+
+from .test_pictures import network
 
 CONFIG = VisionConfig("dinov2", 64, 4, 256, layers=4, size=32, patch=8, prefix=2)
 PART = {"attention": [0.02, 0.01, 0.03], "mlp": [0.4, 0.3, 0.5]}
@@ -241,18 +243,6 @@ def test_without_labels_clusters_are_never_taken_for_likeness() -> None:
     assert page(REPORT).split("<h2>Quality")[1].split("<h2>")[0].count("84.0%") == 1
 
 
-def network(seed: int = 0) -> Any:
-    """Random weights; norms and biases too, so that nothing is trivially zero."""
-    torch.manual_seed(seed)
-    model = Vision(CONFIG)
-    for name, p in model.named_parameters():
-        if p.ndim == 1:
-            p.data += 0.1 * torch.randn_like(p)
-        elif "position" in name or "prefix" in name:
-            p.data = 0.5 * torch.randn_like(p)
-    return model.eval().requires_grad_(False)
-
-
 def squares(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """(noise with one square that is red or blue, which of the two, row and column of the square's patch)."""
     rng = np.random.default_rng(seed)
@@ -265,7 +255,7 @@ def squares(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
 
 @pytest.fixture(scope="module")
 def headed() -> Any:
-    return fitted(network())
+    return fitted(network(config=CONFIG))
 
 
 def fitted(model: Any) -> Any:
@@ -299,7 +289,7 @@ def test_the_square_that_decides_is_found_for_its_answer_and_not_for_the_other(h
 
 @pytest.mark.parametrize("gone", [[1], [0, 1, 2, 3]])
 def test_patches_decide_where_a_layer_or_all_have_no_attention(gone: list[int]) -> None:
-    model = network()
+    model = network(config=CONFIG)
     shrink_attention_(model, 2, [0, 3])  # layers may differ in heads, too
     for n in gone:
         shrink_attention_(model, n, [])
@@ -330,7 +320,7 @@ def test_attention_spelt_out_is_the_attention(headed: Any) -> None:
 
 def test_a_network_without_a_head_has_no_answer_to_explain() -> None:
     with pytest.raises(InputError, match="no head"):
-        patches_that_decided(network(), squares(1, 5)[0], 0)
+        patches_that_decided(network(config=CONFIG), squares(1, 5)[0], 0)
 
 
 def test_the_overlay_shows_the_picture_and_is_brightest_where_it_mattered() -> None:

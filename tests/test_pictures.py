@@ -28,10 +28,10 @@ CONFIG = VisionConfig("dinov2", 64, 4, 256, layers=4, size=32, patch=8, classes=
 TINY = effort.PictureEffort(32, 0.9, 6, 16, 24, TuneConfig(1.0, 1e-3, checks=2), TuneConfig(1.0, 1e-3, checks=2))
 
 
-def network(seed: int = 0) -> Any:
+def network(seed: int = 0, config: VisionConfig = CONFIG) -> Any:
     """Random weights; norms and biases too, so that nothing is trivially zero."""
     torch.manual_seed(seed)
-    model = Vision(CONFIG)
+    model = Vision(config)
     for name, p in model.named_parameters():
         if p.ndim == 1:
             p.data += 0.1 * torch.randn_like(p)

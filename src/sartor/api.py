@@ -18,7 +18,7 @@ from sartor.data.generic import generic_corpus
 from sartor.data.readers import read_folder
 from sartor.data.split import Corpus, split
 from sartor.effort import EFFORTS
-from sartor.errors import BudgetError, InputError, OutputError
+from sartor.errors import InputError, OutputError
 from sartor.export import gguf_file
 from sartor.export.llama_worker import peak_memory
 from sartor.job import Job, Prepared
@@ -118,7 +118,7 @@ def _compress_texts(job: Job, source: Source, folder: Path | None, tell: Tell, m
     if folder:  # written now, while the original is in memory and little else is
         evaluate.dense_reference(prepared.source, (prepared.model, prepared.tokenizer))
     seconds = {"open": time.monotonic() - started}
-    plan = _plan(prepared, job, point, seconds, tell)
+    plan = storage.planned(point, seconds, lambda: _decide(prepared, job, tell))
     made = _apply(prepared, job, plan, point, seconds, tell)
     if folder:
         finish(prepared, job, made, folder, seconds, memory, tell)
@@ -138,23 +138,6 @@ def _watching(tell: Tell) -> tuple[Tell, dict[str, int]]:
         tell(stage, share, note)
 
     return told, peaks
-
-
-def _plan(p: Prepared, job: Job, point: storage.Checkpoint | None, seconds: dict[str, float], tell: Tell) -> Plan:
-    saved = point.plan() if point else None
-    if saved:
-        return saved
-    started = time.monotonic()
-    try:
-        plan = _decide(p, job, tell)
-    except (BudgetError, InputError):
-        if point:  # nothing to resume: leave no folder that the next try would trip over
-            point.clear()
-        raise
-    seconds["plan"] = time.monotonic() - started
-    if point:
-        point.save_plan(plan)
-    return plan
 
 
 def _decide(p: Prepared, job: Job, tell: Tell) -> Plan:

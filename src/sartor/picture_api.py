@@ -48,7 +48,7 @@ def compress_pictures(job: Job, source: Source, folder: Path | None, tell: Tell,
         point = storage.Checkpoint(folder / "checkpoint", asdict(job) | {"pictures": p.fingerprint()})
     seconds = {"open": time.monotonic() - started}
     view = _view(p, job, point, seconds, tell)
-    plan = _plan(p, view, job, point, seconds, tell)
+    plan = storage.planned(point, seconds, lambda: _decide(p, view, job, tell))
     kept, settled = (point.of, point.save_plan) if point else (None, lambda plan: None)
     made = fit_pictures(view.dense, plan, view.pictures, view.costs, job.effort, None, tell, kept, settled)
     seconds |= made.seconds
@@ -79,22 +79,8 @@ def _view(
     return view
 
 
-def _plan(
-    p: PreparedPictures, view: View, job: Job, point: storage.Checkpoint | None, seconds: dict[str, float], tell: Tell
-) -> Plan:
-    if point and (saved := point.plan()):
-        return saved
-    started = time.monotonic()
-    try:
-        plan = plan_pictures(view.dense, view.pictures, view.costs, p.source.sha256, job.effort, job.seed, tell)
-    except (BudgetError, InputError):
-        if point:  # nothing to resume: leave no folder that the next try would trip over
-            point.clear()
-        raise
-    seconds["plan"] = time.monotonic() - started
-    if point:
-        point.save_plan(plan)
-    return plan
+def _decide(p: PreparedPictures, view: View, job: Job, tell: Tell) -> Plan:
+    return plan_pictures(view.dense, view.pictures, view.costs, p.source.sha256, job.effort, job.seed, tell)
 
 
 def _finish(

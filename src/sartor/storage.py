@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sartor.errors import OutputError, SourceError
+from sartor.errors import InputError, OutputError, SourceError
 from sartor.model.network import empty_like
 from sartor.numerics.grids import GRIDS, decode_scales, encode
 from sartor.plan import Plan
@@ -204,6 +205,27 @@ class Checkpoint:
 
     def clear(self) -> None:
         shutil.rmtree(self.folder)
+
+
+def planned(point: Checkpoint | None, seconds: dict[str, float], decide: Callable[[], Plan]) -> Plan:
+    """The checkpoint's plan, else the one that is decided now and kept there, with the seconds it took.
+
+    Raises:
+        BudgetError, InputError: what `decide` raises; there is nothing to resume then, and no folder is left that the next try would trip over.
+    """
+    if point and (saved := point.plan()):
+        return saved
+    started = time.monotonic()
+    try:
+        plan = decide()
+    except InputError:
+        if point:
+            point.clear()
+        raise
+    seconds["plan"] = time.monotonic() - started
+    if point:
+        point.save_plan(plan)
+    return plan
 
 
 class WeightsFile:
