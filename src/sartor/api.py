@@ -20,7 +20,7 @@ from sartor.data.split import Corpus, split
 from sartor.effort import EFFORTS
 from sartor.errors import InputError, OutputError
 from sartor.export import gguf_file
-from sartor.export.llama_worker import peak_memory
+from sartor.export.worker import peak_memory
 from sartor.job import Job, Prepared
 from sartor.memory import hand_back
 from sartor.model.kinds import kind_of

@@ -16,7 +16,7 @@ from sartor import picture_storage, storage
 from sartor.data.photos import read_photos
 from sartor.errors import BudgetError, InputError, OutputError
 from sartor.export import onnx_file, runtimes
-from sartor.export.llama_worker import peak_memory
+from sartor.export.worker import peak_memory
 from sartor.job import Job
 from sartor.model.network import anatomy
 from sartor.picture_evaluate import Originals, measure_pictures, picture_controls
@@ -192,16 +192,22 @@ def export_pictures(folder: Path, to: str, out: Path) -> Path:
     Raises:
         InputError: there is no such runtime. MissingExtra: its packages are not installed.
     """
-    row = runtimes.row_of("onnx-int8" if to == "onnx" else to)
+    name = _row_name(to)
+    row = runtimes.row_of(name)
     model, _, _ = picture_storage.load(folder)
     file = storage.claim_folder(out) / f"model{row.ending}"
-    runtimes.write("onnx-int8" if to == "onnx" else to, file, model)
+    runtimes.write(name, file, model)
     return file
+
+
+def _row_name(to: str) -> str:
+    """onnx is what a model is fitted as."""
+    return f"onnx-{WEIGHTS}" if to == "onnx" else to
 
 
 def measure_exports(folder: Path, names: Sequence[str], photos: Path, out: Path) -> list[dict[str, Any]]:
     """Write a saved artifact for these runtimes (none: for all), reopen each file in its own and compare it with PyTorch on some of the photos: `runtimes.measure_all`."""
-    names = ["onnx-int8" if name == "onnx" else name for name in names]
+    names = [_row_name(name) for name in names]
     for name in names:
         runtimes.row_of(name)
     model, _, _ = picture_storage.load(folder)

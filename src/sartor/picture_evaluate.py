@@ -19,7 +19,7 @@ from sartor.errors import ParityError
 from sartor.export import onnx_file, onnxrt
 from sartor.job import Job
 from sartor.model.network import clone
-from sartor.numerics.metrics import mean_interval, paired_interval, wilson
+from sartor.numerics.metrics import cosines, mean_interval, paired_interval, wilson
 from sartor.picture_job import WEIGHTS, PreparedPictures
 from sartor.picture_view import THREADS, TIMED, View, smaller
 from sartor.pictures import Fitted, Pictures, fit_pictures
@@ -74,11 +74,6 @@ def answers(file: Path, pixels: Tensor, labels: Tensor) -> Answers:
     said = log_p.argmax(-1)
     nats = -log_p.gather(1, labels[:, None])[:, 0]
     return Answers((said == labels).numpy(), nats.numpy(), said.numpy(), found["features"])
-
-
-def alike(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Cosine of features, picture by picture."""
-    return np.asarray((one * other).sum(-1) / np.linalg.norm(one, axis=-1) / np.linalg.norm(other, axis=-1))
 
 
 def measure_pictures(
@@ -139,7 +134,7 @@ def _user(p: PreparedPictures, ours: Answers, theirs: Answers) -> dict[str, Any]
     """The user's side: accuracy, or without labels how alike the features are."""
     same = {"pictures": len(ours.said), "agreement": float((ours.said == theirs.said).mean())}
     if not p.labelled:
-        cosine = alike(ours.features, theirs.features)
+        cosine = cosines(ours.features, theirs.features)
         low, high = mean_interval(cosine)
         mean = float(cosine.mean())
         told = {"metric": "feature agreement", "dense": 1.0, "dense_ci95": [1.0, 1.0], "artifact": mean}
@@ -162,7 +157,7 @@ def _generic(p: PreparedPictures, side: int, artifact: Path, original: Path) -> 
     if not len(pixels):
         return None
     seen = (artifact, smaller(pixels, side)), (original, pixels)
-    cosine = alike(*(onnxrt.outputs(file, x.numpy())["features"] for file, x in seen))
+    cosine = cosines(*(onnxrt.outputs(file, x.numpy())["features"] for file, x in seen))
     return {
         "metric": "feature agreement",
         "artifact": float(cosine.mean()),
@@ -181,7 +176,7 @@ def check_parity(ours: Answers, held: Any, test: Tensor) -> dict[str, Any]:
     with torch.no_grad():
         features = held.features(some)
         said = held.head(features).argmax(-1).numpy()
-    worst = float(alike(ours.features[: len(some)], features.numpy()).min())
+    worst = float(cosines(ours.features[: len(some)], features.numpy()).min())
     if worst < PARITY:
         raise ParityError(
             f"the ONNX file's features have a cosine of {worst:.4f} to PyTorch's, at least {PARITY} was expected: please report this"
@@ -197,7 +192,7 @@ def check_original(theirs: Answers, dense: Any, test: Tensor) -> None:
     """
     some = test[:EXACT_PICTURES]
     with torch.no_grad():
-        worst = float(alike(theirs.features[: len(some)], dense.features(some).numpy()).min())
+        worst = float(cosines(theirs.features[: len(some)], dense.features(some).numpy()).min())
     if worst < EXACT:
         raise ParityError(
             f"the original's ONNX file has features with a cosine of {worst:.5f} to PyTorch's, at least {EXACT} was expected: please report this"

@@ -95,7 +95,7 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
             effects = recovered(user, halves, generic) if generic else user
         views.append(View(dense, pictures, costs, {r: [nats, _damage(dense, effects, costs)]}))
     best = min(views, key=lambda v: sum(v.sides[v.side]))
-    if costs_too_much(best):
+    if sum(best.sides[best.side]) == float("inf"):
         raise BudgetError(
             f"{job.faster:g} times as fast as the original cannot be reached, not even with pictures of {sides[-1]} pixels a side: ask for less with --faster"
         )
@@ -114,11 +114,6 @@ def view_again(p: PreparedPictures, job: Job, saved: dict[str, float]) -> View:
 def _smaller(pictures: Pictures, side: int) -> Pictures:
     parts: dict[str, Any] = {k: smaller(getattr(pictures, k), side) for k in ("train", "validation", "generic")}
     return replace(pictures, **parts)
-
-
-def costs_too_much(view: View) -> bool:
-    a = anatomy(view.dense)
-    return view.costs.limit < view.costs.seconds(smallest(a))
 
 
 def _damage(dense: Any, effects: Any, costs: Costs) -> float:

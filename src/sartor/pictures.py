@@ -246,7 +246,8 @@ def trained(
 ) -> Course | None:
     """Train the fp32 network in place; what was trained before an interruption is not trained again."""
     kept = kept or InMemory()
-    latents, before = kept.load() or (Latents({n: p.data for n, p in model.named_parameters()}, exact=True), 0.0)
+    latents, before = kept.load() or (Latents({n: p.data for n, p in model.named_parameters()}), 0.0)
+    latents.exact = True
     course = None
     if before < config.seconds:
         running = clone(model, torch.bfloat16)

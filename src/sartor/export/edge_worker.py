@@ -5,8 +5,6 @@ One picture at a time. Pictures come and results go as numpy files.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +13,7 @@ from typing import Any
 
 import coreml_reader  # by path, as this file is started: the package would load torch
 import numpy as np
-from llama_worker import peak_memory
+from worker import answer, measured
 
 sys.path.pop(0)  # this folder, whose executorch.py would stand before the package of that name
 WARM_UP = 3  # runs before the clock counts
@@ -93,21 +91,14 @@ def job_constants(job: dict[str, Any]) -> dict[str, Any]:
 JOBS = {"run": job_run, "constants": job_constants}
 
 
-def main() -> None:
-    """Read one job, print one result."""
-    job = json.load(sys.stdin)
-    out = os.dup(1)
-    os.dup2(2, 1)  # whatever the runtime prints must not mix with the result
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """One job; what goes wrong is said in one line that names no folder."""
     try:
-        result = JOBS[job["do"]](job)
+        return JOBS[job["do"]](job)
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".replace(job["file"], Path(job["file"]).name).split())
         raise SystemExit(said[:300]) from error
-    result["peak_rss_bytes"] = peak_memory()
-    with os.fdopen(out, "w") as f:
-        json.dump(result, f)
-    os._exit(0)  # skip the runtime's own tear-down
 
 
 if __name__ == "__main__":
-    main()
+    answer(measured(work))

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import ctypes as ct
 import importlib.util
-import json
 import math
-import os
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from worker import answer, measured  # by path, as this file is started: the package would load torch
 
 
 class Opaque(ct.Structure):
@@ -197,21 +194,8 @@ def _sample(logits: np.ndarray, temperature: float, top_p: float, rng: np.random
 JOBS = {"score": job_score, "tokenize": job_tokenize, "speed": job_speed, "generate": job_generate}
 
 
-def peak_memory() -> int:
-    """Peak resident bytes of this process; ru_maxrss would count its parent's pages from before the exec."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def main() -> None:
-    """Read one job, print one result."""
-    job = json.load(sys.stdin)
-    out = os.dup(1)
-    os.dup2(2, 1)  # whatever the runtime prints must not mix with the result
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """One job, and the seconds that it took."""
     started = time.perf_counter()
     longest = max([len(w) for w in job.get("windows", [])] + [len(job.get("ids", [])) + job.get("generate", 0), 512])
     llama = Llama(
@@ -219,14 +203,8 @@ def main() -> None:
         job["threads"],
         context=min(8192, 256 * math.ceil((longest + 1) / 256)) if job["do"] != "generate" else 2048,
     )
-    result = JOBS[job["do"]](llama, job)
-    result["seconds"] = time.perf_counter() - started
-    result["peak_rss_bytes"] = peak_memory()
-    with os.fdopen(out, "w") as f:
-        json.dump(result, f)
-    f.close()
-    os._exit(0)  # skip the runtime's own tear-down
+    return JOBS[job["do"]](llama, job) | {"seconds": time.perf_counter() - started}
 
 
 if __name__ == "__main__":
-    main()
+    answer(measured(work))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sartor.errors import MissingExtra, ParityError, SartorError
+from sartor.errors import MissingExtra, ParityError
+from sartor.export.apart import answered
 from sartor.numerics.metrics import Score
 from sartor.stages.measure import score_of
 from sartor.stages.tokens import Window
@@ -55,11 +54,7 @@ def run_job(file: Path, do: str, threads: int | None = None, **job: Any) -> dict
         sys.executable,
         str(Path(__file__).with_name("llama_worker.py")),
     ]  # by path: the package would load torch
-    done = subprocess.run(command, input=json.dumps(spec), capture_output=True, text=True)
-    if done.returncode or not done.stdout:
-        last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
-        raise SartorError(f"llama.cpp failed on {file.name}: {last[:300]}")
-    return json.loads(done.stdout)
+    return answered(command, spec, f"llama.cpp failed on {file.name}")
 
 
 def nats(file: Path, windows: Sequence[Window]) -> list[torch.Tensor]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sartor.errors import InputError, MissingExtra, SartorError
+from sartor.errors import InputError, MissingExtra
+from sartor.export.apart import answered
+from sartor.export.worker import answer
 from sartor.model.network import clone
 from sartor.model.vision import Vision
 
@@ -88,16 +89,9 @@ def _apart(name: str, job: dict[str, Any], limit_s: float) -> dict[str, dict[str
     command = [sys.executable, "-P", "-m", "sartor.export.lowering"]
     ours = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"PYTHONPATH": ours}
-    try:
-        done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=env, timeout=limit_s)
-    except subprocess.TimeoutExpired as error:
-        raise SartorError(
-            f"{name}: lowering took more than {limit_s:.0f} s and was ended: give it more time"
-        ) from error
-    if done.returncode or not done.stdout:
-        last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
-        raise SartorError(f"{name} failed to lower the network: {_said(last, job['folder'])}")
-    return json.loads(done.stdout)
+    late = f"{name}: lowering took more than {limit_s:.0f} s and was ended: give it more time"
+    said = partial(_said, folder=job["folder"])
+    return answered(command, job, f"{name} failed to lower the network", limit_s, late, env, said)
 
 
 def _said(text: str, folder: str) -> str:
@@ -120,11 +114,8 @@ def _written(of: Any, prepared: Any, weights: str, file: Path, folder: str) -> d
     return {"seconds": time.perf_counter() - started}
 
 
-def main() -> None:
-    """Read one job, print one result."""
-    job = json.load(sys.stdin)
-    out = os.dup(1)
-    os.dup2(2, 1)  # whatever the packages print must not mix with the result
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """All files of one runtime."""
     of: Any = importlib.import_module(f"sartor.export.{job['runtime']}")
     started = time.perf_counter()
     prepared = of.prepare(torch.export.load(f"{job['folder']}/program.pt2"), Path(job["folder"]))
@@ -132,10 +123,8 @@ def main() -> None:
     made = {w: _written(of, prepared, w, Path(file), job["folder"]) for w, file in job["files"].items()}
     for found in made.values():
         found.update({"seconds": shared + found["seconds"]} if "seconds" in found else {})
-    with os.fdopen(out, "w") as f:
-        json.dump(made, f)
-    os._exit(0)  # skip the packages' own tear-down
+    return made
 
 
 if __name__ == "__main__":
-    main()
+    answer(work)

@@ -5,15 +5,12 @@ A process of its own keeps a crash of the runtime and its memory apart from ours
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_worker import peak_memory  # by path, as this file is started: the package would load torch
+from worker import answer, measured, peak_memory  # by path, as this file is started: the package would load torch
 
 WARM_UP = 3  # runs before the clock counts
 
@@ -93,17 +90,5 @@ def job_memory(job: dict[str, Any]) -> dict[str, Any]:
 JOBS = {"outputs": job_outputs, "speed": job_speed, "memory": job_memory}
 
 
-def main() -> None:
-    """Read one job, print one result."""
-    job = json.load(sys.stdin)
-    out = os.dup(1)
-    os.dup2(2, 1)  # whatever the runtime prints must not mix with the result
-    result = JOBS[job["do"]](job)
-    result["peak_rss_bytes"] = peak_memory()
-    with os.fdopen(out, "w") as f:
-        json.dump(result, f)
-    os._exit(0)  # skip the runtime's own tear-down
-
-
 if __name__ == "__main__":
-    main()
+    answer(measured(lambda job: JOBS[job["do"]](job)))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,7 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from sartor.errors import MissingExtra, SartorError
+from sartor.errors import MissingExtra
+from sartor.export.apart import answered
 
 BATCH = 1  # as it is used: activations are quantized by what they share a batch with
 
@@ -38,11 +37,8 @@ def run_job(do: str, files: dict[str, Path], pixels: UInt8[np.ndarray, "n 3 s s"
         paths = {"pixels": f"{folder}/pixels.npy", "out": f"{folder}/out.npz"}
         named = {name: str(file) for name, file in files.items()}
         spec = {"do": do, "files": named, "file": next(iter(named.values())), "threads": os.cpu_count() or 1}
-        done = subprocess.run(command, input=json.dumps(spec | paths | job), capture_output=True, text=True)
-        if done.returncode or not done.stdout:
-            last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
-            raise SartorError(f"ONNX Runtime failed on {', '.join(f.name for f in files.values())}: {last[:300]}")
-        result = json.loads(done.stdout)
+        failed = f"ONNX Runtime failed on {', '.join(f.name for f in files.values())}"
+        result = answered(command, spec | paths | job, failed)
         if Path(paths["out"]).exists():
             with np.load(paths["out"]) as found:
                 result["outputs"] = dict(found)

@@ -6,8 +6,6 @@ Pixels are whole numbers from 0 to 255 (1, 3, s, s) in every file; Core ML's is 
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,8 +24,10 @@ from torch import Tensor
 from sartor.errors import InputError, MissingExtra, SartorError
 from sartor.export import coreml, litert, lowering, onnx_file, onnxrt
 from sartor.export import executorch as et
+from sartor.export.apart import answered
 from sartor.model.network import clone
 from sartor.model.vision import Vision
+from sartor.numerics.metrics import cosines
 
 THREADS, ROUNDS = 2, 30
 LIMIT_S = 1800.0  # of running a file
@@ -95,17 +95,10 @@ def run_job(runtime: str, do: str, file: Path, **job: Any) -> dict[str, Any]:
         if "pixels" in job:
             np.save(f"{folder}/pixels.npy", job["pixels"])
             spec["pixels"] = f"{folder}/pixels.npy"
-        try:
-            done = subprocess.run(command, input=json.dumps(spec), capture_output=True, text=True, timeout=LIMIT_S)
-        except subprocess.TimeoutExpired as error:
-            raise SartorError(
-                f"{file.name} ran for more than {LIMIT_S:.0f} s and was ended: take fewer pictures"
-            ) from error
-        if done.returncode or not done.stdout:
-            last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
-            raise SartorError(f"{name} failed on {file.name}: {last[:300]}")
+        late = f"{file.name} ran for more than {LIMIT_S:.0f} s and was ended: take fewer pictures"
+        result = answered(command, spec, f"{name} failed on {file.name}", LIMIT_S, late)
         with np.load(spec["out"]) as found:
-            return json.loads(done.stdout) | {"outputs": dict(found)}
+            return result | {"outputs": dict(found)}
 
 
 def _run(runtime: str, file: Path, pixels: np.ndarray, threads: int, rounds: int) -> dict[str, Any]:
@@ -181,8 +174,7 @@ def reference(model: Vision, pixels: UInt8[Tensor, "n 3 s s"]) -> dict[str, np.n
 
 def alike(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> dict[str, float | None]:
     """The worst cosine of features, and the share of pictures with the same answer (None without a head)."""
-    a, b = (x["features"].astype(np.float64) for x in (found, wanted))
-    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    cosine = cosines(found["features"], wanted["features"])
     same = (found["logits"].argmax(1) == wanted["logits"].argmax(1)).mean() if "logits" in wanted else None
     return {"cosine": float(cosine.min()), "same_answers": None if same is None else float(same)}
 

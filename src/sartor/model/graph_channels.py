@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from sartor.errors import InputError
 from sartor.model.graph import INPUT, LAYERS, Draft, Graph, Node, conv_of, linear_of, shapes
+from sartor.model.hooks import removed_after
 
 Ids = Int[np.ndarray, " c"]  # of a value's channels
 
@@ -195,11 +196,8 @@ def masked(graph: Graph, keep: Keep) -> Iterator[None]:
     handles = [graph.layers[n].register_forward_pre_hook(_gate(m)) for n, m in inputs.items() if not m.all()]
     if graph.head is not None:
         handles.append(graph.seen.register_forward_pre_hook(_gate(inputs[graph.nodes[-1].name])))
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _gate(keep: Tensor) -> Any:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sartor.errors import SourceError
 from sartor.model.attention import register
 from sartor.model.families import ATTENTION, LINEARS, family_of
+from sartor.model.hooks import removed_after
 from sartor.model.vision import Vision
 
 GATE = "mlp.gate_proj"
@@ -265,11 +266,8 @@ def masked(
         handles.append(linear(model, layer, "self_attn.o_proj").register_forward_pre_hook(_gate(wide)))
     for layer, keep in channels.items():
         handles.append(linear(model, layer, "mlp.down_proj").register_forward_pre_hook(_gate(keep)))
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _gate(keep: Tensor) -> Any:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sartor.model.hooks import removed_after
 from sartor.model.network import embed, layers_of, through
 
 
@@ -51,9 +52,6 @@ def _noted(model: Any, rows: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]
         arguments.append(named)
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers_of(model)]
-    try:
+    with removed_after(handles):
         hidden = through(model, embed(model, rows))
-    finally:
-        for handle in handles:
-            handle.remove()
     return states, arguments, hidden

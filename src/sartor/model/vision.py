@@ -78,6 +78,7 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, heads * head_dim) for _ in range(3))
         self.o_proj = nn.Linear(heads * head_dim, width)
+        self.softmax = nn.Softmax(-1)  # a part of its own, so that what heads read can be looked at
 
     def forward(self, hidden_states: Float[Tensor, "n t w"]) -> tuple[Float[Tensor, "n t w"], None]:
         q, k, v = (
@@ -85,7 +86,7 @@ class Attention(nn.Module):
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         # not torch's own function: for so few tokens its tiles cost twice the time on a CPU (docs/log.md)
-        read = torch.softmax((q * self.head_dim**-0.5) @ k.transpose(-1, -2), -1) @ v
+        read = self.softmax((q * self.head_dim**-0.5) @ k.transpose(-1, -2)) @ v
         return self.o_proj(read.transpose(1, 2).flatten(2)), None
 
 

@@ -68,3 +68,9 @@ def mean_interval(values: Array, draws: int = 1000, seed: int = 0) -> tuple[floa
     pick = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
     low, high = np.percentile(values[pick].mean(1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def cosines(one: Float[Array, "n f"], other: Float[Array, "n f"]) -> Float[Array, " n"]:
+    """Of the features of the same pictures, in double precision."""
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    return np.asarray((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from sartor.errors import InputError
+from sartor.model.hooks import removed_after
 from sartor.model.network import has_attention, layers_of, tracked
 from sartor.model.vision import Vision
 
@@ -56,27 +56,9 @@ def _stretched(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 def _watched(model: Vision) -> Iterator[list[Float[Tensor, "1 h t t"]]]:
     """The model with its attention maps in a list, layer by layer, for those that have any; they are in the graph. Undone on the way out."""
     maps: list[Tensor] = []
-    handles = [
-        layer.self_attn.register_forward_hook(_spelt_out(maps), with_kwargs=True)
+    with removed_after(
+        layer.self_attn.softmax.register_forward_hook(lambda _, args, said: maps.append(said))
         for n, layer in enumerate(layers_of(model))
         if has_attention(model, n)
-    ]
-    try:
+    ):
         yield maps
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _spelt_out(maps: list[Tensor]) -> Any:
-    """A hook that answers in the attention's place: the fused kernel does not tell its maps."""
-
-    def hook(attention: Any, _: tuple[Tensor, ...], given: dict[str, Tensor], __: Any) -> tuple[Tensor, None]:
-        q, k, v = (
-            p(given["hidden_states"]).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        maps.append(nn.functional.softmax(q @ k.mT / attention.head_dim**0.5, -1))
-        return attention.o_proj((maps[-1] @ v).transpose(1, 2).flatten(2)), None
-
-    return hook

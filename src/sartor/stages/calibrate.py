@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sartor.model.hooks import removed_after
 from sartor.model.network import anatomy, embed, linears_of, through, tracked
 from sartor.stages.medium import medium_of
 
@@ -129,11 +130,8 @@ def _listening(model: Any, hear: Hear) -> Iterator[None]:
         if READER[SITE_OF[name]] == name:
             told = lambda _, args, key=(layer, SITE_OF[name]): hear(key, args[0])  # noqa: E731
             handles.append(module.register_forward_pre_hook(told))
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -148,11 +146,8 @@ def _feeling(model: Any, felt: dict[Site, Tensor]) -> Iterator[None]:
         return lambda _, args, out: out.register_hook(add) and None
 
     handles = [module.register_forward_hook(watch((layer, SITE_OF[name]))) for layer, name, module in linears_of(model)]
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _add_(c: dict[Site, Tensor], scale: float, site: Site, z: Float[Tensor, "b t n"]) -> None:

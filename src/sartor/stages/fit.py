@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sartor.model.families import ATTENTION, MLP
+from sartor.model.hooks import removed_after
 from sartor.model.network import anatomy, clone, embed, has_attention, has_mlp, layers_of, linear
 from sartor.model.tail import arguments_of
 from sartor.numerics.compensate import LAMBDA, refit, strength
@@ -211,8 +212,5 @@ def _parameter(n: int, name: str, kind: str = "weight") -> str:
 def _read(module: nn.Module) -> Iterator[list[Tensor]]:
     """What the module reads while the body runs."""
     found: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: found.append(args[0]))
-    try:
+    with removed_after([module.register_forward_pre_hook(lambda _, args: found.append(args[0]))]):
         yield found
-    finally:
-        handle.remove()

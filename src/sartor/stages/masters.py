@@ -7,7 +7,7 @@ arXiv:1308.3432) at no extra cost in the graph. Scales stay as the quantizer cho
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -81,7 +81,7 @@ class InMemory:
         self._last: tuple[Latents, float] | None = None
 
     def save(self, latents: Latents, seconds: float) -> None:
-        self._last = Latents(latents.halved(), latents.scales, latents.grids), seconds
+        self._last = replace(latents, masters=latents.halved()), seconds
 
     def load(self) -> tuple[Latents, float] | None:
         return self._last

@@ -27,12 +27,6 @@ class Recognized:
 
 
 @torch.no_grad()
-def features_of(model: Any, pixels: UInt8[Tensor, "n 3 s s"]) -> Float[Tensor, "n f"]:
-    """Pooled features, in fp32."""
-    return torch.cat([model.features(part).float() for part in pixels.split(BATCH)])
-
-
-@torch.no_grad()
 def log_p_of(model: Any, pixels: UInt8[Tensor, "n 3 s s"]) -> Float[Tensor, "n c"]:
     """Log-probabilities of the classes, in fp32."""
     return torch.cat([torch.log_softmax(model(part).float(), -1) for part in pixels.split(BATCH)])

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sartor.model.hooks import removed_after
 from sartor.model.network import linears_of, tracked
 from sartor.stages.calibrate import SITE_OF, Site
 from sartor.stages.medium import medium_of
@@ -102,8 +103,5 @@ def _catching(model: Any) -> Iterator[dict[Site, Any]]:
         for layer, name, module in linears_of(model)
         if SITE_OF[name] in CUT
     ]
-    try:
+    with removed_after(handles):
         yield read
-    finally:
-        for handle in handles:
-            handle.remove()
