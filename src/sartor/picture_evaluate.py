@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sartor.carving import CALIBRATED, carving_of
 from sartor.clock import versions
 from sartor.effort import PICTURE_EFFORTS
 from sartor.errors import ParityError
-from sartor.export import onnx_file, onnxrt
+from sartor.export import onnxrt, seen
 from sartor.job import Job
+from sartor.map_view import THREADS, TIMED
 from sartor.model.network import clone
 from sartor.numerics.metrics import cosines, mean_interval, paired_interval, wilson
 from sartor.picture_job import WEIGHTS, PreparedPictures
-from sartor.picture_view import THREADS, TIMED, View, smaller
+from sartor.picture_view import View, smaller
 from sartor.pictures import Fitted, Pictures, fit_pictures
 from sartor.probing import Tell
 from sartor.stages.head import choose_head, with_head
@@ -48,9 +50,9 @@ class Originals:
             at_end = choose_head(p.whole, p.album.train.pixels, p.labels[0], p.classes, first=p.depth)
             whole = with_head(p.whole, at_end)
         files = Originals(folder / "whole.onnx", folder / "whole-int8.onnx", folder / "read.onnx")
-        onnx_file.write(files.whole, whole, "fp32")
-        onnx_file.write(files.whole_int8, whole, WEIGHTS)
-        onnx_file.write(files.read, p.dense, "fp32")
+        seen.write(files.whole, whole, "fp32")
+        seen.write(files.whole_int8, carving_of(whole).eight(whole, p.album.train.pixels), WEIGHTS)
+        seen.write(files.read, p.dense, "fp32")
         return files
 
 
@@ -211,11 +213,13 @@ def picture_controls(
         tell("controls", 0.0, "the original at eight bits, and adapted")
         file.write_bytes(originals.whole.read_bytes())
         rows = [_row("the original with a head at its end, fp32", *measured(test), ours)]
-        onnxrt.quantize(originals.read, file)
+        some = p.album.train.pixels[:CALIBRATED] if carving_of(p.dense).rounds else None
+        onnxrt.quantize(originals.read, file, some)
         rows.append(
             _row(f"ONNX Runtime's own 8 bits of the original's first {p.head.depth} layers", *measured(test), ours)
         )
-        onnx_file.write(file, clone(made.teacher, torch.float32), WEIGHTS)
+        teacher = clone(made.teacher, torch.float32)
+        seen.write(file, carving_of(teacher).eight(teacher, view.pictures.train), WEIGHTS)
         name = "the original adapted to your photos, 8 bits, nothing cut"
         rows.append(_row(name, *measured(view.seen(test)), ours))
         if len(p.generic.train):
@@ -238,7 +242,7 @@ def _calibrated(
         tell("controls", 0.1 + 0.4 * n, f"same bytes, {name} calibration")
         whole, plan = clone(made.teacher, torch.float32), replace(made.plan, settled=False)
         arm = fit_pictures(whole, plan, pictures, view.costs, job.effort, training)
-        onnx_file.write(file, arm.model, WEIGHTS)
+        seen.write(file, arm.model, WEIGHTS)
         size, found = measured()
         seconds, note = time.monotonic() - started, "" if full else "before recovery"
         rows.append(

@@ -15,13 +15,12 @@ from sartor.data.album import Album, split
 from sartor.data.photos import read_photos
 from sartor.errors import DataError, InputError
 from sartor.job import Job
-from sartor.model.checkpoints import load_vision
-from sartor.model.network import layers_of
+from sartor.model.kinds import load_seer
 from sartor.pictures import Pictures
 from sartor.plan import parse_budget
 from sartor.probing import Tell
 from sartor.sources import Source
-from sartor.stages.head import Head, choose_head, clustered, with_head
+from sartor.stages.head import Head, choose_head, clustered, depths, with_head
 
 WEIGHTS = "int8"
 
@@ -44,8 +43,8 @@ class PreparedPictures:
     def __init__(self, job: Job, source: Source, tell: Tell) -> None:
         self.budget = parse_budget(job.size, job.effort)
         self.source = source
-        self.whole: Any = load_vision(source.folder)
-        size = self.whole.config.size
+        self.whole: Any = load_seer(source.folder)
+        size = self.whole.size
         tell("open", 0.2, "photos")
         gallery = read_photos(Path(job.data), size, _labels(job))
         self.album: Album = split(gallery, job.seed)
@@ -87,8 +86,8 @@ class PreparedPictures:
 
     @property
     def depth(self) -> int:
-        """Layers of the original."""
-        return len(layers_of(self.whole))
+        """Places where the original can be read, one behind the other."""
+        return depths(self.whole)
 
 
 def _labels(job: Job) -> Path | None:

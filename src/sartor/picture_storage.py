@@ -1,7 +1,7 @@
-"""A fitted vision transformer on disk: safetensors and JSON; nothing that can run code.
+"""A fitted network that sees on disk: safetensors and JSON; nothing that can run code.
 
 FOLDER/model.safetensors   the exact weights that model.onnx stands for, in fp32
-FOLDER/config.json         what the weights do not say (`VisionConfig`)
+FOLDER/config.json         what the weights do not say (`VisionConfig`); of a convolutional network graph.json (`graph_saved.py`)
 FOLDER/plan.json           the decision
 FOLDER/classes.json        names of the classes, in the order of the head's rows; empty where the photos had no labels
 FOLDER/provenance.json     where the model came from, by sha256
@@ -13,43 +13,70 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sartor.errors import SourceError
+from sartor.model import graph_saved
+from sartor.model.graph import Graph
 from sartor.model.network import shrink_attention_, shrink_mlp_
 from sartor.model.vision import Vision, VisionConfig
 from sartor.plan import Plan
+from sartor.stages.eight import round_
 
-FILES = ("plan.json", "model.safetensors", "config.json", "classes.json")
+FILES = ("plan.json", "model.safetensors", "classes.json")
 
 
-def save(model: Vision, plan: Plan, classes: Sequence[str], provenance: dict[str, str], folder: Path) -> None:
+def save(model: Any, plan: Plan, classes: Sequence[str], provenance: dict[str, str], folder: Path) -> None:
     """Write everything that `load` needs."""
+    if isinstance(model, Graph):
+        graph_saved.save(model, folder)
+    else:
+        _save_vision(model, folder)
+    (folder / "plan.json").write_text(plan.to_json())
+    (folder / "classes.json").write_text(json.dumps(list(classes)))
+    (folder / "provenance.json").write_text(json.dumps(provenance, indent=1))
+
+
+def _save_vision(model: Vision, folder: Path) -> None:
     from safetensors.torch import save_file
 
     part = folder / "model.part"
     save_file({n: p.data.contiguous() for n, p in model.named_parameters()}, part, {"format": "sartor-vision-1"})
     part.replace(folder / "model.safetensors")
     (folder / "config.json").write_text(model.config.to_json())
-    (folder / "plan.json").write_text(plan.to_json())
-    (folder / "classes.json").write_text(json.dumps(list(classes)))
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=1))
 
 
-def load(folder: Path) -> tuple[Vision, Plan, list[str]]:
+def load(folder: Path) -> tuple[Any, Plan, list[str]]:
     """(network in fp32, plan, names of the classes) from a folder that `save` wrote.
 
     Raises:
         SourceError: something is missing or does not fit together.
     """
-    import torch
-    from safetensors.torch import load_file
-
-    if missing := [n for n in FILES if not (folder / n).exists()]:
+    maps = graph_saved.is_graph(folder)
+    if missing := [n for n in (*FILES, graph_saved.FILE if maps else "config.json") if not (folder / n).exists()]:
         raise SourceError(f"'{folder.name}' is not a fitted vision model: {', '.join(missing)} missing")
     plan = Plan.from_json((folder / "plan.json").read_text())
     try:
-        config = VisionConfig.from_json((folder / "config.json").read_text())
         classes = [str(c) for c in json.loads((folder / "classes.json").read_text())]
+    except (ValueError, TypeError) as error:
+        raise SourceError(
+            f"'{folder.name}' is damaged (classes.json: {str(error)[:80]}): fit the model again"
+        ) from error
+    return (_load_maps(folder) if maps else _load_vision(folder, plan)), plan, classes
+
+
+def _load_maps(folder: Path) -> Graph:
+    graph, grids = graph_saved.load(folder)
+    round_(graph, grids)
+    return graph
+
+
+def _load_vision(folder: Path, plan: Plan) -> Vision:
+    import torch
+    from safetensors.torch import load_file
+
+    try:
+        config = VisionConfig.from_json((folder / "config.json").read_text())
         state = load_file(folder / "model.safetensors")
         with torch.device("meta"):
             model = Vision(replace(config, layers=len(plan.layers)))
@@ -62,4 +89,4 @@ def load(folder: Path) -> tuple[Vision, Plan, list[str]]:
             f"'{folder.name}' is damaged or does not fit its plan ({type(error).__name__}: {str(error)[:100]}): fit the model again"
         ) from error
     model.fill_pixels_()
-    return model.eval().requires_grad_(False), plan, classes
+    return model.eval().requires_grad_(False)

@@ -20,18 +20,19 @@ from sartor.effort import PICTURE_EFFORTS
 from sartor.errors import BudgetError
 from sartor.export import onnx_file, onnxrt
 from sartor.job import Job
+from sartor.map_view import MARGIN, THREADS, TIMED, map_costs, timed_maps
 from sartor.model.checkpoints import load_vision
+from sartor.model.graph import Graph
 from sartor.model.network import BLOCK, Anatomy, anatomy, clone, shrink_attention_, shrink_mlp_
 from sartor.picture_job import WEIGHTS, PreparedPictures
 from sartor.pictures import Pictures, felt_pictures
 from sartor.probing import Tell
 from sartor.stages.allot import Costs, allot, smallest
+from sartor.stages.allot_maps import MapCosts
 from sartor.stages.head import choose_head, with_head
 from sartor.stages.probe import recovered
 
 SHARES = (1.0, 0.875, 0.75)  # of the side of the original's pictures, that are tried where time is asked for
-TIMED, THREADS = 8, 2  # pictures, and threads, that time is measured with
-MARGIN = 0.04  # of the time asked for: what is measured again in the end is a little different
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,21 @@ class View:
 
     dense: Any
     pictures: Pictures
-    costs: Costs
+    costs: Costs | MapCosts
     sides: dict[int, list[float]]
 
     @property
     def side(self) -> int:
-        found: int = self.dense.config.size
+        found: int = self.dense.size
         return found
 
-    def decided(self) -> dict[str, float | None]:
+    def decided(self) -> dict[str, Any]:
         """What `view_again` needs, for JSON."""
         c = self.costs
-        limit = None if c.limit == float("inf") else c.limit
-        return {"side": self.side, "block_seconds": c.block_seconds, "head_seconds": c.head_seconds, "limit": limit}
+        told: dict[str, Any] = {"side": self.side, "limit": None if c.limit == float("inf") else c.limit}
+        if isinstance(c, MapCosts):
+            return told | {"prices": c.prices}
+        return told | {"block_seconds": c.block_seconds, "head_seconds": c.head_seconds}
 
     def seen(self, pixels: UInt8[Tensor, "n 3 s s"]) -> UInt8[Tensor, "n 3 r r"]:
         return smaller(pixels, self.side)
@@ -74,7 +77,9 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
     Raises:
         BudgetError: not even the smallest pictures are fast enough.
     """
-    whole: int = p.whole.config.size
+    whole: int = p.whole.size
+    if isinstance(p.whole, Graph):
+        return _view_of_maps(p, job, tell)
     if job.faster is None:
         return View(p.dense, p.pictures, Costs(bytes_of(p.dense), p.budget_bytes), {})
     patch, views = p.whole.config.patch, list[View]()
@@ -102,11 +107,23 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
     return replace(best, sides={r: found for v in views for r, found in v.sides.items()})
 
 
-def view_again(p: PreparedPictures, job: Job, saved: dict[str, float]) -> View:
+def _view_of_maps(p: PreparedPictures, job: Job, tell: Tell) -> View:
+    """A convolutional network looks at pictures of its own size."""
+    costs = map_costs(p.dense, p.budget_bytes)
+    if job.faster is not None:
+        tell("view", 0.0, "how long channels take in the runtime")
+        costs = timed_maps(p.dense, p.whole, costs, p.album.train.pixels, job.faster, job.seed)
+    return View(p.dense, p.pictures, costs, {})
+
+
+def view_again(p: PreparedPictures, job: Job, saved: dict[str, Any]) -> View:
     """The view of a resumed job, as it was decided and measured (`View.decided`): time is not taken again."""
     side = int(saved["side"])
-    dense = p.dense if side == p.whole.config.size else _headed(p, side, job.seed)[0]
     limit = saved["limit"] if saved["limit"] is not None else float("inf")
+    if isinstance(p.whole, Graph):
+        again = replace(map_costs(p.dense, p.budget_bytes), prices=tuple(saved["prices"]), limit=limit)
+        return View(p.dense, p.pictures, again, {})
+    dense = p.dense if side == p.whole.size else _headed(p, side, job.seed)[0]
     costs = Costs(bytes_of(dense), p.budget_bytes, saved["block_seconds"], saved["head_seconds"], limit)
     return View(dense, _smaller(p.pictures, side), costs, {})
 

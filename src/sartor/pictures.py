@@ -1,4 +1,4 @@
-"""The two verbs for pictures: `plan_pictures` decides, `fit_pictures` acts. As `pipeline.py`, and with the same stages, for vision transformers."""
+"""The two verbs for pictures: `plan_pictures` decides, `fit_pictures` acts. As `pipeline.py`, and with the same stages, for networks that see; `carving.py` has what their kinds differ in."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from sartor.carving import carving_of
 from sartor.clock import Clock
 from sartor.effort import PICTURE_EFFORTS, PictureEffort
-from sartor.model.network import anatomy, clone
+from sartor.model.network import clone
 from sartor.plan import LayerPlan, Plan
 from sartor.probing import Tell, sounded
-from sartor.stages.allot import Allotment, Costs, allot, refuse_impossible
+from sartor.stages.allot import Allotment, Costs
+from sartor.stages.allot_maps import MapCosts
 from sartor.stages.decide import diagnose
-from sartor.stages.fit import evidence_of, fit
 from sartor.stages.masters import InMemory, Kept, Latents, put_
-from sartor.stages.probe import PARTS, Effects, Worth, blended, check, order_units, recovered
-from sartor.stages.prune import cut_, gone
-from sartor.stages.recognition import recognize
+from sartor.stages.probe import Effects, Worth, blended, recovered
+from sartor.stages.recognition import RUNNING, recognize
 from sartor.stages.tokens import sample
 from sartor.stages.tune import Course, Lessons, TuneConfig, may_mirror, tune_, views
 
@@ -47,7 +47,7 @@ class Pictures:
 
 @dataclass
 class Fitted:
-    """A smaller vision transformer and everything known about it.
+    """A smaller network and everything known about it.
 
     Attributes:
         model: in fp32. plan: what was done. adapted, trained: courses of adaptation and recovery, or None. teacher: the whole network as it adapted. mirror: it learnt from mirrored pictures too.
@@ -67,7 +67,7 @@ class Fitted:
 def plan_pictures(
     model: Any,
     pictures: Pictures,
-    costs: Costs,
+    costs: Costs | MapCosts,
     sha256: str,
     effort: str,
     seed: int = 0,
@@ -80,16 +80,21 @@ def plan_pictures(
     Raises:
         BudgetError: the budget is below what can be reached.
     """
-    a, e = anatomy(model), PICTURE_EFFORTS[effort]
-    refuse_impossible(a, costs)
-    dense = clone(model, torch.bfloat16)
+    carving, e = carving_of(model), PICTURE_EFFORTS[effort]
+    carving.refuse(model, costs)
+    dense = running(model)
     user, halves, generic = felt_pictures(dense, pictures, e, seed, partial(tell, "probe"))
     user = recovered(user, halves, generic) if generic else user
     told = lambda share, note: tell("probe", 0.8 + 0.2 * share, note)  # noqa: E731
-    worth = check(dense, order_units(user), sample(pictures.validation, e.checked, seed), e.checks, seed, told)
-    allotment = allot(a, user, costs)
+    worth = carving.check(dense, user, sample(pictures.validation, e.checked, seed), e.checks, seed, told)
+    allotment = carving.allot(model, user, costs)
     rho = RHO if generic else 0.0
     return _plan(model, user, generic, worth, allotment, costs.budget, sha256, rho, seed)
+
+
+def running(model: Any) -> Any:
+    """A copy that computes as it is looked at and trained."""
+    return clone(model, RUNNING[type(model)])
 
 
 def felt_pictures(
@@ -123,14 +128,14 @@ def _plan(
     seed: int,
 ) -> Plan:
     layers = []
-    for n in range(anatomy(model).layers):
-        said = diagnose(user, generic, worth, n) if generic else ({k: user.parts[k][n] for k in PARTS}, {}, {})
+    for n in range(len(found.channels)):
+        said = diagnose(user, generic, worth, n) if generic else ({k: v[n] for k, v in user.parts.items()}, {}, {})
         layers.append(LayerPlan(found.groups[n], found.channels[n], *said))
     told = {"masks": worth.masks, "r2": worth.r2, "spearman": worth.spearman, "factor": worth.factor}
     told |= {"user_pictures": user.tokens, "generic_pictures": generic.tokens if generic else 0, "known": user.known}
     return Plan(
         sha256,
-        model.config.family,
+        model.family,
         budget,
         found.size,
         None,
@@ -151,7 +156,7 @@ def fit_pictures(
     model: Any,
     plan: Plan,
     pictures: Pictures,
-    costs: Costs,
+    costs: Costs | MapCosts,
     effort: str,
     training: tuple[TuneConfig, TuneConfig] | None = None,
     tell: Tell = lambda stage, share, note: None,
@@ -173,15 +178,15 @@ def fit_pictures(
     adapt = adapt if pictures.labelled else replace(adapt, seconds=0.0)
     adapted = trained(small, lessons, pictures, adapt, plan.seed, partial(tell, "adapt"), kept("adapt"))
     clock.lap("adapt")
-    teacher, pruning = clone(small, torch.bfloat16), dict[str, Any]()
-    if kept("recover").load() is None:
+    teacher, pruning, carving = running(small), dict[str, Any](), carving_of(small)
+    if kept("recover").load() is None or carving.rounds:
         if not plan.settled:
             plan = _settled(plan, teacher, pictures, costs, e, tell)
             settled(plan)
         small, pruning = _cut(small, teacher, plan, pictures, e, tell, clock)
     else:
-        cut_(small, plan)
-        pruning = gone(anatomy(teacher), anatomy(small))
+        small = carving.cut(small, plan)
+        pruning = carving.gone(teacher, small)
     lessons, told = replace(lessons, teacher=teacher), partial(tell, "recover")
     course = trained(small, lessons, pictures, recover, plan.seed, told, kept("recover"))
     clock.lap("recover")
@@ -191,29 +196,26 @@ def fit_pictures(
 def _cut(
     small: Any, teacher: Any, plan: Plan, pictures: Pictures, e: PictureEffort, tell: Tell, clock: Clock
 ) -> tuple[Any, dict[str, Any]]:
-    """The plan's cuts, in place, and what is left fitted to the whole network's stream; what validation says on the way."""
-    before = anatomy(small)
-    cut_(small, plan)
-    pruning = gone(before, anatomy(small)) | {
+    """The plan's cuts, and what is left fitted to the whole network's stream; what validation says on the way."""
+    carving = carving_of(small)
+    small = carving.cut(small, plan)
+    pruning = carving.gone(teacher, small) | {
         "validation_whole": _judged(teacher, pictures),
-        "validation_cut": _judged(clone(small, torch.bfloat16), pictures),
+        "validation_cut": _judged(running(small), pictures),
     }
     clock.lap("prune")
     own, others = sample(pictures.train, e.fitted, plan.seed), sample(pictures.generic, e.fitted // 2, plan.seed)
-    evidence = evidence_of(
-        teacher, own, others, plan.rho, lambda share: tell("fit", 0.4 * share, "gradients of every patch")
-    )
-    put_(small, fit(small, teacher, evidence, {}, lambda share, note: tell("fit", 0.4 + 0.6 * share, note)))
-    pruning["validation_fitted"] = _judged(clone(small, torch.bfloat16), pictures)
+    small = carving.fit(small, teacher, own, others, plan, partial(tell, "fit"))
+    pruning["validation_fitted"] = _judged(running(small), pictures)
     clock.lap("fit")
     return small, pruning
 
 
-def _settled(plan: Plan, whole: Any, pictures: Pictures, costs: Costs, e: PictureEffort, tell: Tell) -> Plan:
+def _settled(plan: Plan, whole: Any, pictures: Pictures, costs: Costs | MapCosts, e: PictureEffort, tell: Tell) -> Plan:
     """The plan with its cuts chosen anew, within the same costs, by what the network needs now that it has adapted."""
     told = lambda share, note: tell("prune", share, f"the adapted network's {note}")  # noqa: E731
     user, _, generic = felt_pictures(whole, pictures, e, plan.seed, told)
-    found = allot(anatomy(whole), blended(user, generic, plan.rho) if generic else user, costs)
+    found = carving_of(whole).allot(whole, blended(user, generic, plan.rho) if generic else user, costs)
     layers = (
         replace(layer, groups=g, channels=c)
         for layer, g, c in zip(plan.layers, found.groups, found.channels, strict=True)
@@ -250,9 +252,8 @@ def trained(
     latents.exact = True
     course = None
     if before < config.seconds:
-        running = clone(model, torch.bfloat16)
         tell(0.0, "the first step")
-        course = tune_(running, latents, lessons, pictures.judged, config, seed, tell, kept, before)
+        course = tune_(running(model), latents, lessons, pictures.judged, config, seed, tell, kept, before)
         kept.save(latents, config.seconds)
     put_(model, latents)
     return course

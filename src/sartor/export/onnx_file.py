@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sartor.errors import InputError, MissingExtra
 from sartor.model.network import Anatomy, anatomy, linears_of
 from sartor.model.vision import FEATURES, Vision, VisionConfig
+from sartor.numerics.eight import held, rounded
 
 OPSET, IR, CONTRIB = 17, 8, "com.microsoft"
 FLOAT, UINT8, INT8, INT64, HALF = 1, 2, 3, 7, 10  # onnx.TensorProto.DataType, known before onnx is loaded
@@ -67,14 +68,6 @@ def _node(op: str, inputs: list[str], outputs: list[str], domain: str = "", **at
     return _onnx().helper.make_node(op, inputs, outputs, domain=domain, **attributes)
 
 
-def rounded(weight: Float[Tensor, "o i"]) -> tuple[Int8[Tensor, "o i"], Float[Tensor, " o"]]:
-    """(whole numbers from -127 to 127, scale of every row): `numbers * scale[:, None]` is what an int8 file holds of `weight`. What it holds stays as it is when rounded again."""
-    weight = weight.detach().float()
-    scale = weight.abs().amax(1) / 127
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
-
-
 def _rounded4(weight: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor]:
     """(whole numbers from 0 to 15 that stand for -8 to 7 (o, blocks, 32), scale (o, blocks)); the largest number of a block is -8 scales, which may be negative."""
     weight = weight.detach().float()
@@ -87,11 +80,6 @@ def _rounded4(weight: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor]:
 def _pack8(weight: Tensor) -> dict[str, np.ndarray]:
     numbers, scale = rounded(weight)
     return {"weight": numbers.T.numpy(), "scale": scale.numpy()}
-
-
-def _hold8(weight: Tensor) -> Tensor:
-    numbers, scale = rounded(weight)
-    return numbers.float() * scale[:, None]
 
 
 def _pack4(weight: Tensor) -> dict[str, np.ndarray]:
@@ -126,7 +114,7 @@ KINDS = {
         lambda w: {"weight": w.detach().float().T.numpy()},
         lambda w: w.detach().float(),
     ),
-    "int8": Kind(_nodes8, lambda o, i: {"weight": (INT8, (i, o)), "scale": (FLOAT, (o,))}, _pack8, _hold8),
+    "int8": Kind(_nodes8, lambda o, i: {"weight": (INT8, (i, o)), "scale": (FLOAT, (o,))}, _pack8, held),
     "int4": Kind(
         _nodes4,
         lambda o, i: {"weight": (UINT8, (o, -(-i // BLOCK4), BLOCK4 // 2)), "scale": (FLOAT, (o * -(-i // BLOCK4),))},
@@ -320,9 +308,9 @@ def _folded(model: Vision) -> Float[Tensor, "w i"]:
 def _read_patches(model: Vision, kind: str) -> Iterator[tuple[str, np.ndarray]]:
     """Patches, position and prefix; the bias is of the rounded weights, so that a grey picture stays grey."""
     folded, shift = _folded(model), -255 * torch.tensor(model.config.mean, dtype=torch.float64)
-    held = KINDS[kind].hold(folded).double().unflatten(1, (3, -1)).sum(2)
+    stored = KINDS[kind].hold(folded).double().unflatten(1, (3, -1)).sum(2)
     yield from ((f"patches.{end}", array) for end, array in KINDS[kind].pack(folded).items())
-    yield "patches.bias", (held @ shift).float().numpy()
+    yield "patches.bias", (stored @ shift).float().numpy()
     table = torch.float32 if kind == "fp32" else torch.float16
     yield "position", model.model.position.detach().to(table).numpy()
     yield "prefix", model.model.prefix.detach().to(table).numpy()[None]

@@ -7,10 +7,12 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from torch import Tensor
 
 from sartor.errors import MissingExtra
 from sartor.export.apart import answered
@@ -62,12 +64,18 @@ def peak(file: Path, pixels: UInt8[np.ndarray, "n 3 s s"], threads: int = 2) -> 
     return int(run_job("memory", {"file": file}, pixels, threads=threads)["peak_rss_bytes"])
 
 
-def quantize(file: Path, out: Path) -> None:
-    """ONNX Runtime's own dynamic quantization of a file to eight bits, a scale a column: what a user would do without Sartor."""
+def quantize(file: Path, out: Path, pixels: UInt8[Tensor, "n 3 s s"] | None = None) -> None:
+    """ONNX Runtime's own quantization of a file to eight bits, a scale a column: what a user would do without Sartor. Dynamic, as for transformers; static, as for convolutions, where there are pictures to see ranges on."""
     import logging
 
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
 
     logging.getLogger().setLevel(logging.ERROR)  # it warns of pre-processing on the root logger
+    if pixels is not None:
+        feeds = iter([{"pixels": one[None]} for one in pixels.numpy()])
+        reader: Any = SimpleNamespace(get_next=lambda: next(feeds, None))
+        kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(file, out, reader, per_channel=True, **kinds)
+        return
     extra = {"DefaultTensorType": 1}  # of what com.microsoft operators say: fp32
     quantize_dynamic(file, out, per_channel=True, weight_type=QuantType.QInt8, extra_options=extra)

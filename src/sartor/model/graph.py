@@ -11,11 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from sartor.errors import InputError
 
@@ -40,7 +42,7 @@ def _pad(a: Mapping[str, Any], x: Tensor) -> Tensor:
 # what a node without weights makes of its attributes and inputs
 OPS: dict[str, Callable[..., Tensor]] = {
     "relu": lambda a, x: nn.functional.relu(x),
-    "clip": lambda a, x: x.clamp(a["low"], a["high"]),
+    "clip": lambda a, x: nn.functional.hardtanh(x, a["low"], a["high"]),  # clamp's backward pass takes four steps
     "sigmoid": lambda a, x: torch.sigmoid(x),
     "hard_sigmoid": lambda a, x: (a["scale"] * x + a["shift"]).clamp(0, 1),
     "hard_swish": lambda a, x: nn.functional.hardswish(x),
@@ -67,6 +69,19 @@ class Node:
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How a network computes in eight bits; the values and weights themselves stay floating-point numbers here.
+
+    Attributes:
+        grids: (scale, zero point) of every value that is rounded, by the name of its node, or INPUT. value: rounds to such a grid. weight: rounds a layer's weights. Both let gradients through.
+    """
+
+    grids: Mapping[str, tuple[float, int]]
+    value: Callable[[Tensor, float, int], Tensor]
+    weight: Callable[[Tensor], Tensor]
+
+
 def normalization(mean: Triple = MEAN, std: Triple = STD) -> tuple[Triple, Triple]:
     """(scale, shift) of pixels from 0 to 255 that give them this mean and deviation between 0 and 1."""
     m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
@@ -84,6 +99,8 @@ class Graph(nn.Module):
         layers: the module of every node whose op is in LAYERS. scale, shift: of the three colours of pixels from 0 to 255, in front of everything.
     """
 
+    family = "convolutional"
+
     def __init__(
         self, nodes: Iterable[Node], layers: Mapping[str, nn.Module], size: int, scale: Triple, shift: Triple
     ) -> None:
@@ -91,14 +108,15 @@ class Graph(nn.Module):
         self.nodes, self.size = tuple(nodes), size
         self.layers = nn.ModuleDict({n.name: layers[n.name] for n in self.nodes if n.op in LAYERS})
         self.seen = nn.Identity()  # of the features: masks reach them here
+        self.rounding: Rounding | None = None
         self.ends = len(self.nodes) - (self.nodes[-1].op == "linear")  # nodes in front of the head
         self.register_buffer("scale", torch.tensor(scale)[:, None, None], persistent=False)
         self.register_buffer("shift", torch.tensor(shift)[:, None, None], persistent=False)
 
     @property
     def head(self) -> Any:
-        """The last linear layer, or None."""
-        return self.layers[self.nodes[-1].name] if self.ends < len(self.nodes) else None
+        """What the last linear layer makes of features, or None where there is none."""
+        return partial(self.layer, self.nodes[-1].name) if self.ends < len(self.nodes) else None
 
     @property
     def before_pool(self) -> int:
@@ -114,7 +132,18 @@ class Graph(nn.Module):
     def embed(self, pixels: UInt8[Tensor, "n 3 s s"] | Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n 3 s s"]:
         """What the first node reads of pixels from 0 to 255."""
         scale: Any = self.scale
-        return pixels.to(scale.dtype) * scale + self.shift
+        return self._rounded(INPUT, pixels.to(scale.dtype) * scale + self.shift)
+
+    def _rounded(self, name: str, x: Tensor) -> Tensor:
+        r = self.rounding
+        return r.value(x, *r.grids[name]) if r and name in r.grids else x
+
+    def layer(self, name: str, x: Tensor) -> Tensor:
+        """What a layer makes of x, with its weights rounded where the network is."""
+        layer: Any = self.layers[name]
+        if not self.rounding:
+            return layer(x)
+        return functional_call(layer, {"weight": self.rounding.weight(layer.weight)}, (x,))
 
     def run(self, x: Tensor, first: int, end: int, tell: Callable[[str, Tensor], None] | None = None) -> Tensor:
         """What nodes `first` to `end` make of `x`, which is the value of the node before them. `tell` is told every value."""
@@ -125,8 +154,8 @@ class Graph(nn.Module):
             for name in node.inputs:
                 if last[name] == i:  # nobody reads it again: its memory is free
                     values.pop(name, None)
-            x = self.layers[node.name](*inputs) if node.op in LAYERS else OPS[node.op](node.attributes, *inputs)
-            values[node.name] = x
+            x = self.layer(node.name, inputs[0]) if node.op in LAYERS else OPS[node.op](node.attributes, *inputs)
+            values[node.name] = x = self._rounded(node.name, x)
             if tell is not None:
                 tell(node.name, x)
         return x

@@ -238,6 +238,18 @@ def again(graph: Graph, nodes: Iterable[Node], layers: Mapping[str, nn.Module]) 
     return new.train(graph.training)
 
 
+def waists(graph: Graph) -> list[str]:
+    """Nodes in front of the head that everything passes through, in the order they run: the network can be read there. Not those whose activation is still to come."""
+    last = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
+    found = []
+    for i, node in enumerate(graph.nodes[: graph.before_pool]):
+        others = any(last.get(n.name, 0) > i for n in graph.nodes[:i])
+        following = graph.nodes[i + 1].op if i + 1 < len(graph.nodes) else ""
+        if not others and last.get(INPUT, 0) <= i and following in (*LAYERS, "global_average_pool", "flatten", ""):
+            found.append(node.name)
+    return found
+
+
 def ended(graph: Graph, at: str | None = None) -> Graph:
     """A copy without head that says the value of node `at` (None: what the head reads), averaged over space if it is a map.
 

@@ -1,4 +1,4 @@
-"""Convolutional networks from ONNX files and to them.
+"""Convolutional networks from ONNX files.
 
 Operators are taken as they are, a batch norm or a constant factor goes into the layer in front of it, and what an exporter computes of shapes is computed here, once, for one picture of
 the file's size. Nothing is run but that, and nothing outside the file is opened. What cannot be read is named.
@@ -10,23 +10,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 
-from sartor.errors import InputError, MissingExtra, SourceError
-from sartor.model.graph import INPUT, LAYERS, MEAN, STD, Draft, Graph, Triple, normalization, shapes
+from sartor.errors import MissingExtra, SourceError
+from sartor.model.graph import INPUT, MEAN, STD, Draft, Graph, Triple, normalization
 from sartor.model.onnx_weights import _array, _parsed
 
-Pixels = UInt8[Tensor, "n 3 s s"]
-OPSET, IR = 17, 8
+OPSET = 17
 SAME = ("Identity", "Dropout", "Cast")
-SIZE, UINT8, FLOAT = 224, 2, 1  # pixels of a side, where nobody says; onnx.TensorProto.DataType
+SIZE, UINT8 = 224, 2  # pixels of a side, where nobody says; onnx.TensorProto.DataType
 LARGEST = 2048  # pixels of a side, and numbers that shape arithmetic may make
 NEEDED = "give a network of convolutions, batch norms, ReLU and its kind, sums, products, poolings, concatenations and linear layers"
 
@@ -301,99 +297,3 @@ def _folded(node: Any, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
     old = {"axes", "starts"} & {a.name for a in node.attribute}  # they became inputs later
     made: Any = ReferenceEvaluator(node, opsets={"": 9 if old else OPSET}).run(None, dict(inputs))
     return np.asarray(made[0])
-
-
-def write_graph(path: Path, graph: Graph, weights: str = "fp32", pixels: Pixels | None = None) -> None:
-    """One file that reads `pixels` (uint8) and says `features`, and `logits` where there is a head; the same network and pictures make the same bytes.
-
-    Args:
-        weights: fp32, or int8: whole numbers with a scale for each channel, activations uint8 with ranges as these `pixels` had them.
-    Raises:
-        InputError: other weights, or int8 without pictures. MissingExtra: onnx, or onnxruntime for int8, is not installed.
-    """
-    if weights not in ("fp32", "int8") or (weights == "int8" and (pixels is None or not len(pixels))):
-        raise InputError(f"a network is not written with {weights} weights like this: take fp32, or int8 with pictures")
-    file = _file(graph)
-    if weights == "int8" and pixels is not None:
-        file = _quantized(file, pixels.cpu().numpy())
-    path.write_bytes(file.SerializeToString(deterministic=True))
-
-
-def _file(graph: Graph) -> Any:
-    onnx = _onnx()
-    make, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
-    names = {graph.nodes[-1].name: "logits"} if graph.head is not None else {}
-    names |= {graph.nodes[graph.ends - 1].name: "features", INPUT: "pixels.normal"}
-    nodes = [make(op, inputs, [output], name=output, **a) for op, inputs, output, a in FRONT]
-    held = {"pixels.scale": graph.get_buffer("scale")[None], "pixels.shift": graph.get_buffer("shift")[None]}
-    for node in graph.nodes:
-        layer = graph.layers[node.name] if node.op in LAYERS else None
-        bare: tuple[str, Any, Any] = (BARE.get(node.op, ""), {}, {})
-        op, attributes, constants = bare if bare[0] else WRITERS[node.op](node.attributes if layer is None else layer)
-        inputs, output = [names.get(i, i) for i in node.inputs], names.get(node.name, node.name)
-        held |= {f"{node.name}.{k}": v for k, v in constants.items()}
-        inputs += [f"{node.name}.{k}" for k in constants]
-        nodes.append(make(op, inputs, [output], name=node.name, **attributes))
-    outputs = [info(names[n], FLOAT, ["n", *size]) for n, size in shapes(graph).items() if n in names and n != INPUT]
-    arrays = {k: v.detach().float().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in held.items()}
-    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
-    pixels = info("pixels", UINT8, ["n", 3, graph.size, graph.size])
-    made = onnx.helper.make_graph(nodes, "sartor", [pixels], outputs, tensors)
-    opsets = [onnx.helper.make_opsetid("", OPSET)]
-    return onnx.helper.make_model(made, ir_version=IR, producer_name="sartor", opset_imports=opsets)
-
-
-def _pool(op: str, a: Mapping[str, Any], **more: Any) -> tuple[str, Any, Any]:
-    sizes = {"kernel_shape": a["kernel"], "strides": a["stride"], "pads": a["padding"] * 2, "ceil_mode": int(a["ceil"])}
-    return op, sizes | more, {}
-
-
-def _around(a: Mapping[str, Any]) -> dict[str, Any]:
-    top, left, bottom, right = a["pads"]
-    return {"pads": [0, 0, top, left, 0, 0, bottom, right], "value": np.float32(a["value"])}
-
-
-def _conv_sizes(layer: Any) -> dict[str, Any]:
-    sizes = {"kernel_shape": layer.kernel_size, "strides": layer.stride, "pads": layer.padding * 2}
-    return sizes | {"dilations": layer.dilation, "group": layer.groups}
-
-
-BARE = {ours: op for op, ours in PLAIN.items()} | {"add": "Add", "mul": "Mul", "flatten": "Flatten"}
-# operator, attributes and constants of a node that has any, from its layer or its attributes
-WRITERS: dict[str, Callable[[Any], tuple[str, Any, Any]]] = {
-    "conv": lambda layer: ("Conv", _conv_sizes(layer), {"weight": layer.weight, "bias": layer.bias}),
-    "linear": lambda layer: ("Gemm", {"transB": 1}, {"weight": layer.weight, "bias": layer.bias}),
-    "clip": lambda a: ("Clip", {}, {"low": np.float32(a["low"]), "high": np.float32(a["high"])}),
-    "hard_sigmoid": lambda a: ("HardSigmoid", {"alpha": a["scale"], "beta": a["shift"]}, {}),
-    "concat": lambda a: ("Concat", {"axis": 1}, {}),
-    "pad": lambda a: ("Pad", {}, _around(a)),
-    "max_pool": lambda a: _pool("MaxPool", a, dilations=a["dilation"]),
-    "average_pool": lambda a: _pool("AveragePool", a, count_include_pad=int(a["count_padding"])),
-}
-
-FRONT: tuple[Any, ...] = (
-    ("Cast", ["pixels"], "pixels.whole", {"to": FLOAT}),
-    ("Mul", ["pixels.whole", "pixels.scale"], "pixels.scaled", {}),
-    ("Add", ["pixels.scaled", "pixels.shift"], "pixels.normal", {}),
-)
-
-
-def _quantized(file: Any, pixels: UInt8[np.ndarray, "n 3 s s"]) -> Any:
-    """ONNX Runtime's own static quantization; the pixels' normalization and the outputs stay as they are."""
-    try:
-        from onnxruntime import quantization as q
-    except ImportError as error:
-        raise MissingExtra("ONNX Runtime is not installed: pip install onnxruntime==1.32.0") from error
-    file.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")  # else it warns on the root logger
-    feeds = iter([{"pixels": pixels[i : i + 1]} for i in range(len(pixels))])
-    reader: Any = SimpleNamespace(get_next=lambda: next(feeds, None))
-    with TemporaryDirectory() as folder:
-        whole, small = Path(folder) / "whole.onnx", Path(folder) / "small.onnx"
-        whole.write_bytes(file.SerializeToString())
-        front, ops = [n.name for n in file.graph.node[: len(FRONT)]], sorted({n.op_type for n in file.graph.node})
-        kinds = {"activation_type": q.QuantType.QUInt8, "weight_type": q.QuantType.QInt8, "per_channel": True}
-        q.quantize_static(whole, small, reader, op_types_to_quantize=ops, nodes_to_exclude=front, **kinds)
-        made = _onnx().load(str(small))
-    del made.metadata_props[:]
-    made.producer_name, made.producer_version = "sartor", ""
-    return made

@@ -13,7 +13,7 @@ family does is taken for granted: a graph with the names of a family and the ari
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,20 @@ def read_onnx(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         why = str(error.args[0] if error.args else "its sizes").splitlines()[0][:100]
         raise _refused(path.name, f"its graph does not tell {why}") from error
+
+
+def is_transformer(path: Path) -> bool:
+    """Whether the file is to be read by the names of a vision transformer: it has its patches, or attention and layer norms.
+
+    Raises:
+        SourceError: damaged, too large, or with weights in other files.
+    """
+    raw, values = _parsed(path)
+    ops = Counter(node.op_type for node in raw.node)
+    named = any(name.endswith(f"{VISION['vit'].patches}.weight") for name in values)
+    return (
+        named or ops["Softmax"] > 1 or any(ops[op] for op in ("LayerNormalization", "Attention", "MultiHeadAttention"))
+    )
 
 
 def _refused(name: str, why: str) -> SourceError:

@@ -151,6 +151,15 @@ class Vision(nn.Module):
         self.head = nn.Linear(FEATURES * config.hidden_size, config.classes) if config.classes else None
         self.fill_pixels_()
 
+    @property
+    def size(self) -> int:
+        """Pixels of a side of the pictures."""
+        return self.config.size
+
+    @property
+    def family(self) -> str:
+        return self.config.family
+
     def fill_pixels_(self) -> None:
         """Normalization of pixels as one multiplication and addition; again by whoever made the network on the meta device."""
         mean, std = torch.tensor(self.config.mean, device="cpu"), torch.tensor(self.config.std, device="cpu")

@@ -17,9 +17,9 @@ Pair = tuple[Tensor, Tensor]
 
 
 def refit(
-    w: Float[Tensor, "out f"], a: Float[Tensor, "out f"], b: Float[Tensor, "f f"], lam: float
-) -> Float[Tensor, "out f"]:
-    """Weights that say `t` as well as their inputs allow.
+    w: Float[Tensor, "*g out f"], a: Float[Tensor, "*g out f"], b: Float[Tensor, "*g f f"], lam: float
+) -> Float[Tensor, "*g out f"]:
+    """Weights that say `t` as well as their inputs allow; of several matrices at once, where there are groups.
 
     Args:
         w: the weights as they are. a: E[t z^T]. b: E[z z^T]. lam: damping, typically 0.1 to 1; infinity leaves w alone.
@@ -27,11 +27,12 @@ def refit(
     if lam == float("inf"):
         return w.clone()
     damped = b.clone()
-    damped.diagonal().mul_(1 + lam).clamp_min_(1e-12 + 1e-6 * float(b.diagonal().mean()))
-    return w + torch.linalg.solve(damped, (a - w @ b).T).T
+    mean = float(b.diagonal(dim1=-2, dim2=-1).mean())
+    damped.diagonal(dim1=-2, dim2=-1).mul_(1 + lam).clamp_min_(1e-12 + 1e-6 * mean)
+    return w + torch.linalg.solve(damped, (a - w @ b).mT).mT
 
 
-def strength(w: Float[Tensor, "out f"], seen: Pair, held: Pair) -> float:
+def strength(w: Float[Tensor, "*g out f"], seen: Pair, held: Pair) -> float:
     """The damping whose fit on `seen` says `t` best on `held`; infinity where any fit does harm there.
 
     Args:

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from sartor.report import svg
+from sartor.report.layers import parts_of
 from sartor.report.text import generic_effect, mb, rows
 
 STYLE = """
@@ -97,11 +98,11 @@ def _layers(r: dict[str, Any]) -> str:
 
 def layer_map(layers: Sequence[dict[str, Any]], groups: str) -> str:
     """What was kept of every layer and what its parts are worth, as a picture and in figures; `groups` is what heads are called."""
+    parts = parts_of(layers[0])
     picture = svg.layer_map(
         [
             {
-                "attention_kept": x["groups_kept"] / max(1, x["groups"]),
-                "mlp_kept": x["channels_kept"] / max(1, x["channels"]),
+                "kept": {p.name: x[f"{p.counted}_kept"] / max(1, x[p.counted]) for p in parts},
                 "user": sum(v[0] for v in x["user"].values()),
                 "generic": sum(v[0] for v in x["generic"].values()),
             }
@@ -111,17 +112,17 @@ def layer_map(layers: Sequence[dict[str, Any]], groups: str) -> str:
     )
     words = [
         (
-            str(n),
-            f"{x['groups_kept']}/{x['groups']}",
-            f"{x['channels_kept']}/{x['channels']}",
+            x.get("name", str(n)),
+            *(f"{x[f'{p.counted}_kept']}/{x[p.counted]}" for p in parts),
             *(
-                f"{x['user'][k][0]:.3f} / {generic_effect(x, k)} {x['verdict'].get(k, '')}"
-                for k in ("attention", "mlp")
+                f"{x['user'][p.felt][0]:.3f} / {generic_effect(x, p.felt)} {x['verdict'].get(p.felt, '')}"
+                for p in parts
             ),
         )
         for n, x in enumerate(layers)
     ]
-    head = ("layer", groups, "channels", "attention: yours / generic", "MLP: yours / generic")
+    counted = (groups if p.counted == "groups" else p.counted for p in parts)
+    head = ("layer", *counted, *(f"{p.name}: yours / generic" for p in parts))
     return f"{picture}<details><summary>every layer</summary>{tabled(head, words)}</details>"
 
 

@@ -1,11 +1,33 @@
-"""What a plan left of every layer, for reports on texts and pictures alike."""
+"""What a plan left of every layer, or of every group of channels, for reports on texts and pictures alike."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from sartor.model.graph import Graph
+from sartor.model.graph_channels import channel_groups
 from sartor.model.network import Anatomy
-from sartor.plan import Plan
+from sartor.plan import LayerPlan, Plan
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a row counts under `counted`, as effects have it under `felt`, and what it is called in a table of effects."""
+
+    counted: str
+    felt: str
+    name: str
+
+
+PARTS = (Part("groups", "attention", "attention"), Part("channels", "mlp", "MLP"))
+MAPS = (Part("channels", "channels", "channels"),)
+
+
+def parts_of(row: Mapping[str, Any]) -> tuple[Part, ...]:
+    """What there is in a layer, or in a group of channels."""
+    return PARTS if "groups" in row else MAPS
 
 
 def layer_rows(plan: Plan, a: Anatomy) -> list[dict[str, Any]]:
@@ -16,9 +38,19 @@ def layer_rows(plan: Plan, a: Anatomy) -> list[dict[str, Any]]:
             "groups_kept": a.groups[n],
             "channels": int(layer.channels.split(":")[0]),
             "channels_kept": a.ffn[n],
-            "user": layer.user,
-            "generic": layer.generic,
-            "verdict": layer.verdict,
         }
+        | _told(layer)
         for n, layer in enumerate(plan.layers)
     ]
+
+
+def map_rows(plan: Plan, whole: Graph) -> list[dict[str, Any]]:
+    """One row a group of channels of a convolutional network."""
+    return [
+        {"name": group.name, "channels": group.units, "channels_kept": len(layer.kept_channels())} | _told(layer)
+        for group, layer in zip(channel_groups(whole), plan.layers, strict=True)
+    ]
+
+
+def _told(layer: LayerPlan) -> dict[str, Any]:
+    return {"user": layer.user, "generic": layer.generic, "verdict": layer.verdict}

@@ -1,4 +1,4 @@
-"""The report on a vision transformer: a table for the terminal, layers, and one self-contained page; as `text.py` and `html.py` are for text."""
+"""The report on a network that sees: a table for the terminal, layers, and one self-contained page; as `text.py` and `html.py` are for text."""
 
 from __future__ import annotations
 
@@ -145,10 +145,16 @@ def inspection(r: dict[str, Any]) -> str:
         *layer_lines(r["layers"], "heads", "pictures, nats a picture"),
         "",
         _read_at(r["head"]),
-        f"cut: {cut.get('groups', 0)} heads, {cut.get('channels', 0)} channels; {'; '.join(f'{name} {_judged(x)}' for name, x in _buffer(cut))}",
+        f"cut: {_went(r)}; {'; '.join(f'{name} {_judged(x)}' for name, x in _buffer(cut))}",
         f"predicted damage {p['predicted_damage']:.3f} nats a picture before recovery; price {p['price'] * 1e6:.4f} nats per MB",
     ]
     return "\n".join(lines)
+
+
+def _went(r: dict[str, Any]) -> str:
+    """How much of each part was cut."""
+    heads = f"{r['pruning'].get('groups', 0)} heads and " if "groups" in r["layers"][0] else ""
+    return f"{heads}{r['pruning'].get('channels', 0)} channels"
 
 
 def _read_at(head: dict[str, Any]) -> str:
@@ -288,10 +294,16 @@ def _layers(r: dict[str, Any]) -> str:
         f"before repair a cut costs {p['factor']:.1f} times the sum; order of the units known from {p['user_pictures']:,.0f} pictures with reliability {p['known']:.2f})."
     )
     return (
-        f"<h2>Layers</h2><p>Blue: the heads of attention and the channels of MLPs that were kept. Below: what the removal of a layer's parts would cost on <b class=u>your</b> and on "
+        f"<h2>Layers</h2><p>Blue: {_drawn(r)} that were kept. Below: what the removal of a layer's parts would cost on <b class=u>your</b> and on "
         f"<b class=g>generic</b> pictures (nats a picture, square-root scale). {foretold} A layer is called personalized where the two intervals do not meet. {_read_at(r['head']).capitalize()}.</p>"
         + layer_map(r["layers"], "heads")
     )
+
+
+def _drawn(r: dict[str, Any]) -> str:
+    if "groups" in r["layers"][0]:
+        return "the heads of attention and the channels of MLPs"
+    return "the channels of every group, which is what layers make together,"
 
 
 def _cuts(r: dict[str, Any]) -> str:
@@ -302,7 +314,7 @@ def _cuts(r: dict[str, Any]) -> str:
     bars = [(name, x["accuracy"], None, svg.GOOD) for name, x in stops]
     nats = ", ".join(f"{x['nats']:.3f} {name}" for name, x in stops)
     return (
-        f"<h2>What the cuts did</h2><p>{cut.get('groups', 0)} heads and {cut.get('channels', 0)} channels went. Validation pictures {_answers(r['data']['labelled'])}, before recovery "
+        f"<h2>What the cuts did</h2><p>{_went(r)} went. Validation pictures {_answers(r['data']['labelled'])}, before recovery "
         f"(nats a picture: {nats}):</p>{svg.bars(bars, '', 'validation, step by step', lambda x, _: f'{x:.1%}')}"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any
 
 INK, SOFT, USER, GENERIC, GOOD = "#22303c", "#c9d3da", "#c2410c", "#0f766e", "#1d4ed8"
 
@@ -47,15 +48,17 @@ def bars(
     return _svg(720, 16 + 26 * len(rows), out, title)
 
 
-def layer_map(layers: Sequence[dict[str, float]], title: str) -> str:
-    """One column a layer: above the line what is kept (attention, MLP), below it the effect on user and generic text."""
+def layer_map(layers: Sequence[dict[str, Any]], title: str) -> str:
+    """One column a layer: above the line what share of each part is "kept", below it the effect on "user" and "generic" data."""
+    parts = list(layers[0]["kept"])
+    down = 50 * (len(parts) - 2)
     width = max(12.0, 640 / max(1, len(layers)))
     top = max([max(x["user"], x["generic"]) for x in layers] + [1e-9])
-    out = [_text(0, 40, "attention"), _text(0, 90, "MLP"), _text(0, 150, "effect")]
+    out = [*(_text(0, 40 + 50 * i, name) for i, name in enumerate(parts)), _text(0, 150 + down, "effect")]
     for n, layer in enumerate(layers):
         x = 70 + n * width
-        for y, key in ((12, "attention_kept"), (62, "mlp_kept")):
-            h = 40 * layer[key]
+        for i, name in enumerate(parts):
+            y, h = 12 + 50 * i, 40 * layer["kept"][name]
             out += [
                 f'<rect x="{x:.1f}" y="{y}" width="{width - 2:.1f}" height="40" fill="{SOFT}"/>',
                 f'<rect x="{x:.1f}" y="{y + 40 - h:.1f}" width="{width - 2:.1f}" height="{h:.1f}" fill="{GOOD}"/>',
@@ -63,11 +66,11 @@ def layer_map(layers: Sequence[dict[str, float]], title: str) -> str:
         for k, (key, colour) in enumerate((("user", USER), ("generic", GENERIC))):
             h = 70 * (layer[key] / top) ** 0.5
             out.append(
-                f'<rect x="{x + k * (width - 2) / 2:.1f}" y="{190 - h:.1f}" width="{(width - 2) / 2:.1f}" height="{h:.1f}" fill="{colour}"/>'
+                f'<rect x="{x + k * (width - 2) / 2:.1f}" y="{190 + down - h:.1f}" width="{(width - 2) / 2:.1f}" height="{h:.1f}" fill="{colour}"/>'
             )
         if n % 5 == 0:
-            out.append(_text(x, 206, str(n), size=10))
-    return _svg(int(80 + width * len(layers)), 212, out, title)
+            out.append(_text(x, 206 + down, str(n), size=10))
+    return _svg(int(80 + width * len(layers)), 212 + down, out, title)
 
 
 def intervals(rows: Sequence[tuple[str, Sequence[float], Sequence[float], bool]], title: str) -> str:

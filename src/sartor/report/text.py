@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sartor.report.layers import parts_of
+
 
 def mb(n: float | None) -> str:
     return "-" if n is None else f"{n / 1e6:.1f} MB"
@@ -114,15 +116,14 @@ def layer_lines(layers: Sequence[dict[str, Any]], groups: str, on: str) -> list[
     Args:
         groups: what heads are called. on: "text, nats per token": what the effects were measured on, and their unit.
     """
-    lines = [
-        f"layer  {groups:12s}  channels    attention            MLP                  (effect on your / generic {on})",
-    ]
+    parts = parts_of(layers[0])
+    counts = "  ".join(f"{groups if p.counted == 'groups' else p.counted:12s}" for p in parts)
+    lines = [f"layer  {counts}  {'  '.join(f'{p.name:24s}' for p in parts)}  (effect on your / generic {on})"]
     for n, x in enumerate(layers):
+        kept = "  ".join(f"{x[f'{p.counted}_kept']:5d}/{x[p.counted]:<6d}" for p in parts)
         cells = "  ".join(
-            f"{x['user'][k][0]:.3f}/{generic_effect(x, k)} {x['verdict'].get(k, ''):12s}"[:24]
-            for k in ("attention", "mlp")
+            f"{x['user'][p.felt][0]:.3f}/{generic_effect(x, p.felt)} {x['verdict'].get(p.felt, ''):12s}"[:24]
+            for p in parts
         )
-        lines.append(
-            f"{n:5d}  {x['groups_kept']:5d}/{x['groups']:<6d}  {x['channels_kept']:4d}/{x['channels']:<5d}  {cells}"
-        )
+        lines.append(f"{n:5d}  {kept}  {cells}  {x.get('name', '')}".rstrip())
     return lines

@@ -22,7 +22,7 @@ from sartor.numerics.allocate import Choice, Ladder, allocate
 from sartor.numerics.grids import fits, tensor_bytes
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.bits import BASE, DOWN, RICHER, all_on_base, embeddings_of, kinds_of
-from sartor.stages.probe import PARTS, Effects, Units, Worth, order_units
+from sartor.stages.probe import Effects, Units, Worth, order_units
 from sartor.stages.words import Words, least_size
 
 LEAST_BLOCKS = 4  # FFN blocks that every layer keeps: below it the additive damage means nothing
@@ -353,9 +353,9 @@ def _layer_plans(
 def diagnose(
     user: Effects, generic: Effects, worth: Worth, n: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, str]]:
-    """[effect, low, high] of the layer's attention and MLP on either kind of data, and what that makes them."""
-    mine, theirs = ({k: e.parts[k][n] for k in PARTS} for e in (user, generic))
-    return mine, theirs, {k: verdict(mine[k], theirs[k], worth) for k in PARTS}
+    """[effect, low, high] of the layer's parts on either kind of data, and what that makes them."""
+    mine, theirs = ({k: e.parts[k][n] for k in user.parts} for e in (user, generic))
+    return mine, theirs, {k: verdict(mine[k], theirs[k], worth) for k in mine}
 
 
 def verdict(user: Sequence[float], generic: Sequence[float], worth: Worth) -> str:

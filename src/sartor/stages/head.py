@@ -15,9 +15,12 @@ from jaxtyping import Float, Int, UInt8
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
+from sartor.model import graph_channels
+from sartor.model.graph import Graph
+from sartor.model.graph_channels import ended, waists
 from sartor.model.network import clone, embed, layers_of
 from sartor.model.vision import FEATURES, Vision, cut_layers_
-from sartor.stages.recognition import BATCH
+from sartor.stages.recognition import BATCH, RUNNING
 
 STRENGTHS = (0.03, 0.3, 3.0)  # of the pull of weights towards zero, for features of variance one
 FOLDS = 4
@@ -35,18 +38,38 @@ class Head:
     nats: float
 
 
+def depths(model: Any) -> int:
+    """At how many places the network can be read, one behind the other: layers, or waists of a convolutional network."""
+    return len(waists(model)) if isinstance(model, Graph) else len(layers_of(model))
+
+
 @torch.no_grad()
-def read_out(model: Vision, pixels: UInt8[Tensor, "n 3 s s"], first: int) -> Float[Tensor, "l n f"]:
-    """Pooled features behind layers `first`, first + 1, ... of as many as there are, each through the last norm, in fp32."""
-    found = []
+def read_out(model: Any, pixels: UInt8[Tensor, "n 3 s s"], first: int) -> list[Float[Tensor, "n f"]]:
+    """Pooled features at depths `first`, first + 1, ... of as many as there are, in fp32; those of a transformer's layers through the last norm."""
+    found: list[list[Tensor]] = []
     for part in pixels.split(BATCH):
-        state, behind = embed(model, part), []
-        for n, layer in enumerate(layers_of(model), 1):
-            state = layer(state)
-            if n >= first:
-                behind.append(model.pool(model.model.norm(state)).float())
-        found.append(torch.stack(behind))
-    return torch.cat(found, 1)
+        found.append(_of_maps(model, part)[first - 1 :] if isinstance(model, Graph) else _of_layers(model, part, first))
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def _of_layers(model: Vision, pixels: Tensor, first: int) -> list[Tensor]:
+    state, behind = embed(model, pixels), []
+    for n, layer in enumerate(layers_of(model), 1):
+        state = layer(state)
+        if n >= first:
+            behind.append(model.pool(model.model.norm(state)).float())
+    return behind
+
+
+def _of_maps(model: Graph, pixels: Tensor) -> list[Tensor]:
+    wanted, behind = set(waists(model)), list[Tensor]()
+
+    def tell(name: str, value: Tensor) -> None:
+        if name in wanted:
+            behind.append(value.flatten(2).mean(2) if value.ndim > 2 else value)
+
+    model.run(model.embed(pixels), 0, model.before_pool, tell)
+    return behind
 
 
 def fit_head(
@@ -77,7 +100,7 @@ def fit_head(
 
 
 def choose_head(
-    model: Vision,
+    model: Any,
     pixels: UInt8[Tensor, "n 3 s s"],
     labels: Int[Tensor, " n"],
     classes: int,
@@ -86,8 +109,8 @@ def choose_head(
     last: int | None = None,
 ) -> Head:
     """The head, and the depth it reads at, of least nats on pictures left out; from behind layer `first` (None: over half of them) to behind layer `last` (None: all)."""
-    first = first or len(layers_of(model)) // 2 + 1
-    read = read_out(clone(model, torch.bfloat16), pixels, first)[: None if last is None else last - first + 1]
+    first = first or depths(model) // 2 + 1
+    read = read_out(clone(model, RUNNING[type(model)]), pixels, first)[: None if last is None else last - first + 1]
     fold = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)) % FOLDS
     best: tuple[float, int, float] | None = None
     for depth, features in enumerate(read, first):
@@ -110,8 +133,10 @@ def _left_out(features: Tensor, labels: Tensor, classes: int, strength: float, f
     return total / len(labels)
 
 
-def with_head(model: Vision, head: Head) -> Vision:
+def with_head(model: Any, head: Head) -> Any:
     """A copy that ends where the head reads, with the head on it."""
+    if isinstance(model, Graph):
+        return graph_channels.with_head(ended(model, waists(model)[head.depth - 1]), head.weight, head.bias)
     new: Any = clone(model)
     cut_layers_(new, range(head.depth))
     new.config = replace(model.config, layers=head.depth, classes=len(head.weight))
@@ -121,13 +146,13 @@ def with_head(model: Vision, head: Head) -> Vision:
 
 
 def clustered(
-    model: Vision, parts: Sequence[UInt8[Tensor, "n 3 s s"]], seed: int = 0
+    model: Any, parts: Sequence[UInt8[Tensor, "n 3 s s"]], seed: int = 0
 ) -> tuple[list[Int[Tensor, " n"]], int]:
     """(the cluster of every picture, part by part; how many there are): k-means on the direction of features, for pictures without labels.
 
     Only the first part shapes the clusters; pictures of the others belong to the nearest.
     """
-    half, last = clone(model, torch.bfloat16), len(layers_of(model))
+    half, last = clone(model, RUNNING[type(model)]), depths(model)
     features = [nn.functional.normalize(read_out(half, p, last)[-1], dim=-1) for p in parts]
     k = max(2, min(MOST_CLUSTERS, len(parts[0]) // PICTURES_A_CLUSTER))
     centres, cluster = kmeans2(features[0].double().numpy(), k, minit="++", seed=seed)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
+from sartor.model.graph import Graph
 from sartor.model.vision import Vision
 from sartor.stages import likelihood, recognition
 
@@ -58,4 +59,4 @@ PICTURES = Medium(
 
 
 def medium_of(model: Any) -> Medium:
-    return PICTURES if isinstance(model, Vision) else TEXT
+    return PICTURES if isinstance(model, (Vision, Graph)) else TEXT

@@ -77,7 +77,7 @@ def effects_of(a: Anatomy, felt: Felt, seed: int = 0) -> Effects:
             by_row["mlp"] = felt.sketch[n, "down"].square().sum(1).numpy()
         for k, rows in by_row.items():
             by_row[k] = rows.reshape(-1, felt.directions if len(rows) > 1 else 1).sum(1)
-            parts[k].append(_interval(by_row[k] * len(by_row[k]), rng))
+            parts[k].append(interval(by_row[k] * len(by_row[k]), rng))
     return Effects(channel, group, parts, felt.tokens)
 
 
@@ -137,7 +137,7 @@ def _believed(one: Tensor, other: Tensor) -> float:
     return signal / max(signal + noise, TINY)
 
 
-def _interval(by_row: Float[np.ndarray, " n"], rng: np.random.Generator) -> list[float]:
+def interval(by_row: Float[np.ndarray, " n"], rng: np.random.Generator) -> list[float]:
     """[mean, low, high]: 95% bootstrap interval over rows of text."""
     means = by_row[rng.integers(0, len(by_row), (DRAWS, len(by_row)))].mean(1)
     return [float(f"{x:.4g}") for x in (by_row.mean(), *np.percentile(means, [2.5, 97.5]))]
@@ -168,7 +168,7 @@ def without_parts(
     layers, rng = anatomy(model).layers, np.random.default_rng(seed)
     found: dict[str, Any] = {k: [] for k in PARTS}
     for n, k, reading, cost in parts_left_out(model, rows):
-        found[k].append(_interval(reading.loss / cost.mean(), rng))
+        found[k].append(interval(reading.loss / cost.mean(), rng))
         tell((2 * n + (k == "mlp") + 1) / 2 / layers, f"layer {n} without its {k}: {found[k][-1][0]:+.1%}")
     return found
 
@@ -233,16 +233,32 @@ def check(
 ) -> Worth:
     """Measure random masks over the cheaper half of the units, a few of them to half of them at a time, on `rows`."""
     medium = medium_of(model)
-    reference, removed = medium.said(model, rows), random_masks(units.effects, masks, seed)
-    y = np.empty(masks)
-    for i, mask in enumerate(removed):
+    reference = medium.said(model, rows)
+
+    def cost(mask: np.ndarray) -> float:
         with masked(model, *unit_masks(model, units, mask)):
-            y[i] = medium.kl(model, rows, reference)
-        tell((i + 1) / masks, f"check {i + 1}/{masks}: {int(mask.sum())} units off cost {y[i]:.3f} {medium.unit}")
-    ratio = np.log(np.maximum(y, 1e-9)) - np.log(np.maximum(removed @ units.effects, 1e-9))
+            return medium.kl(model, rows, reference)
+
+    return worth_of_masks(units.effects, cost, masks, medium.unit, seed, tell)
+
+
+def worth_of_masks(
+    effects: Float[np.ndarray, " d"],
+    cost: Callable[[Float[np.ndarray, " d"]], float],
+    masks: int,
+    unit: str,
+    seed: int = 0,
+    tell: Callable[[float, str], None] = lambda share, note: None,
+) -> Worth:
+    """What random masks cost beside what the units' effects foretell; `cost` is of a mask, 1 where a unit is off, in `unit`."""
+    removed, y = random_masks(effects, masks, seed), np.empty(masks)
+    for i, mask in enumerate(removed):
+        y[i] = cost(mask)
+        tell((i + 1) / masks, f"check {i + 1}/{masks}: {int(mask.sum())} units off cost {y[i]:.3f} {unit}")
+    ratio = np.log(np.maximum(y, 1e-9)) - np.log(np.maximum(removed @ effects, 1e-9))
     spread = np.log(np.maximum(y, 1e-9)).var()
     r2 = float(1 - ratio.var() / spread) if spread > 0 else 0.0
-    return Worth(masks, r2, float(spearmanr(removed @ units.effects, y).statistic), float(np.exp(np.median(ratio))))
+    return Worth(masks, r2, float(spearmanr(removed @ effects, y).statistic), float(np.exp(np.median(ratio))))
 
 
 def random_masks(effects: Float[np.ndarray, " d"], masks: int, seed: int) -> Float[np.ndarray, "m d"]:

@@ -9,9 +9,15 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from sartor.model.graph import Graph
 from sartor.model.network import embed, through
+from sartor.model.vision import Vision
 
 BATCH = 16  # pictures a pass
+RUNNING = {
+    Vision: torch.bfloat16,
+    Graph: torch.float32,
+}  # what a network computes in while it is looked at and trained: convolutions are no faster in bf16 here
 
 
 @dataclass(frozen=True)
@@ -49,20 +55,24 @@ def kl_of(model: Any, pixels: UInt8[Tensor, "n 3 s s"], said: tuple[Tensor, Tens
     return float((p * (said[0] - log_p_of(model, pixels))).sum(-1).mean())
 
 
-@torch.no_grad()
-def signed_gradients(model: Any, hidden: Float[Tensor, "n t w"], generator: torch.Generator) -> Float[Tensor, "n t w"]:
-    """Gradients at the hidden states along a random direction of what the model foretells.
+def signed(logits: Float[Tensor, "n c"], generator: torch.Generator) -> Float[Tensor, "n c"]:
+    """A random direction among what a model foretells.
 
     A picture has one prediction, often a sure one: a label drawn from it is nearly always the same and says nothing, or rare and says all. So every class takes part:
     with signs s_c of +1 and -1 at random, sum_c s_c sqrt(p_c) (e_c - p) has mean zero and the same second moments as e_y - p with y drawn, diag p - p p^T, and none of the luck.
     """
+    p = torch.softmax(logits.detach().float(), -1)
+    drawn = p.sqrt() * (2 * torch.randint(0, 2, p.shape, generator=generator) - 1)
+    return (drawn - p * drawn.sum(-1, keepdim=True)).to(logits.dtype)
+
+
+@torch.no_grad()
+def signed_gradients(model: Any, hidden: Float[Tensor, "n t w"], generator: torch.Generator) -> Float[Tensor, "n t w"]:
+    """Gradients at the hidden states along such a direction."""
     with torch.enable_grad():
         here = hidden.detach().requires_grad_(True)
         logits = model.head(model.pool(here))
-    p = torch.softmax(logits.detach().float(), -1)
-    signed = p.sqrt() * (2 * torch.randint(0, 2, p.shape, generator=generator) - 1)
-    direction = signed - p * signed.sum(-1, keepdim=True)
-    return torch.autograd.grad(logits, here, direction.to(logits.dtype))[0]
+    return torch.autograd.grad(logits, here, signed(logits, generator))[0]
 
 
 def loss_of(model: Any, pixels: UInt8[Tensor, "n 3 s s"], labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from sartor.model.network import embed, through
 from sartor.numerics.schedule import warm_then_cosine
 from sartor.stages.masters import Adam, InMemory, Kept, Latents, Rows, put_, update_
 from sartor.stages.recognition import recognize
@@ -162,7 +161,7 @@ def _backward(
     batch, labels, total = torch.cat([lessons.pixels[dealt], lessons.others[strange]]), lessons.labels[dealt], 0.0
     for at in range(0, len(batch), PART):
         seen = views(batch[at : at + PART], generator, lessons.mirror)
-        features = model.pool(through(model, embed(model, seen)))
+        features = model.features(seen)
         logits = model.head(features).float()
         if lessons.teacher is None:
             loss = nn.functional.cross_entropy(logits, labels[at : at + PART], label_smoothing=SMOOTH)

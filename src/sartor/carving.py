@@ -1,0 +1,113 @@
+"""What cutting takes of either kind of network that sees: heads and FFN channels of a transformer, channels of a convolutional network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sartor.model.graph import Graph, shapes
+from sartor.model.graph_channels import Keep, channel_groups, kept_channels, shrink
+from sartor.model.network import anatomy
+from sartor.model.vision import Vision
+from sartor.plan import LayerPlan, Plan
+from sartor.stages.allot import Allotment, allot, refuse_impossible
+from sartor.stages.allot_maps import allot_maps, refuse_impossible_maps
+from sartor.stages.fit import evidence_of, fit
+from sartor.stages.maps import check_maps
+from sartor.stages.masters import put_
+from sartor.stages.probe import Effects, Worth, check, order_units
+from sartor.stages.prune import cut_, gone
+from sartor.stages.refit import refit_maps, room_for, seen_of
+
+CALIBRATED = 48  # pictures that a whole network is rounded on
+Told = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Carving:
+    """One row a kind of network; costs are `allot.Costs` or `allot_maps.MapCosts`.
+
+    Attributes:
+        refuse: (network, costs) raises BudgetError where even the smallest is too much. check: (network, effects, pictures, masks, seed, tell), how well effects foretell random cuts.
+        allot: (network, effects, costs), what stays. cut: (network, plan), the network without what goes; may change the one it is given. fit: (cut network, whole one, the user's pictures, generic
+        ones, plan, tell), what is left fitted to what the whole one says. gone: (before, after), how much went. eight: (whole network, the user's pictures), as it is written with eight bits when nothing is cut. rounds: the fit rounds too, to grids that are not kept
+        with the weights.
+    """
+
+    refuse: Callable[[Any, Any], None]
+    check: Callable[[Any, Effects, Tensor, int, int, Told], Worth]
+    allot: Callable[[Any, Effects, Any], Allotment]
+    cut: Callable[[Any, Plan], Any]
+    fit: Callable[[Any, Any, Tensor, Tensor, Plan, Told], Any]
+    gone: Callable[[Any, Any], dict[str, Any]]
+    eight: Callable[[Any, Tensor], Any]
+    rounds: bool
+
+
+def _cut_heads(model: Any, plan: Plan) -> Any:
+    cut_(model, plan)
+    return model
+
+
+def _fit_heads(small: Any, teacher: Any, own: Tensor, others: Tensor, plan: Plan, tell: Told) -> Any:
+    evidence = evidence_of(teacher, own, others, plan.rho, lambda share: tell(0.4 * share, "gradients of every patch"))
+    put_(small, fit(small, teacher, evidence, {}, lambda share, note: tell(0.4 + 0.6 * share, note)))
+    return small
+
+
+def keep_of(graph: Graph, layers: tuple[LayerPlan, ...]) -> Keep:
+    """What stays of every group that loses anything."""
+    keep = {}
+    for group, layer in zip(channel_groups(graph), layers, strict=True):
+        if len(kept := layer.kept_channels()) < group.units:
+            keep[group.name] = torch.zeros(group.units, dtype=torch.bool)
+            keep[group.name][kept] = True
+    return keep
+
+
+def _fit_maps(small: Graph, teacher: Graph, own: Tensor, others: Tensor, plan: Plan, tell: Told) -> Graph:
+    """The teacher is whole, and what the plan's masks are of."""
+    outputs, _ = kept_channels(teacher, keep_of(teacher, plan.layers))
+    seen = seen_of(own, others, plan.rho, room_for(teacher, shapes(teacher)))
+    return refit_maps(small, teacher, outputs, seen, tell=lambda share: tell(share, "layer by layer"))
+
+
+def _eight_maps(whole: Graph, own: Tensor) -> Graph:
+    seen = seen_of(own, own[:0], 0.0, min(CALIBRATED, room_for(whole, shapes(whole))))
+    return refit_maps(whole, whole, kept_channels(whole, {})[0], seen)
+
+
+def _gone_maps(before: Graph, after: Graph) -> dict[str, Any]:
+    units = [sum(g.units for g in channel_groups(graph)) for graph in (before, after)]
+    return {"channels": units[0] - units[1]} if units[0] != units[1] else {}
+
+
+HEADS = Carving(
+    refuse=lambda model, costs: refuse_impossible(anatomy(model), costs),
+    check=lambda model, effects, *rest: check(model, order_units(effects), *rest),
+    allot=lambda model, effects, costs: allot(anatomy(model), effects, costs),
+    cut=_cut_heads,
+    fit=_fit_heads,
+    gone=lambda before, after: gone(anatomy(before), anatomy(after)),
+    eight=lambda whole, own: whole,
+    rounds=False,
+)
+MAPS = Carving(
+    refuse=lambda model, costs: refuse_impossible_maps(costs),
+    check=check_maps,
+    allot=lambda model, effects, costs: allot_maps(effects, costs),
+    cut=lambda model, plan: shrink(model, keep_of(model, plan.layers)),
+    fit=_fit_maps,
+    gone=_gone_maps,
+    eight=_eight_maps,
+    rounds=True,
+)
+CARVINGS: dict[type, Carving] = {Vision: HEADS, Graph: MAPS}
+
+
+def carving_of(model: Any) -> Carving:
+    return CARVINGS[type(model)]

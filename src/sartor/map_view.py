@@ -1,0 +1,86 @@
+"""What channels of a convolutional network cost: bytes of its file, and time as the runtime takes it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from scipy.optimize import nnls
+from torch import Tensor
+
+from sartor.errors import BudgetError
+from sartor.export import onnxrt, seen
+from sartor.model.graph import Graph
+from sartor.model.graph_channels import Keep, channel_groups, shrink
+from sartor.model.network import clone
+from sartor.stages.allot_maps import MapCosts, layers_of, payload
+from sartor.stages.eight import round_, rounded_values
+from sartor.stages.maps import block_of
+
+TIMED, THREADS = 8, 2  # pictures, and threads, that time is measured with
+MARGIN = 0.04  # of the time asked for: what is measured again in the end is a little different
+SHARES = (1.0, 0.75, 0.5, 0.25)  # of a group's units, that the networks that are timed have
+NETWORKS = 8
+STANDS_FOR = (0.05, 0)  # a grid, where only time and size matter
+
+
+def map_costs(graph: Graph, budget: int) -> MapCosts:
+    """What bytes are spent on; the file's own are those of one that is written, which are the most: shorter lists have shorter lengths."""
+    layers = tuple(layers_of(graph))
+    costs = MapCosts(layers, tuple(g.units for g in channel_groups(graph)), budget, 0)
+    with tempfile.TemporaryDirectory() as tmp:
+        file = Path(tmp) / "whole.onnx"
+        seen.write(file, in_eight(graph), "int8")
+        return replace(costs, overhead=file.stat().st_size - payload(costs))
+
+
+def in_eight(graph: Graph) -> Graph:
+    """A copy in eight bits that says nothing sensible: for its time and size."""
+    new: Graph = clone(graph)
+    round_(new, dict.fromkeys(rounded_values(new), STANDS_FOR))
+    return new
+
+
+def timed_maps(
+    graph: Graph, original: Graph, costs: MapCosts, pixels: UInt8[Tensor, "n 3 s s"], faster: float, seed: int = 0
+) -> MapCosts:
+    """The costs with time: seconds of a multiplication and of a number made are fitted to networks of many widths, measured in the runtime beside the original in fp32.
+
+    Raises:
+        BudgetError: what the file takes besides is too much already.
+    """
+    rng, none = np.random.default_rng(seed), [0] * len(costs.units)
+    widths = [none, *(_fewer(costs.units, rng) for _ in range(NETWORKS - 1))]
+    with tempfile.TemporaryDirectory() as tmp:
+        files = {"original": Path(tmp) / "original.onnx"} | {str(n): Path(tmp) / f"{n}.onnx" for n in range(NETWORKS)}
+        seen.write(files["original"], original, "fp32")
+        for n, gone in enumerate(widths):
+            seen.write(files[str(n)], in_eight(shrink(graph, first_units(graph, gone))), "int8")
+        found = onnxrt.speeds(files, pixels[:TIMED].numpy(), THREADS)
+    seconds = np.array([found[str(n)]["seconds"] for n in range(NETWORKS)])
+    work = np.array([[*costs.work(gone), 1.0] for gone in widths])
+    scale = work.max(0)
+    *prices, beside = nnls(work / scale, seconds)[0] / scale
+    limit = (1 - MARGIN) * found["original"]["seconds"] / faster - beside
+    if limit <= 0:
+        raise BudgetError(
+            f"{faster:g} times as fast as the original cannot be reached: without any channel the file takes {1000 * beside:.2f} ms already; ask for less with --faster"
+        )
+    return replace(costs, prices=(prices[0], prices[1], prices[2]), limit=limit)
+
+
+def _fewer(units: Sequence[int], rng: np.random.Generator) -> list[int]:
+    """How many units of each group are gone, whole blocks."""
+    shares = rng.choice(SHARES, len(units))
+    return [u - block_of(u) * max(1, round(share * u / block_of(u))) for u, share in zip(units, shares, strict=True)]
+
+
+def first_units(graph: Graph, gone: Sequence[int]) -> Keep:
+    """The first units of every group stay: for its time, not its words."""
+    groups = zip(channel_groups(graph), gone, strict=True)
+    return {g.name: torch.arange(g.units) < g.units - less for g, less in groups if less}
