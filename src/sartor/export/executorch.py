@@ -14,7 +14,6 @@ import torch
 from torch.export import ExportedProgram
 
 from sartor.export.lowering import lower
-from sartor.model.vision import Vision
 
 NAME, NEEDS, INSTALL = "ExecuTorch", ("executorch", "torchao"), "pip install executorch==1.5.1 torchao==0.18.0"
 PIXELS = torch.uint8
@@ -48,6 +47,6 @@ def _write8(program: ExportedProgram, path: Path) -> None:
 WEIGHTS: dict[str, Callable[[ExportedProgram, Path], None]] = {"fp32": _write32, "int8": _write8}
 
 
-def write(files: Mapping[str, Path], model: Vision) -> dict[str, dict[str, Any]]:
+def write(files: Mapping[str, Path], model: Any) -> dict[str, dict[str, Any]]:
     """Write a .pte for each kind of WEIGHTS in `files`; returns and raises as `lowering.lower`."""
     return lower("executorch", files, model)

@@ -17,7 +17,6 @@ from torch.export import ExportedProgram
 
 from sartor.errors import InputError
 from sartor.export.lowering import lower
-from sartor.model.vision import Vision
 
 NAME, NEEDS = "LiteRT", ("litert_torch", "ai_edge_litert", "ai_edge_quantizer")
 INSTALL = "pip install litert-torch==0.10.0 ai-edge-litert==2.3.0 ai-edge-quantizer==0.10.0"
@@ -86,6 +85,6 @@ WEIGHTS: dict[str, Callable[[Converted, Path], None]] = {
 }
 
 
-def write(files: Mapping[str, Path], model: Vision) -> dict[str, dict[str, Any]]:
+def write(files: Mapping[str, Path], model: Any) -> dict[str, dict[str, Any]]:
     """Write a .tflite for each kind of WEIGHTS in `files`; returns and raises as `lowering.lower`."""
     return lower("litert", files, model)

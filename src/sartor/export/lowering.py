@@ -1,4 +1,4 @@
-"""Lowering a vision transformer for a phone's runtime, in a process of its own: a job as JSON on stdin, its result as JSON on stdout.
+"""Lowering a network that sees for a phone's runtime, in a process of its own: a job as JSON on stdin, its result as JSON on stdout.
 
     network -> program (torch.export) -> [prepare: once] -> [WEIGHTS: once a kind of weights] -> files, moved to their places once they are whole
 
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from sartor.errors import InputError, MissingExtra
 from sartor.export.apart import answered
 from sartor.export.worker import answer
+from sartor.model.graph import Graph
 from sartor.model.network import clone
-from sartor.model.vision import Vision
 
 LIMIT_S = 3600.0  # a ViT-S takes one to four minutes
 
@@ -35,7 +35,7 @@ LIMIT_S = 3600.0  # a ViT-S takes one to four minutes
 class Outputs(nn.Module):
     """Logits, where there is a head, and features, of one pass."""
 
-    def __init__(self, network: Vision) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
@@ -44,11 +44,13 @@ class Outputs(nn.Module):
         return (features,) if self.network.head is None else (self.network.head(features), features)
 
 
-def program(model: Vision, pixels: torch.dtype) -> torch.export.ExportedProgram:
-    """The network in fp32 for one picture (1, 3, s, s), pixels from 0 to 255 of this type."""
-    size = model.config.size
-    network = Outputs(clone(model, torch.float32)).eval().requires_grad_(False)
-    made = torch.export.export(network, (torch.zeros(1, 3, size, size, dtype=pixels),))
+def program(model: Any, pixels: torch.dtype) -> torch.export.ExportedProgram:
+    """The network in fp32 for one picture (1, 3, s, s), pixels from 0 to 255 of this type; values are not rounded here."""
+    plain = clone(model, torch.float32)
+    if isinstance(plain, Graph):
+        plain.rounding = None
+    network = Outputs(plain).eval().requires_grad_(False)
+    made = torch.export.export(network, (torch.zeros(1, 3, model.size, model.size, dtype=pixels),))
     for node in made.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names folders of this machine
     return made
@@ -58,9 +60,7 @@ def missing(needs: Sequence[str]) -> bool:
     return any(importlib.util.find_spec(name) is None for name in needs)
 
 
-def lower(
-    runtime: str, files: Mapping[str, Path], model: Vision, limit_s: float = LIMIT_S
-) -> dict[str, dict[str, Any]]:
+def lower(runtime: str, files: Mapping[str, Path], model: Any, limit_s: float = LIMIT_S) -> dict[str, dict[str, Any]]:
     """Write a file for each kind of weights: {weights: {"seconds": of this kind, what they share counted in} or {"failed": why}}.
 
     Args:

@@ -1,4 +1,4 @@
-"""Every runtime that a vision transformer can be written for, as a table, and what each makes of the same pictures.
+"""Every runtime that a network that sees can be written for, as a table, and what each makes of the same pictures.
 
 A row of ROWS is a runtime and a kind of weights: how such files are written, several of one runtime at a time, as they share the slow part; and how one is run, in a process of its own.
 Pixels are whole numbers from 0 to 255 (1, 3, s, s) in every file; Core ML's is an RGB image. Each gives features, and logits where there is a head.
@@ -22,11 +22,11 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from sartor.errors import InputError, MissingExtra, SartorError
-from sartor.export import coreml, litert, lowering, onnx_file, onnxrt
+from sartor.export import coreml, litert, lowering, onnx_file, onnxrt, seen
 from sartor.export import executorch as et
 from sartor.export.apart import answered
+from sartor.model.graph import Graph
 from sartor.model.network import clone
-from sartor.model.vision import Vision
 from sartor.numerics.metrics import cosines
 
 THREADS, ROUNDS = 2, 30
@@ -49,7 +49,7 @@ class Row:
         runtime: its name. ending: of the file. weights: as `write` knows them. needs, install: packages that it takes, and the pip command.
         write: ({weights: file}, network) -> {weights: seconds or why it failed}.
         run: (file, pictures, threads, rounds) -> {"outputs": {name: array}, "seconds" a picture, "peak_rss_bytes"}; the last two are None where the runtime itself does not run here.
-        note: what a reader of the measurement must know.
+        note: what a reader of the measurement must know. maps: convolutional networks can be written too.
     """
 
     runtime: str
@@ -57,16 +57,17 @@ class Row:
     weights: str
     needs: tuple[str, ...]
     install: str
-    write: Callable[[Mapping[str, Path], Vision], Written]
+    write: Callable[[Mapping[str, Path], Any], Written]
     run: Callable[[Path, UInt8[np.ndarray, "n 3 s s"], int, int], dict[str, Any]]
     note: str
+    maps: bool = True
 
 
-def _write_onnx(files: Mapping[str, Path], model: Vision) -> Written:
+def _write_onnx(files: Mapping[str, Path], model: Any) -> Written:
     found: Written = {}
     for weights, file in files.items():
         started = time.perf_counter()
-        onnx_file.write(file, model, weights)
+        seen.write(file, model, weights)
         found[weights] = {"seconds": time.perf_counter() - started}
     return found
 
@@ -114,18 +115,36 @@ MAC = "runs on Apple's systems alone: its program and weights, read back, were c
 TORCH_TOO = "memory with torch, which its Python side needs"
 ROWS: dict[str, Row] = {
     **{
-        f"onnx-{w}": Row("ONNX Runtime", ".onnx", w, ("onnx", "onnxruntime"), ONNX, _write_onnx, _run_onnx, "")
+        f"onnx-{w}": Row(
+            "ONNX Runtime",
+            ".onnx",
+            w,
+            ("onnx", "onnxruntime"),
+            ONNX,
+            _write_onnx,
+            _run_onnx,
+            "",
+            w in seen.GRAPH_WEIGHTS,
+        )
         for w in onnx_file.WEIGHTS
     },
     **{
         f"executorch-{w}": Row(
-            et.NAME, ".pte", w, et.NEEDS, et.INSTALL, et.write, partial(_run, "executorch"), TORCH_TOO
+            et.NAME, ".pte", w, et.NEEDS, et.INSTALL, et.write, partial(_run, "executorch"), TORCH_TOO, w == "fp32"
         )
         for w in et.WEIGHTS
     },
     **{
         f"litert-{w}": Row(
-            litert.NAME, ".tflite", w, litert.NEEDS, litert.INSTALL, litert.write, partial(_run, "litert"), ""
+            litert.NAME,
+            ".tflite",
+            w,
+            litert.NEEDS,
+            litert.INSTALL,
+            litert.write,
+            partial(_run, "litert"),
+            "",
+            w != "int4",
         )
         for w in litert.WEIGHTS
     },
@@ -136,13 +155,13 @@ ROWS: dict[str, Row] = {
 }
 
 
-def write(name: str, path: Path, model: Vision) -> float:
+def write(name: str, path: Path, model: Any) -> float:
     """Write the network for one row of ROWS; returns the seconds that it took.
 
     Raises:
         InputError: there is no such row. MissingExtra: its packages are not installed; the message has the pip command. SartorError: it could not be lowered.
     """
-    row = row_of(name)
+    row = row_for(name, model)
     if lowering.missing(row.needs):
         raise MissingExtra(f"{row.runtime} is not installed: {row.install}")
     made = row.write({row.weights: path}, model)[row.weights]
@@ -158,15 +177,26 @@ def row_of(name: str) -> Row:
     return ROWS[name]
 
 
+def row_for(name: str, model: Any) -> Row:
+    """Raises InputError where there is no such row, or not for this kind of network."""
+    row = row_of(name)
+    if isinstance(model, Graph) and not row.maps:
+        able = ", ".join(n for n, r in ROWS.items() if r.maps)
+        raise InputError(
+            f"'{name}' is for vision transformers, and this is a convolutional network: take one of {able}"
+        )
+    return row
+
+
 def size(path: Path) -> int:
     """Bytes of a file, or of all files of a package."""
     return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
 
 
 @torch.inference_mode()
-def reference(model: Vision, pixels: UInt8[Tensor, "n 3 s s"]) -> dict[str, np.ndarray]:
+def reference(model: Any, pixels: UInt8[Tensor, "n 3 s s"]) -> dict[str, np.ndarray]:
     """What PyTorch says in fp32."""
-    network: Vision = clone(model, torch.float32).eval()
+    network: Any = clone(model, torch.float32).eval()
     features = torch.cat([network.features(part) for part in pixels.split(BATCH)])
     found = {"features": features} | ({} if network.head is None else {"logits": network.head(features)})
     return {name: value.numpy() for name, value in found.items()}
@@ -183,7 +213,7 @@ EMPTY = dict.fromkeys(("bytes", "cosine", "same_answers", "seconds", "peak_rss_b
 
 
 def measure_all(
-    model: Vision,
+    model: Any,
     folder: Path,
     pixels: UInt8[Tensor, "n 3 s s"],
     only: Sequence[str] | None = None,
@@ -202,7 +232,8 @@ def measure_all(
         InputError: `only` names a row that there is not.
     """
     wanted, rows = reference(model, pixels), []
-    named = {name: row_of(name) for name in only or ROWS}
+    able = [name for name, row in ROWS.items() if row.maps or not isinstance(model, Graph)]
+    named = {name: row_for(name, model) for name in only or able}
     folder.mkdir(parents=True, exist_ok=True)
     for _, group in groupby(named.items(), lambda item: item[1].runtime):
         files = {row.weights: (row, folder / f"{name}{row.ending}") for name, row in group}
@@ -214,7 +245,7 @@ def measure_all(
     return rows
 
 
-def _write_some(files: dict[str, Path], row: Row, model: Vision) -> Written:
+def _write_some(files: dict[str, Path], row: Row, model: Any) -> Written:
     """All files of one runtime; what goes wrong with all is said of each."""
     if lowering.missing(row.needs):
         return dict.fromkeys(files, {"failed": f"not installed: {row.install}"})

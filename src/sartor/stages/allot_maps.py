@@ -60,13 +60,19 @@ def layers_of(graph: Graph) -> list[Layer]:
     return found
 
 
+def read_by_head(graph: Graph) -> tuple[int, ...]:
+    """Numbers of the groups that are features: what others compare, and read, stays as wide as it is."""
+    last = graph.nodes[-1].name
+    return tuple(n for n, g in enumerate(channel_groups(graph)) if graph.head is not None and last in g.columns)
+
+
 @dataclass(frozen=True)
 class MapCosts:
     """What may be spent.
 
     Attributes:
         layers: of the whole network. units: of every group. budget: bytes of the file; overhead: of them, what does not depend on sizes. prices: seconds a picture of a multiplication in a
-        mixing layer, of one in a depthwise or grouped one, and of a number made; limit: seconds that all of them may take together.
+        mixing layer, of one in a depthwise or grouped one, and of a number made; limit: seconds that all of them may take together. fixed: numbers of the groups that stay whole.
     """
 
     layers: tuple[Layer, ...]
@@ -75,6 +81,7 @@ class MapCosts:
     overhead: int
     prices: tuple[float, float, float] = (0.0, 0.0, 0.0)
     limit: float = float("inf")
+    fixed: tuple[int, ...] = ()
 
     def bytes_of(self, gone: Counts) -> int:
         return self.overhead + int(sum(w + OUTPUT_BYTES * o for o, w in (layer.weights(gone) for layer in self.layers)))
@@ -98,9 +105,9 @@ class MapCosts:
     def most(self) -> tuple[int, ...]:
         """Units of each group that may go."""
         found = []
-        for units in self.units:
+        for n, units in enumerate(self.units):
             block = block_of(units)
-            found.append(units - block * max(1, -(-round(LEAST * units) // block)))
+            found.append(0 if n in self.fixed else units - block * max(1, -(-round(LEAST * units) // block)))
         return tuple(found)
 
 

@@ -1,0 +1,153 @@
+"""The whole job on photos with a convolutional network: a pico one as an ONNX file and as torchvision's weights, ONNX Runtime, the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import sartor
+from sartor.cli import main
+from sartor.export import graph_file, onnxrt
+from sartor.model.graph import INPUT, Draft, Graph, macs, normalization
+from sartor.picture_api import ARTIFACT
+
+from .test_graph import Maker
+from .test_picture_jobs import NAMES, keep, put_tiny, report
+from .test_pictures import drawn
+
+SIDE = 32
+
+
+def network() -> Graph:
+    m = Maker(0)
+    m.draft = Draft(SIDE, *normalization())
+    x = m.act(m.conv(INPUT, 16, 3, 2), "clip")
+    for out, stride in ((16, 1), (32, 2), (32, 1), (32, 1)):
+        y = m.conv(m.act(m.depthwise(m.act(m.conv(x, 96), "clip"), 1, stride), "clip"), out)
+        x = m.draft.add("add", x, y) if m.draft.shape[x] == m.draft.shape[y] else y
+    return m.done(m.act(m.conv(x, 64), "clip"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model file, a user's photos by class, the same without classes, and generic pictures."""
+    root = tmp_path_factory.mktemp("maps")
+    found = {"model": root / "net.onnx"} | {name: root / name for name in ("photos", "loose", "generic")}
+    graph_file.write(found["model"], network())
+    pixels, labels = drawn(180, 21)
+    for i, (picture, label) in enumerate(zip(pixels, labels, strict=True)):
+        for folder in (found["photos"] / NAMES[label], found["loose"]):
+            keep(picture, folder / f"secret-{i}.png")
+    for i, picture in enumerate(drawn(60, 22)[0]):
+        keep(picture, found["generic"] / f"g{i}.png")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_tiny(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def fitted(place: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One job through the command line, with all controls."""
+    out = tmp_path_factory.mktemp("job") / "seen"
+    with pytest.MonkeyPatch.context() as patch:
+        put_tiny(patch)
+        ask = ["compress", str(place["model"]), "--data", str(place["photos"]), "--generic", str(place["generic"])]
+        assert main([*ask, "--size", "45%", "--out", str(out)]) == 0
+    return out
+
+
+def test_the_file_keeps_its_budget_and_says_what_pytorch_says(fitted: Path) -> None:
+    r = report(fitted)
+    assert (fitted / ARTIFACT).stat().st_size == r["bytes"]["artifact"] <= r["bytes"]["budget"]
+    assert r["parity"]["cosine"] > 0.98
+    model, classes, plan = sartor.load(fitted)
+    assert isinstance(model, Graph)
+    assert model.rounding is not None
+    assert sum(macs(model).values()) < sum(macs(network()).values())
+    pixels = drawn(8, 30)[0]
+    said = onnxrt.outputs(fitted / ARTIFACT, pixels.numpy())
+    with torch.no_grad():
+        assert torch.cosine_similarity(model.features(pixels), torch.tensor(said["features"])).min() > 0.98
+    assert classes == sorted(NAMES)
+    assert len(plan.layers) == len(r["layers"])
+
+
+def test_the_report_tells_channels_and_what_a_user_would_pick_instead(
+    fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    r = report(fitted)
+    assert (
+        sum(x["channels"] - x["channels_kept"] for x in r["layers"]) == r["pruning"]["channels"] > 0
+    )  # the file is smaller than what eight bits alone make
+    assert len(r["controls"]) == 5
+    assert all(c["accuracy"] is not None for c in r["controls"])
+    page = (fitted / "report.html").read_text()
+    assert page.count("<svg") >= 3
+    assert "heads" not in page
+    assert main(["inspect", str(fitted)]) == 0
+    said = capsys.readouterr().out
+    assert "channels" in said
+    assert "heads" not in said
+
+
+def test_no_name_of_class_or_file_leaves_but_in_classes_json(fitted: Path) -> None:
+    for file in fitted.rglob("*"):
+        if file.is_file() and file.name != "classes.json":
+            assert b"secret" not in file.read_bytes(), file.name
+
+
+def test_photos_are_named_measured_again_and_exported(
+    fitted: Path, place: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = next((place["photos"] / NAMES[0]).iterdir())
+    assert main(["run", str(fitted), str(photo), "--why", str(tmp_path / "why.png")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    ask = ["eval", str(fitted), "--data", str(place["photos"]), "--generic", str(place["generic"]), "--json"]
+    assert main([*ask, "--model", str(place["model"])]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["user"]["artifact"] == report(fitted)["user"]["artifact"]
+    assert main(["export", str(fitted), "--to", "onnx", "--out", str(tmp_path / "same")]) == 0
+    assert (tmp_path / "same" / "model.onnx").read_bytes() == (fitted / ARTIFACT).read_bytes()
+    assert main(["export", str(fitted), "--to", "onnx-int4", "--out", str(tmp_path / "no")]) == 2
+    assert "take one of onnx-fp32" in capsys.readouterr().err
+    both = ["export", str(fitted), "--data", str(place["photos"]), "--to", "onnx-fp32", "onnx-int8"]
+    assert main([*both, "--out", str(tmp_path / "both")]) == 0
+    assert capsys.readouterr().out.count("ONNX Runtime") == 2
+
+
+def test_photos_without_labels_keep_their_features(place: dict[str, Path], tmp_path: Path) -> None:
+    ask = ["compress", str(place["model"]), "--data", str(place["loose"]), "--size", "50%", "--controls", "none"]
+    assert main([*ask, "--out", str(tmp_path / "out")]) == 0
+    assert report(tmp_path / "out")["user"]["metric"] == "feature agreement"
+
+
+def test_an_interrupted_job_goes_on_to_the_same_cuts(place: dict[str, Path], tmp_path: Path) -> None:
+    ask = ["compress", str(place["model"]), "--data", str(place["photos"]), "--size", "45%", "--controls", "none"]
+    out = tmp_path / "out"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        put_tiny(patch)
+        patch.setattr("sartor.picture_api.measure_pictures", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sartor.compress(str(place["model"]), place["photos"], "45%", out, controls="none")
+    plan = json.loads((out / "plan.json").read_text())
+    assert main([*ask, "--out", str(out), "--resume"]) == 0
+    again = json.loads((out / "plan.json").read_text())
+    assert [x["channels"] for x in again["layers"]] == [x["channels"] for x in plan["layers"]]
+
+
+def test_bytes_that_cannot_be_reached_are_refused(
+    place: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["compress", str(place["model"]), "--data", str(place["photos"]), "--size", "5%"]
+    assert main([*ask, "--out", str(tmp_path / "out")]) == 2
+    assert "smallest model" in capsys.readouterr().err

@@ -1,0 +1,283 @@
+"""Convolutional networks: what channels are worth, what they cost, and what a cut network makes good and rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sartor.carving import keep_of
+from sartor.errors import BudgetError, InputError, SourceError
+from sartor.export import onnxrt, seen
+from sartor.map_view import first_units, in_eight, map_costs, timed_maps
+from sartor.model import graph_saved
+from sartor.model.graph import INPUT, Graph
+from sartor.model.graph_channels import channel_groups, kept_channels, shrink, waists
+from sartor.numerics.eight import best_grid, grid_of, held, on_grid, rounded
+from sartor.plan import LayerPlan, from_mask
+from sartor.stages.allot_maps import allot_maps
+from sartor.stages.attribute import patches_that_decided
+from sartor.stages.eight import round_, rounded_values
+from sartor.stages.maps import PART, block_of, check_maps, feel_maps, map_effects
+from sartor.stages.probe import Effects
+from sartor.stages.refit import refit_maps, seen_of
+
+from .test_graph import KINDS, Maker, pictures, plain
+
+
+def wide(seed: int = 0) -> Graph:
+    """Inverted residual blocks, wide enough that blocks of channels can go."""
+    m = Maker(seed)
+    x = m.act(m.conv(INPUT, 16, 3, 2), "clip")
+    for out, stride in ((16, 1), (32, 2), (32, 1)):
+        y = m.conv(m.act(m.depthwise(m.act(m.conv(x, 64), "clip"), 1, stride), "clip"), out)
+        x = m.draft.add("add", x, y) if m.draft.shape[x] == m.draft.shape[y] else y
+    return m.done(m.act(m.conv(x, 64), "clip"))
+
+
+def everything(graph: Graph) -> dict[str, Tensor]:
+    return kept_channels(graph, {})[0]
+
+
+def error(small: Graph, whole: Graph, pixels: Tensor) -> float:
+    wanted = whole(pixels)
+    return float((small(pixels) - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean())
+
+
+def effects(graph: Graph, seed: int = 0) -> Effects:
+    draw = torch.Generator().manual_seed(seed)
+    groups = channel_groups(graph)
+    return Effects(
+        {n: torch.rand(g.units, generator=draw) for n, g in enumerate(groups)}, {}, {PART: [[0.0] * 3] * len(groups)}, 8
+    )
+
+
+def test_eight_bits_are_within_half_a_step_and_hold_what_they_held() -> None:
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    scale, zero = grid_of(float(x.min()), float(x.max()))
+    assert (on_grid(x, scale, zero) - x).abs().max() <= 0.501 * scale
+    assert float(on_grid(torch.zeros(1), *grid_of(0.3, 2.0))) == 0.0  # what padding is made of
+    w = torch.randn(6, 3, 3, 3, generator=torch.Generator().manual_seed(1))
+    numbers, scales = rounded(w)
+    assert ((held(w) - w).abs() <= 0.501 * scales[:, None, None, None]).all()
+    assert torch.equal(rounded(held(w))[0], numbers)
+
+
+def test_a_grid_gives_up_one_outlier_for_all_others() -> None:
+    x = torch.cat([torch.rand(200_000, generator=torch.Generator().manual_seed(0)), torch.tensor([1.5])])
+    assert best_grid(x)[0] < grid_of(0.0, 1.5)[0]
+
+
+def test_gradients_pass_a_rounded_network_but_where_values_are_cut_off() -> None:
+    graph = wide()
+    round_(graph, dict.fromkeys(rounded_values(graph), (0.05, 128)))
+    graph.requires_grad_(True)
+    graph(pictures(2)).square().sum().backward()
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for n, p in graph.named_parameters() if n.endswith("weight")
+    )
+    x = torch.tensor([0.5, 100.0], requires_grad=True)
+    on_grid(x, 0.01, 0).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_unit_that_nobody_listens_to_has_no_effect(kind: Callable[[Maker], Graph]) -> None:
+    graph = kind(Maker(0))
+    group = max(channel_groups(graph), key=lambda g: g.units)
+    for name, part in group.columns.items():
+        graph.layers[name].weight.data[:, part.at[part.unit == 0]] = 0
+    felt = feel_maps(graph, pictures(6))
+    number = [g.name for g in channel_groups(graph)].index(group.name)
+    found = map_effects(felt).channel[number]
+    assert float(found[0]) == 0.0
+    assert (found[1:] > 0).any()
+    assert not any(m._forward_pre_hooks for m in graph.modules())
+
+
+def test_effects_foretell_what_random_cuts_cost() -> None:
+    graph = plain(Maker(0))
+    worth = check_maps(graph, map_effects(feel_maps(graph, pictures(32))), pictures(24), 8)
+    assert worth.spearman > 0.8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_that_lost_nothing_is_fitted_to_what_it_was(kind: Callable[[Maker], Graph]) -> None:
+    graph = kind(Maker(0))
+    again = refit_maps(graph, graph, everything(graph), seen_of(pictures(24), pictures(0), 0.0, 24), eight=False)
+    assert error(again, graph, pictures(8)) < 1e-5
+    assert again.rounding is None
+
+
+def test_a_channel_that_another_one_repeats_is_made_good_exactly() -> None:
+    m = Maker(0)
+    x = m.act(m.conv(INPUT, 8, 3, 2))
+    graph = m.done(m.act(m.conv(x, 12)))
+    first = graph.layers[graph.nodes[0].name]
+    first.weight.data[3], first.bias.data[3] = first.weight.data[5], first.bias.data[5]
+    keep = {channel_groups(graph)[0].name: torch.arange(8) != 3}
+    outputs, _ = kept_channels(graph, keep)
+    cut = shrink(graph, keep)
+    fitted = refit_maps(cut, graph, outputs, seen_of(pictures(32), pictures(0), 0.0, 32), eight=False)
+    assert error(cut, graph, pictures(8)) > 1e-3
+    assert error(fitted, graph, pictures(8)) < 0.03 * error(cut, graph, pictures(8))  # what is left is the damping's
+
+
+@pytest.mark.parametrize("kind", [*KINDS, lambda m: wide()])
+def test_a_cut_network_says_more_of_what_it_said_once_it_is_fitted(kind: Callable[[Maker], Graph]) -> None:
+    graph = kind(Maker(0))
+    keep = {g.name: torch.arange(g.units) % 4 != 0 for g in channel_groups(graph) if g.units >= 4}
+    outputs, _ = kept_channels(graph, keep)
+    cut, fresh = shrink(graph, keep), torch.randint(0, 256, (24, *pictures().shape[1:]), dtype=torch.uint8)
+    fitted = refit_maps(cut, graph, outputs, seen_of(pictures(32), pictures(0), 0.0, 32))
+    assert error(fitted, graph, fresh) < 0.6 * error(cut, graph, fresh)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, lambda m: wide()])
+def test_a_rounded_file_says_what_pytorch_says_and_repeats_itself(
+    kind: Callable[[Maker], Graph], tmp_path: Path
+) -> None:
+    graph = kind(Maker(0))
+    small = refit_maps(graph, graph, everything(graph), seen_of(pictures(32), pictures(0), 0.0, 32))
+    for name in ("a.onnx", "b.onnx"):
+        seen.write(tmp_path / name, small, "int8")
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    said = onnxrt.outputs(tmp_path / "a.onnx", pictures(8).numpy())
+    held_network = seen.dequantized(small, "int8")
+    features = held_network.features(pictures(8))
+    assert torch.cosine_similarity(torch.tensor(said["features"]), features).min() > 0.99
+    assert error(held_network, graph, pictures(8)) < 0.05
+    with pytest.raises(InputError, match="fp32 or int8"):
+        seen.write(tmp_path / "c.onnx", graph, "int8")
+
+
+def test_bytes_foretold_are_those_of_the_file_or_a_little_more(tmp_path: Path) -> None:
+    graph = wide()
+    costs = map_costs(graph, 10**6)
+    for share in (0.0, 0.25, 0.6):
+        gone = [int(share * u) for u in costs.units]
+        seen.write(tmp_path / "m.onnx", in_eight(shrink(graph, first_units(graph, gone))), "int8")
+        real = (tmp_path / "m.onnx").stat().st_size
+        assert real <= costs.bytes_of(gone) <= real + 400
+
+
+def test_what_is_allotted_keeps_its_bytes_and_more_bytes_never_foretell_more_damage() -> None:
+    graph = wide()
+    whole = map_costs(graph, 10**6)
+    size, found = whole.bytes_of([0] * len(whole.units)), effects(graph)
+    damage = []
+    for share in (0.6, 0.75, 0.9, 1.0):
+        costs = dataclasses.replace(whole, budget=int(share * size))
+        allotted = allot_maps(found, costs)
+        kept = [from_mask(c) for c in allotted.channels]
+        gone = [u - len(k) for u, k in zip(costs.units, kept, strict=True)]
+        assert allotted.size == costs.bytes_of(gone) <= costs.budget
+        assert all(len(k) % block_of(u) == 0 for k, u in zip(kept, costs.units, strict=True))
+        damage.append(allotted.damage)
+    assert damage == sorted(damage, reverse=True)
+    assert damage[-1] == 0
+    with pytest.raises(BudgetError, match="smallest model"):
+        allot_maps(found, dataclasses.replace(whole, budget=size // 10))
+
+
+def test_what_the_head_reads_stays_whole() -> None:
+    graph = wide()
+    costs = map_costs(graph, 10**6)
+    least = dataclasses.replace(costs, budget=costs.bytes_of(costs.most))
+    sizes = [len(from_mask(c)) for c in allot_maps(effects(graph), least).channels]
+    features = [g.name for g in channel_groups(graph) if graph.nodes[-1].name in g.columns]
+    whole = [g.name for g, size in zip(channel_groups(graph), sizes, strict=True) if size == g.units]
+    assert features
+    assert whole == features
+
+
+def test_units_with_the_least_effect_go_first() -> None:
+    graph = wide()
+    whole, found = map_costs(graph, 10**6), effects(graph)
+    costs = dataclasses.replace(whole, budget=int(0.8 * whole.bytes_of([0] * len(whole.units))))
+    for n, mask in enumerate(allot_maps(found, costs).channels):
+        kept = torch.zeros(costs.units[n], dtype=torch.bool)
+        kept[from_mask(mask)] = True
+        if not kept.all():
+            assert found.channel[n][kept].min() >= found.channel[n][~kept].max()
+
+
+def test_time_is_kept_too_and_takes_channels_where_maps_are_large() -> None:
+    graph = wide()
+    costs = map_costs(graph, 10**6)
+    timed = dataclasses.replace(costs, prices=(1e-9, 2e-9, 1e-9))
+    limit = 0.6 * timed.seconds([0] * len(costs.units))
+    allotted = allot_maps(effects(graph), dataclasses.replace(timed, limit=limit))
+    gone = [u - len(from_mask(c)) for u, c in zip(costs.units, allotted.channels, strict=True)]
+    assert timed.seconds(gone) <= limit
+    with pytest.raises(BudgetError, match="--faster"):
+        allot_maps(effects(graph), dataclasses.replace(timed, limit=limit / 100))
+
+
+def test_prices_of_time_are_measured_and_what_cannot_be_reached_is_refused() -> None:
+    graph = wide()
+    costs = map_costs(graph, 10**6)
+    timed = timed_maps(graph, graph, costs, pictures(8), 0.1)
+    assert min(timed.prices) >= 0
+    assert timed.limit < 1.0
+    with pytest.raises(BudgetError, match="--faster"):
+        timed_maps(graph, graph, costs, pictures(8), 1e6)
+
+
+def test_masks_of_a_plan_are_units_of_groups() -> None:
+    graph = wide()
+    plans = tuple(LayerPlan("0:0", c) for c in allot_maps(effects(graph), map_costs(graph, 10**6)).channels)
+    assert keep_of(graph, plans) == {}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, lambda m: wide()])
+def test_a_saved_network_is_the_same_again(kind: Callable[[Maker], Graph], tmp_path: Path) -> None:
+    graph = kind(Maker(0))
+    graph_saved.save(graph, tmp_path)
+    again, grids = graph_saved.load(tmp_path)
+    assert torch.equal(again(pictures()), graph(pictures()))
+    assert grids == {}
+    rounding = dict.fromkeys(rounded_values(graph), (0.05, 128))
+    round_(graph, rounding)
+    graph_saved.save(graph, tmp_path)
+    assert graph_saved.load(tmp_path)[1] == rounding
+    text = (tmp_path / "graph.json").read_text()
+    for harm in (text.replace("conv", "eval"), text[:-9], text.replace('"inputs": ["pixels"]', '"inputs": ["conv_9"]')):
+        (tmp_path / "graph.json").write_text(harm)
+        with pytest.raises(SourceError, match="damaged"):
+            graph_saved.load(tmp_path)
+
+
+def test_a_network_can_be_read_where_everything_passes() -> None:
+    graph = wide()
+    names = waists(graph)
+    live = {n.name: n.op for n in graph.nodes}
+    assert names[-1] == graph.nodes[graph.before_pool - 1].name
+    assert all(live[n] in ("clip", "add", "conv") for n in names)
+    for name in names:  # nothing behind it reads anything in front of it
+        at = list(live).index(name)
+        assert all(set(n.inputs).isdisjoint(list(live)[:at]) for n in graph.nodes[at + 1 :])
+
+
+def test_places_that_decide_sum_to_the_answer_of_a_pooled_map() -> None:
+    m = Maker(0)
+    graph = m.done(m.act(m.conv(INPUT, 8, 3, 2)))
+    one = torch.zeros(1, 3, 24, 24, dtype=torch.uint8)
+    one[:, :, :8, :8] = 255
+    found = patches_that_decided(graph, one, int(graph(one).argmax()))
+    assert found.shape == (12, 12)
+    assert 0 <= float(found.min()) <= float(found.max()) <= 1
+
+
+def test_generic_pictures_count_for_their_share() -> None:
+    own, others = torch.zeros(30, 3, 4, 4), torch.ones(10, 3, 4, 4)
+    found = seen_of(own, others, 0.4, 20)
+    assert len(found.pixels) == len(found.weight) == 20
+    assert float(found.weight.sum()) == pytest.approx(1)
+    assert float(found.weight[found.pixels[:, 0, 0, 0] == 1].sum()) == pytest.approx(0.4)
+    assert float(seen_of(own[:0], others, 0.4, 20).weight.sum()) == pytest.approx(1)
