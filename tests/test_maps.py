@@ -21,7 +21,7 @@ from sartor.numerics.eight import best_grid, grid_of, held, on_grid, rounded
 from sartor.plan import LayerPlan, from_mask
 from sartor.stages.allot_maps import allot_maps
 from sartor.stages.attribute import patches_that_decided
-from sartor.stages.eight import round_, rounded_values
+from sartor.stages.eight import round_, rounded_values, unrounded
 from sartor.stages.maps import PART, block_of, check_maps, feel_maps, map_effects
 from sartor.stages.probe import Effects
 from sartor.stages.refit import refit_maps, seen_of
@@ -154,6 +154,18 @@ def test_a_rounded_file_says_what_pytorch_says_and_repeats_itself(
     assert error(held_network, graph, pictures(8)) < 0.05
     with pytest.raises(InputError, match="fp32 or int8"):
         seen.write(tmp_path / "c.onnx", graph, "int8")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, lambda m: wide()])
+def test_in_floating_point_numbers_values_end_where_their_grids_do(kind: Callable[[Maker], Graph]) -> None:
+    graph = kind(Maker(0))
+    small = refit_maps(graph, graph, everything(graph), seen_of(pictures(32), pictures(0), 0.0, 32))
+    assert small.rounding is not None
+    tight = {name: (0.5 * scale, zero) for name, (scale, zero) in small.rounding.grids.items()}
+    round_(small, tight)
+    loose = unrounded(small)
+    assert loose.rounding is None
+    assert error(loose, small, pictures(8)) < 0.2 * error(graph, small, pictures(8))
 
 
 def test_bytes_foretold_are_those_of_the_file_or_a_little_more(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A Core ML package read back and computed in PyTorch in fp32: a check of its program and its weights where Core ML itself does not run.
 
-Only what coremltools makes of a vision transformer is known here: a table of operations, one row each (Core ML's MIL, the names of its arguments).
+Only what coremltools makes of a vision transformer or a plain convolutional network is known here: a table of operations, one row each (Core ML's MIL, the names of its arguments).
 """
 
 from __future__ import annotations
@@ -62,13 +62,29 @@ def _operations() -> dict[str, Callable[[dict[str, Any]], Any]]:
     def ints(values: Any) -> list[int]:
         return [int(v) for v in values]
 
+    def padded(a: dict[str, Any], value: float) -> Any:
+        """Its padding is (top, bottom, left, right), where it is not computed from sizes."""
+        if str(a["pad_type"]) == "valid":
+            return a["x"]
+        assert str(a["pad_type"]) == "custom"
+        top, bottom, left, right = ints(a["pad"])
+        return F.pad(a["x"], (left, right, top, bottom), value=value)
+
+    def conv(a: dict[str, Any]) -> Any:
+        sizes = ints(a["strides"]), 0, ints(a.get("dilations", (1, 1))), int(a.get("groups", 1))
+        return F.conv2d(padded(a, 0.0), a["weight"], a.get("bias"), *sizes)
+
     approximate = {"EXACT": "none", "TANH_APPROXIMATION": "tanh"}
     return {
         "cast": lambda a: a["x"],
         "add": lambda a: a["x"] + a["y"],
         "mul": lambda a: a["x"] * a["y"],
         "linear": lambda a: F.linear(a["x"], a["weight"], a.get("bias")),
-        "conv": lambda a: F.conv2d(a["x"], a["weight"], a.get("bias"), ints(a["strides"])),
+        "conv": conv,
+        "clip": lambda a: a["x"].clamp(float(a["alpha"]), float(a["beta"])),
+        "relu6": lambda a: F.relu6(a["x"]),
+        "sigmoid_hard": lambda a: (float(a["alpha"]) * a["x"] + float(a["beta"])).clamp(0, 1),
+        "max_pool": lambda a: F.max_pool2d(padded(a, -float("inf")), ints(a["kernel_sizes"]), ints(a["strides"])),
         "batch_norm": lambda a: F.batch_norm(
             a["x"], a["mean"], a["variance"], a["gamma"], a["beta"], eps=float(a["epsilon"])
         ),

@@ -28,6 +28,7 @@ from sartor.export.apart import answered
 from sartor.export.worker import answer
 from sartor.model.graph import Graph
 from sartor.model.network import clone
+from sartor.stages.eight import unrounded
 
 LIMIT_S = 3600.0  # a ViT-S takes one to four minutes
 
@@ -45,11 +46,9 @@ class Outputs(nn.Module):
 
 
 def program(model: Any, pixels: torch.dtype) -> torch.export.ExportedProgram:
-    """The network in fp32 for one picture (1, 3, s, s), pixels from 0 to 255 of this type; values are not rounded here."""
+    """The network in fp32 for one picture (1, 3, s, s), pixels from 0 to 255 of this type."""
     plain = clone(model, torch.float32)
-    if isinstance(plain, Graph):
-        plain.rounding = None
-    network = Outputs(plain).eval().requires_grad_(False)
+    network = Outputs(unrounded(plain) if isinstance(plain, Graph) else plain).eval().requires_grad_(False)
     made = torch.export.export(network, (torch.zeros(1, 3, model.size, model.size, dtype=pixels),))
     for node in made.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names folders of this machine

@@ -10,6 +10,7 @@ from sartor.export import graph_file, onnx_file
 from sartor.model.graph import Graph
 from sartor.model.network import clone
 from sartor.numerics.eight import held
+from sartor.stages.eight import unrounded
 
 GRAPH_WEIGHTS = ("fp32", "int8")
 
@@ -29,9 +30,8 @@ def dequantized(model: Any, weights: str) -> Any:
     """A copy whose weights, in fp32, are those that the file stands for; one of convolutions rounds its values as the file does."""
     if not isinstance(model, Graph):
         return onnx_file.dequantized(model, weights)
-    new, layers = _as(model, weights), list[Any]()
-    if weights == "int8":
-        layers = list(new.layers.values())
+    new = _as(model, weights)
+    layers: list[Any] = list(new.layers.values()) if weights == "int8" else []
     for layer in layers:
         layer.weight.data = held(layer.weight)
     return new
@@ -43,5 +43,4 @@ def _as(model: Graph, weights: str) -> Graph:
             f"a convolutional network is not written with {weights} weights like this: take {' or '.join(GRAPH_WEIGHTS)}; int8 of one that was fitted"
         )
     new: Graph = clone(model)
-    new.rounding = new.rounding if weights == "int8" else None
-    return new
+    return new if weights == "int8" else unrounded(new)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+STEPS = 255  # of a grid
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the widest range that are tried for an activation
 
 
@@ -30,13 +31,13 @@ def _rows(scale: Tensor, weight: Tensor) -> Tensor:
 def grid_of(low: float, high: float) -> tuple[float, int]:
     """(scale, zero point) of 256 steps from `low` to `high`; zero is one of them, as padding needs."""
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = (high - low) / 255 or 1.0
+    scale = (high - low) / STEPS or 1.0
     return scale, round(-low / scale)
 
 
 def on_grid(x: Float[Tensor, ...], scale: float, zero: int) -> Float[Tensor, ...]:
     """x rounded to the grid; gradients pass where x lies inside it (Jacob et al. 2018, arXiv:1712.05877)."""
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, STEPS)
 
 
 def best_grid(x: Float[Tensor, " n"]) -> tuple[float, int]:

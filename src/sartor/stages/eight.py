@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-from sartor.model.graph import INPUT, Graph, Rounding
-from sartor.numerics.eight import held, on_grid
+from sartor.model.graph import INPUT, Graph, Node, Rounding
+from sartor.model.graph_channels import again
+from sartor.numerics.eight import STEPS, held, on_grid
 
 FUSED = ("relu", "clip")  # runtimes compute them with the layer in front
 SAME_GRID = ("max_pool", "pad")  # what they make lies on the grid of what they read
@@ -29,6 +32,30 @@ def rounded_values(graph: Graph) -> dict[str, str]:
 def straight(weight: Tensor) -> Tensor:
     """Rounded weights; gradients go straight through (Bengio et al. 2013, arXiv:1308.3432)."""
     return weight + (held(weight) - weight).detach() if weight.requires_grad else held(weight)
+
+
+def unrounded(graph: Graph) -> Graph:
+    """The same network in floating-point numbers: its weights are what eight bits hold, and values are cut off where their grids end, since what was trained on a grid relies on it."""
+    if graph.rounding is None:
+        return graph
+    grids, nodes, named = graph.rounding.grids, list[Node](), dict[str, str]()
+    ends = {name: (-zero * scale, (STEPS - zero) * scale) for name, (scale, zero) in grids.items()}
+    if INPUT in ends:
+        nodes.append(_cut_off(INPUT, ends[INPUT]))
+        named[INPUT] = nodes[-1].name
+    for node in graph.nodes:
+        nodes.append(Node(node.name, node.op, tuple(named.get(i, i) for i in node.inputs), node.attributes))
+        if node.name in ends:
+            nodes.append(_cut_off(node.name, ends[node.name]))
+            named[node.name] = nodes[-1].name
+    layers: dict[str, Any] = copy.deepcopy(dict(graph.layers))
+    for layer in layers.values():
+        layer.weight.data = held(layer.weight)
+    return again(graph, nodes, layers)
+
+
+def _cut_off(name: str, ends: tuple[float, float]) -> Node:
+    return Node(f"{name}_range", "clip", (name,), {"low": ends[0], "high": ends[1]})
 
 
 def round_(graph: Graph, grids: Mapping[str, tuple[float, int]]) -> None:
