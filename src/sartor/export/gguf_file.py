@@ -18,6 +18,7 @@ from sartor.model.network import Anatomy, anatomy
 from sartor.numerics.grids import GRIDS, encode, tensor_bytes
 
 ALIGNMENT = 32
+LONGEST = 8192  # tokens of context
 
 
 def is_uniform(a: Anatomy) -> bool:
@@ -41,7 +42,7 @@ def _header(config: Any, a: Anatomy, tokenizer: Any, name: str) -> Any:
     writer = gguf.GGUFWriter(path=None, arch=architecture(family, a))
     writer.add_name(name)
     writer.add_block_count(a.layers)
-    writer.add_context_length(min(int(config.max_position_embeddings), 8192))
+    writer.add_context_length(context_length(config))
     writer.add_embedding_length(a.width)
     uniform = is_uniform(a)
     writer.add_feed_forward_length(a.ffn[0] if uniform else list(a.ffn))
@@ -51,14 +52,20 @@ def _header(config: Any, a: Anatomy, tokenizer: Any, name: str) -> Any:
     writer.add_key_length(a.head_dim)
     writer.add_value_length(a.head_dim)
     writer.add_rope_dimension_count(a.head_dim)
-    writer.add_rope_freq_base(_rope_base(config))
+    writer.add_rope_freq_base(rope_base(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(a.vocab)
     _add_tokenizer(writer, tokenizer, a.vocab)
     return writer
 
 
-def _rope_base(config: Any) -> float:
+def context_length(config: Any) -> int:
+    """Tokens that a file is made for."""
+    return min(int(config.max_position_embeddings), LONGEST)
+
+
+def rope_base(config: Any) -> float:
+    """The base of the rotary positions' frequencies; SourceError where they are scaled."""
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         raise SourceError(

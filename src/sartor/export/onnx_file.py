@@ -23,13 +23,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sartor.errors import InputError, MissingExtra
+from sartor.errors import InputError
+from sartor.export.onnx_parts import (
+    CONTRIB,
+    FLOAT,
+    HALF,
+    INT8,
+    INT64,
+    UINT8,
+    Part,
+    Spec,
+    framed,
+    node,
+    onnx_package,
+    save,
+    store,
+)
 from sartor.model.network import Anatomy, anatomy, linears_of
 from sartor.model.vision import FEATURES, Vision, VisionConfig
 from sartor.numerics.eight import held, rounded
 
-OPSET, IR, CONTRIB = 17, 8, "com.microsoft"
-FLOAT, UINT8, INT8, INT64, HALF = 1, 2, 3, 7, 10  # onnx.TensorProto.DataType, known before onnx is loaded
 BLOCK4 = 32  # inputs that share a scale at 4 bits
 ACTIVATIONS: dict[str, tuple[str, str, dict[str, float]]] = {
     "gelu": ("Gelu", CONTRIB, {}),
@@ -37,8 +50,6 @@ ACTIVATIONS: dict[str, tuple[str, str, dict[str, float]]] = {
     "quick_gelu": ("QuickGelu", CONTRIB, {"alpha": 1.702}),
     "relu": ("Relu", "", {}),
 }
-Spec = tuple[int, tuple[int, ...]]  # data type and shape of a stored tensor
-Part = tuple[list[Any], dict[str, Spec]]  # nodes, and the tensors that they read, by name
 
 
 @dataclass(frozen=True)
@@ -53,19 +64,6 @@ class Kind:
     specs: Callable[[int, int], dict[str, Spec]]
     pack: Callable[[Tensor], dict[str, np.ndarray]]
     hold: Callable[[Tensor], Tensor]
-
-
-def _onnx() -> Any:
-    """The package onnx, or MissingExtra."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingExtra("onnx is not installed: pip install onnx==1.23.2") from error
-    return onnx
-
-
-def _node(op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any) -> Any:
-    return _onnx().helper.make_node(op, inputs, outputs, domain=domain, **attributes)
 
 
 def _rounded4(weight: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor]:
@@ -93,18 +91,18 @@ def _hold4(weight: Tensor) -> Tensor:
 
 
 def _nodes32(name: str, x: str, y: str, o: int, i: int) -> list[Any]:
-    product = _node("MatMul", [x, f"{name}.weight"], [f"{name}.product"])
-    return [product, _node("Add", [f"{name}.product", f"{name}.bias"], [y])]
+    product = node("MatMul", [x, f"{name}.weight"], [f"{name}.product"])
+    return [product, node("Add", [f"{name}.product", f"{name}.bias"], [y])]
 
 
 def _nodes8(name: str, x: str, y: str, o: int, i: int) -> list[Any]:
-    return [_node("DynamicQuantizeMatMul", [x, f"{name}.weight", f"{name}.scale", "", f"{name}.bias"], [y], CONTRIB)]
+    return [node("DynamicQuantizeMatMul", [x, f"{name}.weight", f"{name}.scale", "", f"{name}.bias"], [y], CONTRIB)]
 
 
 def _nodes4(name: str, x: str, y: str, o: int, i: int) -> list[Any]:
     sizes = {"N": o, "K": i, "bits": 4, "block_size": BLOCK4, "accuracy_level": 4}
     inputs = [x, f"{name}.weight", f"{name}.scale", "", "", f"{name}.bias"]
-    return [_node("MatMulNBits", inputs, [y], CONTRIB, **sizes)]
+    return [node("MatMulNBits", inputs, [y], CONTRIB, **sizes)]
 
 
 KINDS = {
@@ -132,8 +130,8 @@ def _linear(kind: str, name: str, x: str, y: str, o: int, i: int) -> Part:
 
 def _norm(c: VisionConfig, name: str, x: str, y: str) -> Part:
     names = [f"{name}.weight", f"{name}.bias"]
-    node = _node("LayerNormalization", [x, *names], [y], epsilon=c.eps)
-    return [node], dict.fromkeys(names, (FLOAT, (c.hidden_size,)))
+    normed = node("LayerNormalization", [x, *names], [y], epsilon=c.eps)
+    return [normed], dict.fromkeys(names, (FLOAT, (c.hidden_size,)))
 
 
 def _joined(*parts: Part) -> Part:
@@ -148,32 +146,32 @@ def _patches(c: VisionConfig, kind: str) -> Part:
     tensors |= {f"patches.{end}": spec for end, spec in KINDS[kind].specs(w, inside).items()}
     tensors |= {"patches.bias": (FLOAT, (w,)), "position": (table, (side * side, w))}
     nodes = [
-        _node("Reshape", ["pixels", "patches.cut"], ["cut"]),
-        _node("Transpose", ["cut"], ["turned"], perm=[0, 2, 4, 1, 3, 5]),
-        _node("Reshape", ["turned", "patches.rows"], ["rows"]),
+        node("Reshape", ["pixels", "patches.cut"], ["cut"]),
+        node("Transpose", ["cut"], ["turned"], perm=[0, 2, 4, 1, 3, 5]),
+        node("Reshape", ["turned", "patches.rows"], ["rows"]),
     ]
     if kind == "fp32":
-        nodes += [_node("Cast", ["rows"], ["whole"], to=FLOAT), *_nodes32("patches", "whole", "patches", w, inside)]
+        nodes += [node("Cast", ["rows"], ["whole"], to=FLOAT), *_nodes32("patches", "whole", "patches", w, inside)]
     else:  # pixels are whole numbers already
         inputs = ["rows", "patches.weight", "one", "patches.scale", "", "", "patches.bias"]
-        nodes += [_node("MatMulIntegerToFloat", inputs, ["patches"], CONTRIB)]
+        nodes += [node("MatMulIntegerToFloat", inputs, ["patches"], CONTRIB)]
         tensors["one"] = (FLOAT, ())
-    nodes += [_node("Cast", ["position"], ["place"], to=FLOAT), _node("Add", ["patches", "place"], ["placed"])]
+    nodes += [node("Cast", ["position"], ["place"], to=FLOAT), node("Add", ["patches", "place"], ["placed"])]
     part: Part = nodes, tensors
     part = _joined(part, _prefix(c, table)) if c.prefix else part
     last = "prefixed" if c.prefix else "placed"
-    named: Part = [_node("Identity", [last], ["000.e.x"])], {}
+    named: Part = [node("Identity", [last], ["000.e.x"])], {}
     return _joined(part, _norm(c, "first_norm", last, "000.e.x") if c.first_norm else named)
 
 
 def _prefix(c: VisionConfig, table: int) -> Part:
     """The prefix in front of the patches of every picture."""
     nodes = [
-        _node("Shape", ["pixels"], ["pictures"], start=0, end=1),
-        _node("Concat", ["pictures", "ones"], ["each"], axis=0),
-        _node("Cast", ["prefix"], ["front"], to=FLOAT),
-        _node("Expand", ["front", "each"], ["fronts"]),
-        _node("Concat", ["fronts", "placed"], ["prefixed"], axis=1),
+        node("Shape", ["pixels"], ["pictures"], start=0, end=1),
+        node("Concat", ["pictures", "ones"], ["each"], axis=0),
+        node("Cast", ["prefix"], ["front"], to=FLOAT),
+        node("Expand", ["front", "each"], ["fronts"]),
+        node("Concat", ["fronts", "placed"], ["prefixed"], axis=1),
     ]
     return nodes, {"ones": (INT64, (2,)), "prefix": (table, (1, c.prefix, c.hidden_size))}
 
@@ -183,15 +181,15 @@ def _attention(c: VisionConfig, kind: str, name: str, x: str, heads: int) -> Par
     w, inside = c.hidden_size, heads * c.head_dim
     q = [f"{name}.{letter}" for letter in "qkv"]
     read = [
-        _node("Split", [f"{name}.all"], q, axis=2),
-        _node("MultiHeadAttention", q, [f"{name}.read"], CONTRIB, num_heads=heads),
+        node("Split", [f"{name}.all"], q, axis=2),
+        node("MultiHeadAttention", q, [f"{name}.read"], CONTRIB, num_heads=heads),
     ]
     return _joined(
         _norm(c, f"{name}.norm", x, f"{name}.n"),
         _linear(kind, f"{name}.qkv", f"{name}.n", f"{name}.all", 3 * inside, w),
         (read, {}),
         _linear(kind, f"{name}.out", f"{name}.read", f"{name}.y", w, inside),
-        ([_node("Sum", [x, f"{name}.y"], [f"{name}.x"])], {}),
+        ([node("Sum", [x, f"{name}.y"], [f"{name}.x"])], {}),
     )
 
 
@@ -201,19 +199,19 @@ def _mlp(c: VisionConfig, kind: str, name: str, x: str, channels: int) -> Part:
     return _joined(
         _norm(c, f"{name}.norm", x, f"{name}.n"),
         _linear(kind, f"{name}.up", f"{name}.n", f"{name}.u", channels, c.hidden_size),
-        ([_node(op, [f"{name}.u"], [f"{name}.a"], domain, **attributes)], {}),
+        ([node(op, [f"{name}.u"], [f"{name}.a"], domain, **attributes)], {}),
         _linear(kind, f"{name}.down", f"{name}.a", f"{name}.y", c.hidden_size, channels),
-        ([_node("Sum", [x, f"{name}.y"], [f"{name}.x"])], {}),
+        ([node("Sum", [x, f"{name}.y"], [f"{name}.x"])], {}),
     )
 
 
 def _end(c: VisionConfig, kind: str, x: str, classes: int) -> Part:
     """From the stream to features and logits."""
     pooled = [
-        _node("Gather", ["normed", "zero"], ["first"], axis=1),
-        _node("Slice", ["normed", "patches.first", "patches.last", "axis"], ["others"]),
-        _node("ReduceMean", ["others"], ["mean"], axes=[1], keepdims=0),
-        _node("Concat", ["first", "mean"], ["features"], axis=1),
+        node("Gather", ["normed", "zero"], ["first"], axis=1),
+        node("Slice", ["normed", "patches.first", "patches.last", "axis"], ["others"]),
+        node("ReduceMean", ["others"], ["mean"], axes=[1], keepdims=0),
+        node("Concat", ["first", "mean"], ["features"], axis=1),
     ]
     tensors: dict[str, Spec] = dict.fromkeys(["patches.first", "patches.last", "axis"], (INT64, (1,)))
     part = _joined(_norm(c, "norm", x, "normed"), (pooled, tensors | {"zero": (INT64, ())}))
@@ -249,12 +247,9 @@ def _plan(a: Anatomy, weights: str) -> Iterator[tuple[str, str, str, int]]:
 
 def _frame(c: VisionConfig, classes: int) -> Any:
     """A file without nodes and tensors."""
-    onnx, value = _onnx(), _onnx().helper.make_tensor_value_info
-    outputs = [value("logits", FLOAT, ["n", classes])] if classes else []
-    outputs += [value("features", FLOAT, ["n", FEATURES * c.hidden_size])]
-    graph = onnx.GraphProto(name="sartor", input=[value("pixels", UINT8, ["n", 3, c.size, c.size])], output=outputs)
-    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(CONTRIB, 1)]
-    return onnx.ModelProto(ir_version=IR, producer_name="sartor", opset_import=opsets, graph=graph)
+    outputs: dict[str, tuple[int, list[Any]]] = {"logits": (FLOAT, ["n", classes])} if classes else {}
+    outputs |= {"features": (FLOAT, ["n", FEATURES * c.hidden_size])}
+    return framed({"pixels": (UINT8, ["n", 3, c.size, c.size])}, outputs)
 
 
 def _arrays(model: Vision, weights: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -328,17 +323,14 @@ def build(model: Vision, weights: str) -> Any:
         nodes, tensors = PARTS[part](c, kind, name, x, size)
         x = f"{name}.x"
         file.graph.node.extend(nodes)
-        for key, (dtype, shape) in tensors.items():
-            raw = np.ascontiguousarray(arrays[key]).astype(arrays[key].dtype.newbyteorder("<"), copy=False).tobytes()
-            file.graph.initializer.add(dims=shape, data_type=dtype, name=key, raw_data=raw)
+        for key, spec in tensors.items():
+            store(file, key, arrays[key], spec)
     return file
 
 
 def write(path: Path, model: Vision, weights: str) -> None:
     """Write the file, beside its place first: what is there is whole."""
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_bytes(build(model, weights).SerializeToString(deterministic=True))
-    beside.replace(path)
+    save(path, build(model, weights))
 
 
 def dequantized(model: Vision, weights: str) -> Vision:
@@ -364,7 +356,7 @@ def _field(size: int) -> int:
 
 @cache
 def _part_bytes(c: VisionConfig, part: str, kind: str, name: str, size: int) -> int:
-    onnx, (nodes, tensors) = _onnx(), PARTS[part](c, kind, name, "000.e.x", size)
+    onnx, (nodes, tensors) = onnx_package(), PARTS[part](c, kind, name, "000.e.x", size)
     total = sum(_field(n.ByteSize()) for n in nodes)
     for key, (dtype, shape) in tensors.items():
         data = onnx.helper.tensor_dtype_to_np_dtype(dtype).itemsize * math.prod(shape)

@@ -88,7 +88,7 @@ def _pack_eight(q: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return np.concatenate([_half_bytes(scales[..., 0]), signed], axis=-1)
 
 
-def _shared(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def shared_steps(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scales that `_share` made, (..., n), back to the fp16 number (...) and the six-bit steps (..., n), plus 32."""
     extreme = np.abs(scales).max(-1)
     d, done = np.zeros_like(extreme), extreme == 0
@@ -107,7 +107,7 @@ def _shared(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _pack_q3_k(q: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """block_q3_K: the high bits, the low two bits, twelve bytes of sixteen six-bit scales, fp16."""
-    d, s = _shared(scales)
+    d, s = shared_steps(scales)
     lead = q.shape[:-1]
     high = (((q >> 2) & 1).reshape(*lead, 8, 32) << np.arange(8)[:, None]).sum(-2).astype(np.uint8)
     low = ((q & 3).reshape(*lead, 2, 4, 32) << np.array([0, 2, 4, 6])[:, None]).sum(-2).astype(np.uint8)
@@ -125,7 +125,7 @@ def _q3_k_scales(raw: np.ndarray) -> np.ndarray:
 
 def _pack_iq4_xs(q: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """block_iq4_xs: fp16, eight six-bit scales (high bits, then low ones), nibbles of blocks of 32."""
-    d, s = _shared(scales)
+    d, s = shared_steps(scales)
     lead = q.shape[:-1]
     high = ((s >> 4).astype(np.uint16) << np.arange(0, 16, 2, dtype=np.uint16)).sum(-1).astype(np.uint16)
     low = (s[..., 0::2] & 15) | ((s[..., 1::2] & 15) << 4)
@@ -261,12 +261,17 @@ def _scale_error(x: Tensor, h: Tensor, d: Tensor, grid: Grid) -> tuple[Tensor, T
     return error, _half(fitted)
 
 
+def indices(w: Float[Tensor, "out inn"], scales: Float[Tensor, "out blocks"], grid: Grid) -> Int[Tensor, "out inn"]:
+    """Index of the level that each weight is snapped to."""
+    d = scales.reshape(len(w), -1, 1)
+    x = w.reshape(len(w), -1, grid.block) / torch.where(d == 0, torch.ones_like(d), d)
+    return nearest_index(x, grid).reshape(w.shape)
+
+
 def encode(w: Float[Tensor, "out inn"], scales: Float[Tensor, "out blocks"], grid: Grid) -> np.ndarray:
     """Bytes of w in the file, shape (out, inn / weights * block_bytes), uint8; w is snapped first."""
-    out, inn = w.shape
-    d = scales.reshape(out, -1, 1)
-    x = w.reshape(out, -1, grid.block) / torch.where(d == 0, torch.ones_like(d), d)
-    levels = nearest_index(x, grid).numpy().reshape(out, -1, grid.weights)
+    out = len(w)
+    levels = indices(w, scales, grid).numpy().reshape(out, -1, grid.weights)
     packed = grid.pack(levels, scales.numpy().reshape(out, -1, grid.scales))
     return np.ascontiguousarray(packed.reshape(out, -1))
 
