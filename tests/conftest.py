@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from sartor import effort
+from sartor.numerics.grids import GRIDS, fits, search_scales
 from sartor.stages.distil import DistilConfig
+from sartor.stages.masters import Latents
 
 WORDS = {
     "cook": [
@@ -124,6 +126,16 @@ def make_model(vocab: int, model_type: str = "llama", tied: bool = True, layers:
         rms_norm_eps=1e-5,
     )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def on_grid(model: Any, grid: str | None) -> Latents:
+    """The model's weights on a grid, as far as their rows fit it; None: on none."""
+    latents = Latents({n: p.detach().clone() for n, p in model.named_parameters()})
+    if grid:
+        for n, w in latents.masters.items():
+            if w.ndim == 2 and fits(grid, w.shape[1]):
+                latents.grids[n], latents.scales[n] = GRIDS[grid], search_scales(w, None, GRIDS[grid])
+    return latents
 
 
 @pytest.fixture(scope="session")

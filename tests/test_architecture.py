@@ -39,6 +39,7 @@ RANK = {
     "picture_view": 11,
     "picture_evaluate": 12,
     "picture_api": 13,
+    "text_exports": 13,
     "doctor": 8,
     "controls": 10,
     "api": 14,

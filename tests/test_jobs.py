@@ -18,23 +18,14 @@ from sartor.cli import main
 from sartor.errors import BudgetError, InputError
 from sartor.export import gguf_file, llamacpp
 from sartor.model import network as net
-from sartor.numerics.grids import GRIDS, fits, search_scales
+from sartor.numerics.grids import GRIDS
 from sartor.pipeline import kept_back
 from sartor.stages import likelihood
 from sartor.stages.distil import DistilConfig, anchor, distil_
 from sartor.stages.masters import Latents, put_
 from sartor.stages.measure import token_nats
 from sartor.stages.tokens import cut_windows, encode_windows, training_rows
-from tests.conftest import make_efforts_tiny, make_model, texts
-
-
-def on_grid(model: Any, grid: str | None) -> Latents:
-    latents = Latents({n: p.detach().clone() for n, p in model.named_parameters()})
-    if grid:
-        for n, w in latents.masters.items():
-            if w.ndim == 2 and fits(grid, w.shape[1]):
-                latents.grids[n], latents.scales[n] = GRIDS[grid], search_scales(w, None, GRIDS[grid])
-    return latents
+from tests.conftest import make_efforts_tiny, make_model, on_grid, texts
 
 
 def write(path: Path, model: Any, tokenizer: Any, latents: Latents) -> int:

@@ -19,7 +19,6 @@ from sartor.data.readers import read_folder
 from sartor.data.split import Corpus, split
 from sartor.effort import EFFORTS
 from sartor.errors import InputError, OutputError
-from sartor.export import gguf_file
 from sartor.export.worker import peak_memory
 from sartor.job import Job, Prepared
 from sartor.memory import hand_back
@@ -36,21 +35,9 @@ from sartor.report.layers import layer_rows
 from sartor.sources import Source, cache_dir, resolve
 from sartor.stages.decide import verdict
 from sartor.stages.distil import Trained
-from sartor.stages.masters import Latents
 from sartor.stages.probe import PARTS, order_units
 from sartor.stages.tokens import encode_windows, training_rows
-
-ARTIFACT = "model.gguf"
-
-
-def _export_gguf(model: Any, tokenizer: Any, latents: Latents, folder: Path) -> Path:
-    path = folder / ARTIFACT
-    part = folder / "model.gguf.part"
-    gguf_file.write(
-        part, model, tokenizer, latents.masters, latents.scales, {n: g.name for n, g in latents.grids.items()}, "sartor"
-    )
-    part.replace(path)
-    return path
+from sartor.text_exports import ARTIFACT, export_text, write_gguf
 
 
 def compress(
@@ -208,7 +195,7 @@ def finish(
     """Write the artifact, measure it in its runtime against the original and the controls, and write the report."""
     started = time.monotonic()
     tell("export", 0.0, "GGUF")
-    artifact = _export_gguf(made.model, made.tokenizer, made.latents, folder)
+    artifact = write_gguf(folder, made.model, made.tokenizer, made.latents)
     storage.save(made.model, made.tokenizer, made.latents, made.plan, p.source.provenance(), folder)
     shape, kinds, grids = anatomy(made.model), evaluate.layer_bytes(made.model, made.plan.grids), made.plan.grids
     seconds["export"] = time.monotonic() - started
@@ -345,17 +332,14 @@ def load(folder: str | Path) -> tuple[Any, Any, Plan]:
 
 
 def export(folder: str | Path, to: str, out: str | Path) -> Path:
-    """Write a saved artifact in a runtime's format: as it was (gguf, onnx; its exact weights), or, of one that sees, for another runtime.
+    """Write a saved artifact in a runtime's format: gguf or onnx, with its exact weights, or, of one that sees, for another runtime.
 
     Args:
-        to: gguf, onnx, or a row of `export.runtimes.ROWS`, as executorch-int8.
+        to: gguf (texts), onnx, or, of one that sees, a row of `export.runtimes.ROWS`, as executorch-int8.
     Raises:
         InputError: unknown runtime, or not an artifact. MissingExtra: the runtime's packages are not installed.
     """
     folder, out = Path(folder), Path(out)
     if is_picture_artifact(folder):
         return export_pictures(folder, to, out)
-    if to != "gguf":
-        raise InputError(f"'{folder.name}' reads texts: it can be written as gguf, not as {to}")
-    model, tokenizer, plan = storage.load(folder)
-    return _export_gguf(model, tokenizer, storage.latents_of(folder, plan), storage.claim_folder(out))
+    return export_text(folder, to, out)

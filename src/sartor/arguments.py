@@ -26,11 +26,14 @@ PROBE = """Which parts of a model your texts need, beside generic text: every at
 are felt from their gradients. Nothing is cut. What was measured is kept in the cache: sartor compress of the same model and texts starts from it."""
 
 
-EXPORT = """Write a fitted model for other runtimes. Language models: gguf. Models that see: onnx (as it was fitted), onnx-fp32, onnx-int4,
-executorch-fp32, executorch-int8, litert-fp32, litert-int8, litert-int4, coreml-fp16, coreml-int8; convolutional networks none of onnx-int4, executorch-int8 and litert-int4. With --data every file is reopened in its own runtime and
-compared with PyTorch on some of the photos: one table, one row a runtime.
+EXPORT = """Write a fitted model for other runtimes. Language models: gguf, onnx (the same weights, with a cache of keys and values; its tokenizer and
+onnxruntime-genai's configuration beside it). Each is reopened and compared with PyTorch and with llama.cpp on model.gguf; with --data also in bits per byte of your held-out text.
+Models that see: onnx (as it was fitted), onnx-fp32, onnx-int4, executorch-fp32, executorch-int8, litert-fp32, litert-int8, litert-int4, coreml-fp16, coreml-int8;
+convolutional networks none of onnx-int4, executorch-int8 and litert-int4.
+With --data every file is reopened in its own runtime and compared with PyTorch on some of the photos. One table, one row a runtime.
 
 examples:
+  sartor export fitted/ --to onnx --out phone/          # sartor run phone/ "Dear Anna," then generates in ONNX Runtime
   sartor export seen/ --to litert-int8 --out phone/
   sartor export seen/ --data ~/photos --out all/        # every runtime that is installed"""
 
@@ -182,4 +185,4 @@ def _add_export(e: argparse.ArgumentParser) -> None:
         "--to", nargs="+", default=[], metavar="RUNTIME", help="as above (with --data: all that are installed)"
     )
     e.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the files")
-    e.add_argument("--data", type=Path, metavar="DIR", help="photos to compare on")
+    e.add_argument("--data", type=Path, metavar="DIR", help="photos or texts to compare on")

@@ -18,18 +18,21 @@ from sartor.progress import Progress
 
 
 def do_export(a: argparse.Namespace) -> None:
-    """Write, and compare where there are photos."""
+    """Write, and compare: language models always, models that see where there are photos."""
+    from sartor import picture_api, text_exports
     from sartor.api import export
     from sartor.errors import InputError
-    from sartor.export.runtimes import table
-    from sartor.picture_api import is_picture_artifact, measure_exports
+    from sartor.export import runtimes
 
-    if a.data and is_picture_artifact(a.folder):
-        print(table(measure_exports(a.folder, a.to, a.data, a.out)))
-        return
-    if len(a.to) != 1 or a.data:
-        raise InputError("name one runtime with --to; --data, which compares several, is for models that see")
-    print(f"written: {export(a.folder, a.to[0], a.out)}", file=sys.stderr)
+    if not a.data and len(a.to) != 1:
+        raise InputError("name one runtime with --to; with --data several are compared")
+    _no_bars()
+    if not picture_api.is_picture_artifact(a.folder):
+        print(text_exports.table(text_exports.measure_text_exports(a.folder, a.to, a.data, a.out)))
+    elif a.data:
+        print(runtimes.table(picture_api.measure_exports(a.folder, a.to, a.data, a.out)))
+    else:
+        print(f"written: {export(a.folder, a.to[0], a.out)}", file=sys.stderr)
 
 
 def do_compress(a: argparse.Namespace) -> None:
@@ -124,18 +127,19 @@ def do_probe(a: argparse.Namespace) -> None:
 
 def do_run(a: argparse.Namespace) -> None:
     """Generate with the artifact, or say what is on a photo."""
-    from sartor.api import ARTIFACT
     from sartor.errors import InputError
-    from sartor.export.llamacpp import run_job
+    from sartor.export.text_runtimes import run_job
+    from sartor.picture_api import is_picture_artifact
+    from sartor.text_exports import ARTIFACT, WRITERS
 
-    if (a.folder / "model.onnx").exists():
+    if is_picture_artifact(a.folder):
         return _run_on_photo(a)
-    file = a.folder / ARTIFACT if a.folder.is_dir() else a.folder
-    if not file.exists():
+    files = [a.folder / f"model.{ending}" for ending in WRITERS] if a.folder.is_dir() else [a.folder]
+    file = next((f for f in files if f.exists() and f.suffix[1:] in WRITERS), None)
+    if file is None:
         raise InputError(f"no {ARTIFACT} in '{a.folder.name}': make one with sartor compress ... --out {a.folder}")
-    result = run_job(
-        file, "generate", prompt=a.prompt, tokens=a.tokens, temperature=a.temperature, top_p=a.top_p, seed=a.seed
-    )
+    asked = {"tokens": a.tokens, "temperature": a.temperature, "top_p": a.top_p, "seed": a.seed}
+    result = run_job(file.suffix[1:], file, "generate", prompt=a.prompt, **asked)
     print(a.prompt + result["text"])
 
 

@@ -15,7 +15,7 @@ import torch
 from sartor import picture_storage, storage
 from sartor.data.photos import read_photos
 from sartor.errors import BudgetError, InputError, OutputError
-from sartor.export import runtimes, seen
+from sartor.export import onnx_text, runtimes, seen
 from sartor.export.worker import peak_memory
 from sartor.job import Job
 from sartor.model.graph import Graph
@@ -220,8 +220,8 @@ def measure_exports(folder: Path, names: Sequence[str], photos: Path, out: Path)
 
 
 def is_picture_artifact(folder: Path) -> bool:
-    """Whether `folder` holds what this module wrote."""
-    return (folder / ARTIFACT).exists()
+    """Whether `folder` holds what this module wrote; a language model's ONNX file has a configuration beside it."""
+    return (folder / ARTIFACT).exists() and not (folder / onnx_text.CONFIG).exists()
 
 
 def classify(folder: Path, photo: Path) -> tuple[list[tuple[str, float]], torch.Tensor, torch.Tensor]:

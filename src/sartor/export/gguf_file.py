@@ -31,6 +31,11 @@ def architecture(family: Family, a: Anatomy) -> str:
         return family.gguf
     if family.gguf_flexible is None:
         raise SourceError(f"llama.cpp cannot express unequal layers of '{family.model_type}'")
+    for n in range(a.layers):
+        if (
+            a.groups[n] and not a.ffn[n]
+        ):  # measured: deci leaves out such a layer's attention, too, and crashes where it is the last
+            raise SourceError(f"layer {n} has attention without FFN, which llama.cpp cannot express")
     return family.gguf_flexible
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import ctypes as ct
 import importlib.util
-import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from worker import answer, measured  # by path, as this file is started: the package would load torch
+from text_jobs import JOBS, room  # by path, as this file is started: the package would load torch
+from worker import answer, measured
 
 
 class Opaque(ct.Structure):
@@ -127,82 +128,22 @@ class Llama:
         n = self.lib.llama_tokenize(self.vocab, raw, len(raw), out, len(out), False, True)
         return list(out[: max(0, n)])
 
-    def piece(self, token: int) -> bytes:
-        out = ct.create_string_buffer(256)
-        n = self.lib.llama_token_to_piece(self.vocab, token, out, 256, 0, False)
-        return out.raw[: max(0, n)]
+    def text(self, ids: Sequence[int]) -> str:
+        """Pieces are bytes: a letter may be spelled by several tokens."""
+        said = b""
+        for token in ids:
+            out = ct.create_string_buffer(256)
+            said += out.raw[: max(0, self.lib.llama_token_to_piece(self.vocab, token, out, 256, 0, False))]
+        return said.decode(errors="replace")
 
-
-def job_score(llama: Llama, job: dict[str, Any]) -> dict[str, Any]:
-    """-log p of tokens 1, 2, ... of every window."""
-    nats = []
-    for ids in job["windows"]:
-        llama.clear()
-        logits = llama.decode(ids, 0, True)[:-1]
-        top = logits.max(1)
-        total = top + np.log(np.exp(logits - top[:, None]).sum(1, dtype=np.float64))
-        nats.append((total - logits[np.arange(len(ids) - 1), ids[1:]]).round(6).tolist())
-    return {"nats": nats}
-
-
-def job_tokenize(llama: Llama, job: dict[str, Any]) -> dict[str, Any]:
-    return {"ids": [llama.tokenize(t) for t in job["texts"]]}
-
-
-def job_speed(llama: Llama, job: dict[str, Any]) -> dict[str, Any]:
-    """Best of `repeats` of a prompt of ids and of `generate` greedy tokens after it, tokens per second."""
-    prompt, generate = job["ids"], job["generate"]
-    best_prompt = best_generate = 0.0
-    for _ in range(job["repeats"]):
-        llama.clear()
-        t = time.perf_counter()
-        token = int(llama.decode(prompt, 0, False)[0].argmax())
-        best_prompt = max(best_prompt, len(prompt) / (time.perf_counter() - t))
-        t = time.perf_counter()
-        for i in range(generate):
-            token = int(llama.decode([token], len(prompt) + i, False)[0].argmax())
-        best_generate = max(best_generate, generate / (time.perf_counter() - t))
-    return {"prompt_tokens_per_s": best_prompt, "generate_tokens_per_s": best_generate}
-
-
-def job_generate(llama: Llama, job: dict[str, Any]) -> dict[str, Any]:
-    """Text after a prompt; sampled at `temperature` over the most likely `top_p`, streamed to stderr as it comes."""
-    rng = np.random.default_rng(job["seed"])
-    ids = llama.tokenize(job["prompt"])
-    if job.get("before") is not None:
-        ids = [job["before"], *ids]
-    logits, done, said = llama.decode(ids, 0, False)[0], len(ids), b""
-    for _ in range(job["tokens"]):
-        token = _sample(logits, job["temperature"], job["top_p"], rng)
-        if llama.lib.llama_vocab_is_eog(llama.vocab, token) or token == job.get("before"):
-            break
-        said += llama.piece(token)
-        logits, done = llama.decode([token], done, False)[0], done + 1
-    return {"text": said.decode(errors="replace")}
-
-
-def _sample(logits: np.ndarray, temperature: float, top_p: float, rng: np.random.Generator) -> int:
-    if temperature <= 0:
-        return int(logits.argmax())
-    p = np.exp((logits - logits.max()) / temperature, dtype=np.float64)
-    order = np.argsort(-p)
-    p = p[order] / p.sum()
-    count = int(np.searchsorted(np.cumsum(p), top_p)) + 1
-    return int(order[rng.choice(count, p=p[:count] / p[:count].sum())])
-
-
-JOBS = {"score": job_score, "tokenize": job_tokenize, "speed": job_speed, "generate": job_generate}
+    def ends(self, token: int) -> bool:
+        return bool(self.lib.llama_vocab_is_eog(self.vocab, token))
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """One job, and the seconds that it took."""
     started = time.perf_counter()
-    longest = max([len(w) for w in job.get("windows", [])] + [len(job.get("ids", [])) + job.get("generate", 0), 512])
-    llama = Llama(
-        job["file"],
-        job["threads"],
-        context=min(8192, 256 * math.ceil((longest + 1) / 256)) if job["do"] != "generate" else 2048,
-    )
+    llama = Llama(job["file"], job["threads"], room(job))
     return JOBS[job["do"]](llama, job) | {"seconds": time.perf_counter() - started}
 
 

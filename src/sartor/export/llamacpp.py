@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sartor.errors import MissingExtra, ParityError
-from sartor.export.apart import answered
+from sartor.errors import ParityError
+from sartor.export import text_runtimes
 from sartor.numerics.metrics import Score
 from sartor.stages.measure import score_of
 from sartor.stages.tokens import Window
@@ -42,19 +40,8 @@ def available() -> bool:
 
 
 def run_job(file: Path, do: str, threads: int | None = None, **job: Any) -> dict[str, Any]:
-    """Run one job of `llama_worker` and return its result.
-
-    Raises:
-        MissingExtra: the runtime is not installed. SartorError: it failed; its last words are in the message.
-    """
-    if not available():
-        raise MissingExtra("llama.cpp is not installed: pip install xllamacpp==2026.10.11549")
-    spec = {"do": do, "file": str(file), "threads": threads or os.cpu_count() or 1, **job}
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("llama_worker.py")),
-    ]  # by path: the package would load torch
-    return answered(command, spec, f"llama.cpp failed on {file.name}")
+    """`text_runtimes.run_job` in llama.cpp."""
+    return text_runtimes.run_job("gguf", file, do, threads, **job)
 
 
 def nats(file: Path, windows: Sequence[Window]) -> list[torch.Tensor]:
@@ -73,8 +60,8 @@ def speed(file: Path, ids: Sequence[int], generate: int = 64, repeats: int = 2) 
     return run_job(file, "speed", ids=list(ids), generate=generate, repeats=repeats)
 
 
-def parity(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> Parity:
-    """Compare -log p token by token.
+def parity(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], runtime: str = "llama.cpp") -> Parity:
+    """Compare -log p token by token: PyTorch's and the runtime's.
 
     Raises:
         ParityError: they differ by more than the tolerances.
@@ -85,7 +72,7 @@ def parity(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> Pari
     )
     if not (found.mean_absolute <= TOLERANCE_NATS and abs(found.mean_difference) <= TOLERANCE_MEAN_NATS):
         raise ParityError(
-            f"in llama.cpp the artifact differs from PyTorch by {found.mean_absolute:.3f} nats per token (mean {found.mean_difference:+.3f}), "
+            f"in {runtime} the artifact differs from PyTorch by {found.mean_absolute:.3f} nats per token (mean {found.mean_difference:+.3f}), "
             f"at most {TOLERANCE_NATS} (mean {TOLERANCE_MEAN_NATS}) are allowed: the file is not trustworthy, please report it"
         )
     return found

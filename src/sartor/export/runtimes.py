@@ -290,12 +290,15 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """What `measure_all` found, as aligned text."""
     head = ["runtime", "weights", "MB", "cosine", "same answers", "ms a picture", "peak MB", "lowering s", "note"]
-    body = [head, *map(_cells, rows)]
-    widths = [max(len(cells[i]) for cells in body) for i in range(len(head) - 1)]
+    return aligned([head, *map(_cells, rows)], 2)
+
+
+def aligned(body: Sequence[Sequence[str]], left: int) -> str:
+    """Rows under a head; the first `left` columns stand to the left, and so does the last, which may be of any length."""
+    widths = [max(len(cells[i]) for cells in body) for i in range(len(body[0]) - 1)]
     lines = []
     for cells in body:
-        left = [
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=False))
-        ]
-        lines.append("  ".join([*left, cells[-1]]).rstrip())
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(head) + 4), *lines[1:]])
+        named = enumerate(zip(cells, widths, strict=False))
+        placed = [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in named]
+        lines.append("  ".join([*placed, cells[-1]]).rstrip())
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) + 6), *lines[1:]])

@@ -1,0 +1,189 @@
+"""A fitted language model written for a runtime, reopened there, and compared with PyTorch and with the GGUF file."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sartor import storage
+from sartor.data.readers import read_folder
+from sartor.data.split import split
+from sartor.errors import InputError
+from sartor.export import gguf_file, llamacpp, onnx_text
+from sartor.export.runtimes import aligned
+from sartor.export.text_runtimes import RUNTIMES, run_job
+from sartor.model.vocabulary import separator
+from sartor.stages.masters import Latents
+from sartor.stages.measure import score_of
+from sartor.stages.tokens import Window, cut_windows, encode_windows
+
+ARTIFACT = "model.gguf"
+TEST_BYTES = 24_000  # of held-out text whose bits are counted
+COMPARED = 6  # windows whose logits are compared
+WRITTEN, SEEDS = (
+    96,
+    range(4),
+)  # tokens that the artifact writes to be compared on, where no text is given, and how often
+PROMPT, GENERATE, TURNS = 256, 64, 3  # tokens that are timed, and how often, the runtimes in turns
+
+
+def write_gguf(folder: Path, model: Any, tokenizer: Any, latents: Latents) -> Path:
+    """The artifact's GGUF file; beside its place first, so that what is there is whole."""
+    path, part = folder / ARTIFACT, folder / f"{ARTIFACT}.part"
+    grids = {n: g.name for n, g in latents.grids.items()}
+    gguf_file.write(part, model, tokenizer, latents.masters, latents.scales, grids, "sartor")
+    part.replace(path)
+    return path
+
+
+WRITERS: dict[str, Callable[[Path, Any, Any, Latents], Path]] = {"gguf": write_gguf, "onnx": onnx_text.write}
+
+
+def _checked(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in WRITERS:
+            raise InputError(f"'{folder.name}' reads texts: it can be written as {' or '.join(WRITERS)}, not as {name}")
+
+
+def export_text(folder: Path, to: str, out: Path) -> Path:
+    """Write a saved artifact for a runtime, with its exact weights.
+
+    Raises:
+        InputError: there is no such runtime for language models. SourceError: not an artifact.
+    """
+    _checked(folder, [to])
+    model, tokenizer, plan = storage.load(folder)
+    return WRITERS[to](storage.claim_folder(out), model, tokenizer, storage.latents_of(folder, plan))
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What the runtimes are compared on. compared: windows whose logits PyTorch says, too. held_out: windows of the user's test text, or none."""
+
+    compared: list[Window]
+    wanted: list[Tensor]
+    held_out: list[Window]
+
+
+def measure_text_exports(folder: Path, names: Sequence[str], data: Path | None, out: Path) -> list[dict[str, Any]]:
+    """Write a saved artifact for these runtimes (none: for all), reopen each file in its own, and measure it beside llama.cpp on the GGUF file.
+
+    Args:
+        data: the user's texts, split as they were when the model was made (same seed); None: what is compared is text that the artifact writes.
+    Returns:
+        For each runtime, llama.cpp first: "runtime", "bytes", "bits_per_byte" (None without data), "largest" and "mean" difference of its logits from PyTorch's with the artifact's exact weights,
+        "same_top1" (share), "tokens" compared, "prompt_tokens_per_s", "generate_tokens_per_s" (the best of TURNS, in turns), "peak_rss_bytes".
+    Raises:
+        InputError: no such runtime, not an artifact, or no texts. ParityError: a file does not say what PyTorch says. MissingExtra: a runtime is not installed.
+    """
+    names = list(names or WRITERS)
+    _checked(folder, names)
+    model, tokenizer, plan = storage.load(folder)
+    if not (folder / ARTIFACT).exists():
+        raise InputError(f"'{folder.name}' holds no {ARTIFACT} to compare with: its job did not come to an end")
+    held = _held_out(folder, data, tokenizer) if data else []
+    storage.claim_folder(out)
+    files = {"gguf": folder / ARTIFACT}
+    for name in names:
+        files[name] = WRITERS[name](out, model, tokenizer, storage.latents_of(folder, plan))
+    compared = held[:: -(-len(held) // COMPARED)] if held else _written_by(folder / ARTIFACT, tokenizer)
+    ground = Ground(compared, [_logits(model, w) for w in compared], held)
+    del model
+    rows = {name: _measured(name, file, ground) for name, file in files.items()}
+    _time_(rows, files, ground)
+    return list(rows.values())
+
+
+def _held_out(folder: Path, data: Path, tokenizer: Any) -> list[Window]:
+    seed = json.loads((folder / "report.json").read_text())["seed"] if (folder / "report.json").exists() else 0
+    windows = encode_windows(cut_windows(split(read_folder(data), seed).test, TEST_BYTES), tokenizer)
+    if not windows:
+        raise InputError("there is no held-out text in --data: give the folder that the model was fitted to")
+    return windows
+
+
+def _written_by(file: Path, tokenizer: Any) -> list[Window]:
+    """Texts that the artifact writes itself."""
+    first = separator(tokenizer)
+    asked: dict[str, Any] = {"prompt": "", "before": first, "tokens": WRITTEN, "temperature": 1.0, "top_p": 0.95}
+    written = [run_job("gguf", file, "generate", seed=seed, **asked)["ids"] for seed in SEEDS]
+    return [Window(tuple(ids), ()) for ids in written if len(ids) > 1] or [Window((first, first), ())]
+
+
+@torch.inference_mode()
+def _logits(model: Any, window: Window) -> Tensor:
+    found: Tensor = model(input_ids=torch.tensor([window.ids]), use_cache=False).logits[0]
+    return found
+
+
+def _nats(logits: Tensor, window: Window) -> Tensor:
+    """-log p of tokens 1, 2, ..."""
+    return -torch.log_softmax(logits[:-1].double(), -1).gather(1, torch.tensor(window.ids[1:])[:, None])[:, 0]
+
+
+def _measured(runtime: str, file: Path, ground: Ground) -> dict[str, Any]:
+    """A row without its times."""
+    with tempfile.TemporaryDirectory() as tmp:
+        run_job(runtime, file, "logits", windows=[list(w.ids) for w in ground.compared], out=f"{tmp}/logits.npz")
+        with np.load(f"{tmp}/logits.npz") as arrays:
+            said = [torch.from_numpy(arrays[f"arr_{n}"]) for n in range(len(ground.compared))]
+    ours, theirs = ([_nats(x, w) for x, w in zip(xs, ground.compared, strict=True)] for xs in (ground.wanted, said))
+    llamacpp.parity(ours, theirs, RUNTIMES[runtime].name)
+    found, wanted = torch.cat(said), torch.cat(ground.wanted)
+    off = (found - wanted).abs()
+    row: dict[str, Any] = {
+        "runtime": RUNTIMES[runtime].name,
+        "bytes": file.stat().st_size,
+        "bits_per_byte": None,
+        "largest": float(off.max()),
+        "mean": float(off.mean()),
+        "same_top1": float((found.argmax(1) == wanted.argmax(1)).double().mean()),
+        "tokens": len(found),
+    }
+    if ground.held_out:
+        nats = run_job(runtime, file, "score", windows=[list(w.ids) for w in ground.held_out])["nats"]
+        row["bits_per_byte"] = score_of(ground.held_out, [torch.tensor(n) for n in nats]).bits_per_byte
+    return row
+
+
+def _time_(rows: dict[str, dict[str, Any]], files: dict[str, Path], ground: Ground) -> None:
+    """Add speed and memory to the rows: in turns, so that a machine that slows down slows all; the best turn of each."""
+    ids = [i for w in ground.compared for i in w.ids]
+    prompt = (ids * (PROMPT // len(ids) + 1))[:PROMPT]
+    for _ in range(TURNS):
+        for name, file in files.items():
+            found = run_job(name, file, "speed", ids=prompt, generate=GENERATE, repeats=1)
+            for key in ("prompt_tokens_per_s", "generate_tokens_per_s", "peak_rss_bytes"):
+                rows[name][key] = max(rows[name].get(key, 0), found[key])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """What `measure_text_exports` found, as aligned text."""
+    head = [
+        "runtime",
+        "MB",
+        "bits per byte",
+        "logits off",
+        "at most",
+        "same top-1",
+        "prompt t/s",
+        "tokens/s",
+        "peak MB",
+        "",
+    ]
+    body = [head]
+    for row in rows:
+        bits = "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
+        speed = [f"{row[k]:.0f}" for k in ("prompt_tokens_per_s", "generate_tokens_per_s")]
+        cells = [row["runtime"], f"{row['bytes'] / 1e6:.1f}", bits, f"{row['mean']:.3f}", f"{row['largest']:.2f}"]
+        body.append([*cells, f"{row['same_top1']:.1%}", *speed, f"{row['peak_rss_bytes'] / 1e6:.0f}", ""])
+    said = f"Differences are from PyTorch's logits with the file's exact weights, on {rows[0]['tokens']} tokens."
+    return f"{aligned(body, 1)}\n\n{said}"
