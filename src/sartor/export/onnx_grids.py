@@ -3,10 +3,10 @@
 ONNX Runtime multiplies by 4-bit weights that are evenly spaced and by 8-bit ones, a scale for 32 (MatMulNBits). Every weight of every grid here is a whole number from -127 to 127 times the scale
 of its 32 weights, so each fits one of the two *exactly*. The file holds the few bits of the grid, and nodes that look them up in a table:
 
-    codes (rows, blocks, bytes) --look up--> level + 128 (rows, blocks, 32)        scales fp16 --cast--> fp32 (rows, blocks)
+    codes (rows, blocks, words) --look up--> level + 128 (rows, blocks, 32)        scales fp16 --cast--> fp32 (rows, blocks)
 
 All of it is constant, so ONNX Runtime computes it once, when it loads the file; only of a table of embeddings the rows that are read are looked up as the file runs.
-What is stored is in order: bytes hold their weights from the low bits up.
+What is stored is in order: words hold their weights from the low bits up.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from sartor.export.onnx_parts import FLOAT, INT32, UINT8, node
 from sartor.numerics.grids import GRIDS, shared_steps
 
 BLOCK, MIDDLE = 32, 128  # weights that share a scale in MatMulNBits; what stands for zero in its eight bits
+WORD = (
+    16  # bits looked up at once: words are int32 for a moment, when the file is loaded, half as many as bytes would be
+)
 Arrays = dict[str, np.ndarray]
 Nodes = list[Any]
 
@@ -44,22 +47,21 @@ class Held:
     scale: Callable[[str], Nodes]
 
 
-def _bytes(numbers: np.ndarray, bits: int) -> np.ndarray:
-    """Numbers below 2 ** bits, (..., n), as bytes (..., n * bits / 8), the low bits first."""
+def _packed(numbers: np.ndarray, bits: int, word: int = 8) -> np.ndarray:
+    """Numbers below 2 ** bits, (..., n), in words of 8 or 16 bits (..., n * bits / word), the low bits first."""
     per = 8 // bits
     parts = numbers.astype(np.uint8).reshape(*numbers.shape[:-1], -1, per) << (bits * np.arange(per, dtype=np.uint8))
-    return np.bitwise_or.reduce(parts, axis=-1)
+    return np.bitwise_or.reduce(parts, axis=-1).view(f"<u{word // 8}")
 
 
-def _by_byte(values: np.ndarray, bits: int) -> np.ndarray:
-    """(256, 8 / bits): what each byte of `_bytes` stands for, `values` being what each number does."""
-    per = 8 // bits
-    numbers = (np.arange(256)[:, None] >> (bits * np.arange(per))) & (2**bits - 1)
+def _table(values: np.ndarray, bits: int, word: int = 8) -> np.ndarray:
+    """(2 ** word, word / bits): what each word of `_packed` stands for, `values` being what each number does."""
+    numbers = (np.arange(2**word)[:, None] >> (bits * np.arange(word // bits))) & (2**bits - 1)
     return values[numbers]
 
 
 def _looked_up(stored: str, table: str, to: str, shape: str) -> Nodes:
-    """What the bytes of `stored` stand for."""
+    """What the words of `stored` stand for."""
     return [
         node("Cast", [stored], [f"{to}.numbers"], to=INT32),
         node("Gather", [table, f"{to}.numbers"], [f"{to}.found"], axis=0),
@@ -79,13 +81,13 @@ def _halves(scales: np.ndarray) -> np.ndarray:
 
 
 def _pairs(grid: str, bits: int) -> Held:
-    """Sixteen levels, two weights a byte, an fp16 scale for 32."""
-    table = f"table.{grid}"
+    """Sixteen levels, four bits a weight, an fp16 scale for 32."""
+    table, word = f"table.{grid}", 8 if bits == 4 else WORD
     levels = np.array(GRIDS[grid].levels) + MIDDLE
     return Held(
         bits,
-        lambda codes, scales: {"codes": _bytes(codes, 4), "d": _halves(scales)},
-        {table: _by_byte(levels, 4).astype(np.uint8)},
+        lambda codes, scales: {"codes": _packed(codes, 4, word), "d": _halves(scales)},
+        {table: _table(levels, 4, word).astype(np.uint8)},
         lambda name: _looked_up(f"{name}.codes", table, f"{name}.levels", "shape.block"),
         _own_scale,
     )
@@ -96,15 +98,14 @@ def _pack_eight(codes: np.ndarray, scales: np.ndarray) -> Arrays:
 
 
 def _pack_five(codes: np.ndarray, scales: np.ndarray) -> Arrays:
-    return {"codes": _bytes(codes & 15, 4), "high": _bytes(codes >> 4, 1), "d": _halves(scales)}
+    return {"codes": _packed(codes & 15, 4, WORD), "high": _packed(codes >> 4, 1), "d": _halves(scales)}
 
 
 def _unfold_five(name: str) -> Nodes:
     return [
         *_looked_up(f"{name}.codes", "table.Q5_0", f"{name}.low", "shape.block"),
         *_looked_up(f"{name}.high", "table.Q5_0.high", f"{name}.top", "shape.block"),
-        node("Add", [f"{name}.low", f"{name}.top"], [f"{name}.sum"]),
-        node("Cast", [f"{name}.sum"], [f"{name}.levels"], to=UINT8),
+        node("Add", [f"{name}.low", f"{name}.top"], [f"{name}.levels"]),
     ]
 
 
@@ -116,7 +117,7 @@ def _steps(scales: np.ndarray, grid: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _pack_iq4_xs(codes: np.ndarray, scales: np.ndarray) -> Arrays:
     d, steps = _steps(scales, "IQ4_XS")
-    return {"codes": _bytes(codes, 4), "d": d, "steps": steps}
+    return {"codes": _packed(codes, 4, WORD), "d": d, "steps": steps}
 
 
 def _times_steps(name: str) -> Nodes:
@@ -131,7 +132,7 @@ def _times_steps(name: str) -> Nodes:
 
 def _pack_q3_k(codes: np.ndarray, scales: np.ndarray) -> Arrays:
     d, steps = _steps(scales, "Q3_K")
-    stored = {"codes": _bytes(codes & 3, 2), "high": _bytes(codes >> 2, 1)}
+    stored = {"codes": _packed(codes & 3, 2), "high": _packed(codes >> 2, 1)}
     return stored | {"d": d, "steps": steps.reshape(len(steps), -1, 2, 1)}
 
 
@@ -159,12 +160,12 @@ def _minus_common(name: str) -> Nodes:
 
 _ROW: Arrays = {"shape.row": np.array([0, -1])}
 _FIVE: Arrays = {
-    "table.Q5_0": _by_byte(np.arange(16) - 16 + MIDDLE, 4).astype(np.int32),
-    "table.Q5_0.high": _by_byte(np.array([0, 16]), 1).astype(np.int32),
+    "table.Q5_0": _table(np.arange(16) - 16 + MIDDLE, 4, WORD).astype(np.uint8),
+    "table.Q5_0.high": _table(np.array([0, 16]), 1).astype(np.uint8),
 }
 _Q3_K: Arrays = {
-    "table.Q3_K": _by_byte(np.arange(4) - 4, 2).astype(np.int32),
-    "table.Q3_K.high": _by_byte(np.array([0, 4]), 1).astype(np.int32),
+    "table.Q3_K": _table(np.arange(4) - 4, 2).astype(np.int32),
+    "table.Q3_K.high": _table(np.array([0, 4]), 1).astype(np.int32),
     "table.Q3_K.middle": np.array(MIDDLE, np.int32),
     "table.Q3_K.minus": np.full(256 // BLOCK, -1, np.float32),
 }

@@ -11,7 +11,15 @@ import numpy as np
 from sartor.errors import MissingExtra, OutputError
 
 OPSET, IR, CONTRIB = 17, 8, "com.microsoft"
-FLOAT, UINT8, INT8, INT32, INT64, HALF = 1, 2, 3, 6, 7, 10  # onnx.TensorProto.DataType, known before onnx is loaded
+FLOAT, UINT8, INT8, UINT16, INT32, INT64, HALF = (
+    1,
+    2,
+    3,
+    4,
+    6,
+    7,
+    10,
+)  # onnx.TensorProto.DataType, known before onnx is loaded
 LARGEST = 2**31 - 1  # bytes of a protobuf message
 Spec = tuple[int, tuple[int, ...]]  # data type and shape of a stored tensor
 Part = tuple[list[Any], dict[str, Spec]]  # nodes, and the tensors that they read, by name

@@ -20,14 +20,22 @@ from sartor.errors import SourceError
 from sartor.export.gguf_file import context_length, rope_base
 from sartor.export.onnx_grids import HELD, rows_of
 from sartor.export.onnx_grids import product as grid_product
-from sartor.export.onnx_parts import CONTRIB, FLOAT, HALF, INT8, INT32, INT64, UINT8, framed, node, save, store
+from sartor.export.onnx_parts import CONTRIB, FLOAT, HALF, INT8, INT32, INT64, UINT8, UINT16, framed, node, save, store
 from sartor.model.network import Anatomy, anatomy, layers_of
 from sartor.numerics.grids import indices
 from sartor.stages.masters import Latents
 
 MODEL, CONFIG = "model.onnx", "genai_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-STORED = {"float32": FLOAT, "float16": HALF, "int64": INT64, "int32": INT32, "int8": INT8, "uint8": UINT8}
+STORED = {
+    "uint16": UINT16,
+    "float32": FLOAT,
+    "float16": HALF,
+    "int64": INT64,
+    "int32": INT32,
+    "int8": INT8,
+    "uint8": UINT8,
+}
 FULL, ROUNDED = 1, 4  # MatMulNBits' accuracy_level: what a matrix reads stays fp32, or is rounded to 8 bits
 
 
