@@ -225,6 +225,21 @@ def test_in_its_own_process_a_file_scores_and_writes_as_pytorch_does(artifact: P
     assert said["text"] == tokenizer.decode(so_far[first:])
 
 
+@pytest.mark.parametrize("runtime", text_runtimes.RUNTIMES)
+def test_what_a_runtime_writes_is_spelled_as_the_tokenizer_spells_it(
+    runtime: str, artifact: Path, tmp_path: Path
+) -> None:
+    file = {"gguf": artifact / "model.gguf", "onnx": sartor.export(artifact, "onnx", tmp_path / "phone")}[runtime]
+    tokenizer = sartor.load(artifact)[1]
+    prompt = "butter \u00e4 and\tsalt"
+    asked = {"prompt": prompt, "tokens": 20, "temperature": 5.0, "top_p": 1.0, "seed": 1}
+    said: dict[str, Any] = text_runtimes.run_job(runtime, file, "generate", 1, **asked)  # type: ignore[arg-type]
+    first = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert said["ids"][: len(first)] == first
+    assert len(said["ids"]) > len(first)
+    assert said["text"] == tokenizer.decode(said["ids"][len(first) :])
+
+
 def test_both_runtimes_say_what_pytorch_says_and_stand_in_one_table(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

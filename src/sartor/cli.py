@@ -29,6 +29,10 @@ def do_export(a: argparse.Namespace) -> None:
     _no_bars()
     if not picture_api.is_picture_artifact(a.folder):
         print(text_exports.table(text_exports.measure_text_exports(a.folder, a.to, a.data, a.out)))
+        print(
+            f"\nwritten: {', '.join(f'model.{name}' for name in a.to or text_exports.WRITERS)} in {a.out}",
+            file=sys.stderr,
+        )
     elif a.data:
         print(runtimes.table(picture_api.measure_exports(a.folder, a.to, a.data, a.out)))
     else:

@@ -133,7 +133,8 @@ class Llama:
         said = b""
         for token in ids:
             out = ct.create_string_buffer(256)
-            said += out.raw[: max(0, self.lib.llama_token_to_piece(self.vocab, token, out, 256, 0, False))]
+            n = self.lib.llama_token_to_piece(self.vocab, token, out, 256, 0, False)
+            said += out.raw[: max(0, n)]
         return said.decode(errors="replace")
 
     def ends(self, token: int) -> bool:

@@ -231,7 +231,7 @@ def write(folder: Path, model: Any, tokenizer: Any, latents: Latents, accuracy: 
 
 
 def _genai(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """onnxruntime-genai's configuration. It knows one number of key/value heads for all layers: the first one's stands there, and where layers differ only plain ONNX Runtime can run the file."""
+    """onnxruntime-genai's configuration. It has room for one number of heads: the first attention's. Where others have fewer or more, genai goes by the shapes in the file (0.18.0: tried)."""
     a, config = anatomy(model), model.config
     groups = next((g for g in a.groups if g), 0)
     length = context_length(config)

@@ -96,7 +96,7 @@ def _sample(logits: np.ndarray, temperature: float, top_p: float, rng: np.random
     p = np.exp((logits - logits.max()) / temperature, dtype=np.float64)
     order = np.argsort(-p)
     p = p[order] / p.sum()
-    count = int(np.searchsorted(np.cumsum(p), top_p)) + 1
+    count = min(int(np.searchsorted(np.cumsum(p), top_p)) + 1, len(p))  # the sum may stay below one
     return int(order[rng.choice(count, p=p[:count] / p[:count].sum())])
 
 
