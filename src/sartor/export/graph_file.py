@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sartor.export.onnx_file import FLOAT, IR, OPSET, UINT8, _onnx
+from sartor.export.onnx_parts import FLOAT, IR, OPSET, UINT8, node, onnx_package, save
 from sartor.model.graph import INPUT, LAYERS, Graph, Node, shapes
 from sartor.model.graph_onnx import PLAIN
 from sartor.numerics.eight import rounded
@@ -29,9 +29,7 @@ def write(path: Path, graph: Graph) -> None:
     Raises:
         MissingExtra: onnx is not installed.
     """
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_bytes(build(graph).SerializeToString(deterministic=True))
-    beside.replace(path)
+    save(path, build(graph))
 
 
 class _File:
@@ -44,7 +42,7 @@ class _File:
         self.named |= {graph.nodes[-1].name: "logits"} if graph.head is not None else {}
 
     def add(self, op: str, inputs: list[str], output: str, name: str = "", **attributes: Any) -> None:
-        self.nodes.append(_onnx().helper.make_node(op, inputs, [output], name=name or output, **attributes))
+        self.nodes.append(node(op, inputs, [output], name=name or output, **attributes))
 
     def read(self, name: str) -> str:
         """What readers of a value read: where it has a grid, what is left of it there."""
@@ -69,30 +67,31 @@ class _File:
         self.add("DequantizeLinear", [f"{name}.int8", f"{name}.scales"], f"{name}.weight", axis=0)
         return f"{name}.weight"
 
-    def node(self, node: Node) -> None:
-        layer: Any = self.graph.layers[node.name] if node.op in LAYERS else None
-        op, attributes, constants = _written(node, layer)
-        inputs = [self.read(i) for i in node.inputs]
+    def step(self, at: Node) -> None:
+        """A node of the network."""
+        layer: Any = self.graph.layers[at.name] if at.op in LAYERS else None
+        op, attributes, constants = _written(at, layer)
+        inputs = [self.read(i) for i in at.inputs]
         if layer is not None:
-            inputs += [self.weight(node.name, layer.weight), f"{node.name}.bias"]
+            inputs += [self.weight(at.name, layer.weight), f"{at.name}.bias"]
             constants = {"bias": layer.bias}
         else:
-            inputs += [f"{node.name}.{k}" for k in constants]
-        self.held |= {f"{node.name}.{k}": v for k, v in constants.items()}
-        self.add(op, inputs, self.named.get(node.name, node.name), node.name, **attributes)
-        self.rounded(node.name)
+            inputs += [f"{at.name}.{k}" for k in constants]
+        self.held |= {f"{at.name}.{k}": v for k, v in constants.items()}
+        self.add(op, inputs, self.named.get(at.name, at.name), at.name, **attributes)
+        self.rounded(at.name)
 
 
 def build(graph: Graph) -> Any:
     """The file as onnx has it in memory."""
-    onnx, file = _onnx(), _File(graph)
+    onnx, file = onnx_package(), _File(graph)
     info = onnx.helper.make_tensor_value_info
     file.held |= {"pixels.scale": graph.get_buffer("scale")[None], "pixels.shift": graph.get_buffer("shift")[None]}
     for op, inputs, output, attributes in FRONT:
         file.add(op, inputs, output, **attributes)
     file.rounded(INPUT)
-    for node in graph.nodes:
-        file.node(node)
+    for at in graph.nodes:
+        file.step(at)
     said = [graph.nodes[graph.ends - 1].name, *([graph.nodes[-1].name] if graph.head is not None else [])]
     sizes = shapes(graph)
     outputs = [info(file.named[n], FLOAT, ["n", *sizes[n]]) for n in said]
