@@ -57,7 +57,7 @@ def control_arms(p: Prepared, job: Job, fitted: Score, seconds: dict[str, float]
 
 def trained_arm(p: Prepared, job: Job, fitted: Score, windows: HeldOut, tell: Tell) -> list[dict[str, Any]]:
     """The whole job with generic text in the user's place, measured in the runtime."""
-    made = _made(p, job, _public(p), job.effort, EFFORTS[job.effort].training, _inside(tell, 0.0, 0.8, GENERIC))
+    made = _made(p, job, public_texts(p), job.effort, EFFORTS[job.effort].training, _inside(tell, 0.0, 0.8, GENERIC))
     with tempfile.TemporaryDirectory() as tmp:
         file = Path(tmp) / "control.gguf"
         latents = made.latents
@@ -70,7 +70,7 @@ def trained_arm(p: Prepared, job: Job, fitted: Score, windows: HeldOut, tell: Te
 def untrained_arms(p: Prepared, job: Job, windows: HeldOut, tell: Tell) -> list[dict[str, Any]]:
     """Both kinds of calibration without recovery, planned with less effort, in PyTorch: like compared with like."""
     scores: dict[str, tuple[int, Score, Score]] = {}
-    for n, (name, texts) in enumerate(((PERSONAL, p.texts), (GENERIC, _public(p)))):
+    for n, (name, texts) in enumerate(((PERSONAL, p.texts), (GENERIC, public_texts(p)))):
         made = _made(p, job, texts, "quick", UNTRAINED, _inside(tell, 0.4 * n, 0.4, name))
         scores[name] = made.plan.predicted_bytes, *evaluate.torch_scores(made.model, windows, made.tokenizer)
         del made
@@ -82,7 +82,7 @@ def untrained_arms(p: Prepared, job: Job, windows: HeldOut, tell: Tell) -> list[
     ]
 
 
-def _public(p: Prepared) -> Texts:
+def public_texts(p: Prepared) -> Texts:
     """Generic text in the user's place."""
     return Texts(p.generic.probe, p.generic_rest, p.generic.validation, p.generic.probe, p.generic_train)
 

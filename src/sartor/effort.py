@@ -14,7 +14,7 @@ class Training:
 
     Attributes:
         adapt: the trimmed network, off the grid. recover: the cut one, on its grids; the longer, the smaller the peak rate.
-        lessons: the user's rows on which the adapted network says what the cut one learns.
+        lessons: the user's rows on which the adapted network says what the cut one learns; 0: it learns from what the rows themselves say, as an ablation.
     """
 
     adapt: DistilConfig

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def _write_reference(source: Source, model: Any, tokenizer: Any) -> None:
     folder = _dense_folder(source.sha256)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("F16", "Q8_0"):
-        _write_dense(folder / f"{kind}.gguf", model, tokenizer, kind)
+        write_plain(folder / f"{kind}.gguf", model, tokenizer, kind)
     tokenizer.save_pretrained(folder / "tokenizer")
 
 
@@ -81,7 +82,8 @@ def _dense_folder(sha256: str) -> Path:
     return cache_dir() / "dense" / sha256[:16]
 
 
-def _write_dense(path: Path, model: Any, tokenizer: Any, kind: str) -> None:
+def write_plain(path: Path, model: Any, tokenizer: Any, kind: str) -> None:
+    """A GGUF file with every matrix in F16, or rounded to one grid; whole or not there."""
     values = {n: p.detach() for n, p in model.named_parameters()}
     grids = {} if kind == "F16" else {n: kind for n, p in values.items() if p.ndim == 2}
     scales = {n: search_scales(values[n].float(), None, GRIDS[kind]) for n in grids}
@@ -122,14 +124,19 @@ def check_parity(file: Path, model: Any, windows: Sequence[Window]) -> dict[str,
     return asdict(llamacpp.parity(token_nats(model, some), llamacpp.nats(file, some)))
 
 
-def speeds(artifact: Path, dense: Path, ids: Sequence[int]) -> dict[str, float]:
-    """Speed of both, same threads, in turns so that a machine that slows down slows both; the best turn, and peak memory."""
+def in_turns(runs: Mapping[str, Callable[[], Mapping[str, float]]]) -> dict[str, float]:
+    """What each of them measures, its prefix before every name: the best of TURNS, in turns so that a machine that slows down slows all."""
     best: dict[str, float] = {}
     for _ in range(TURNS):
-        for prefix, file in (("", artifact), ("dense_", dense)):
-            for k, v in llamacpp.speed(file, ids).items():
+        for prefix, run in runs.items():
+            for k, v in run().items():
                 best[prefix + k] = max(best.get(prefix + k, 0.0), v)
     return best
+
+
+def speeds(artifact: Path, dense: Path, ids: Sequence[int]) -> dict[str, float]:
+    """Speed of both, same threads, and peak memory."""
+    return in_turns({"": partial(llamacpp.speed, artifact, ids), "dense_": partial(llamacpp.speed, dense, ids)})
 
 
 def prompt_ids(windows: HeldOut, tokenizer: Any, n: int = 256) -> list[int]:

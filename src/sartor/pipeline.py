@@ -35,12 +35,13 @@ from sartor.stages.decide import Bytes, Measured, decide, smallest_bytes
 from sartor.stages.distil import Anchor, DistilConfig, Trained, anchor, distil_, joined
 from sartor.stages.likelihood import expected_use, top_of
 from sartor.stages.masters import InMemory, Kept, Latents, put_
-from sartor.stages.probe import order_units
+from sartor.stages.probe import Effects, Units, Worth, order_units
 from sartor.stages.prune import cut_
 from sartor.stages.tokens import Window, cut_windows, encode_windows, sample, training_rows
 from sartor.stages.words import whole, words
 from sartor.surgery import Surgery, after_steps
 
+Fitting = Callable[[Surgery, Any, Plan, int, Callable[[float, str], None]], Latents]
 FEWEST = 4  # times the rows kept back, that a user must have for any to be
 
 
@@ -90,7 +91,6 @@ def make_plan(
     Raises:
         BudgetError: the budget is below what can be reached.
     """
-    e = EFFORTS[effort]
     if method == "paper":
         paper.refuse_equal_layers(anatomy(model))
     least = smallest_bytes(model, tokenizer, bytes_of)
@@ -100,32 +100,79 @@ def make_plan(
             least,
         )
     dense = clone(model, torch.bfloat16)
-    user, generic = sense(dense, tokenizer, texts, effort, seed, tell, recall)
-    units = order_units(user)
-    worth = worth_of(dense, tokenizer, texts, units, effort, seed, tell)
+    if method == "paper":
+        return _by_the_paper(dense, tokenizer, texts, budget, bytes_of, sha256, effort, rho, seed, tell, recall)
+    measured = measure(dense, tokenizer, texts, budget, bytes_of, effort, seed, tell, recall)
+    return decide(dense, tokenizer, measured, budget, bytes_of, sha256, rho, seed)
+
+
+def measure(
+    dense: Any,
+    tokenizer: Any,
+    texts: Texts,
+    budget: int,
+    bytes_of: Bytes,
+    effort: str,
+    seed: int = 0,
+    tell: Tell = _silent,
+    recall: Recall = anew,
+) -> Measured:
+    """All that `decide` rests on.
+
+    Args:
+        dense: in bf16; as it was afterwards. The rest as for `make_plan`.
+    """
+    e = EFFORTS[effort]
+    probed = _probed(dense, tokenizer, texts, effort, seed, tell, recall)
     rows = probe_rows(texts.probe, tokenizer, e.probe_rows, seed)
-    reference = top_of(dense, rows)
     user_rows = training_rows(texts.train, tokenizer)
     user_moments = second_moments(dense, sample(user_rows, e.rows // 2, seed))
     told = lambda share, note: tell("decide", share, note)  # noqa: E731
     listed = whole(anatomy(dense).vocab)
-    if method == "paper":
-        measured = Measured(units, user, generic, worth, listed, {}, {}, {})
-        order = paper.by_activation(dense, user_moments)
-        found = paper.importance(dense, order, rows, seed, told)
-        return paper.decide(dense, tokenizer, measured, order, found, budget, bytes_of, sha256, rho, seed)
     if can_trim(tokenizer):
         told(0.0, "words the model expects of the user")
         expected = expected_use(dense, sample(user_rows, e.expected_rows, seed))
         said = lambda share, note: told(0.45 * share, note)  # noqa: E731
         listed = words(dense, tokenizer, texts.train, expected, texts.probe, e.validation_bytes, said)
+    reference = top_of(dense, rows)
     kinds = _damage_of_bits(dense, tokenizer, user_moments, rows, reference, budget, bytes_of, told)
     poorer = poorer_damage(
         dense, user_moments, kinds[1][DOWN, BASE], rows, reference, e.layers_at_once,
         lambda share, note: told(0.7 + 0.3 * share, note),
     )  # fmt: skip
-    measured = Measured(units, user, generic, worth, listed, *kinds, poorer)
-    return decide(dense, tokenizer, measured, budget, bytes_of, sha256, rho, seed)
+    return Measured(*probed, listed, *kinds, poorer)
+
+
+def _probed(
+    dense: Any, tokenizer: Any, texts: Texts, effort: str, seed: int, tell: Tell, recall: Recall
+) -> tuple[Units, Effects, Effects, Worth]:
+    """(units, the user's effects, generic ones, what effects are worth)."""
+    user, generic = sense(dense, tokenizer, texts, effort, seed, tell, recall)
+    units = order_units(user)
+    return units, user, generic, worth_of(dense, tokenizer, texts, units, effort, seed, tell)
+
+
+def _by_the_paper(
+    dense: Any,
+    tokenizer: Any,
+    texts: Texts,
+    budget: int,
+    bytes_of: Bytes,
+    sha256: str,
+    effort: str,
+    rho: float,
+    seed: int,
+    tell: Tell,
+    recall: Recall,
+) -> Plan:
+    e = EFFORTS[effort]
+    probed = _probed(dense, tokenizer, texts, effort, seed, tell, recall)
+    measured = Measured(*probed, whole(anatomy(dense).vocab), {}, {}, {})
+    rows = probe_rows(texts.probe, tokenizer, e.probe_rows, seed)
+    moments = second_moments(dense, sample(training_rows(texts.train, tokenizer), e.rows // 2, seed))
+    order = paper.by_activation(dense, moments)
+    found = paper.importance(dense, order, rows, seed, partial(tell, "decide"))
+    return paper.decide(dense, tokenizer, measured, order, found, budget, bytes_of, sha256, rho, seed)
 
 
 def _damage_of_bits(
@@ -166,15 +213,14 @@ def apply_plan(
     kept: Callable[[str], Kept] | None = None,
     settled: Callable[[Plan], None] = lambda plan: None,
     steps: int = 1,
+    fitting: Fitting = Surgery.fitted,
 ) -> Compressed:
     """Trim, adapt, settle the cuts, prune, fit what is left onto its grids, recover.
 
     Args:
-        model: dense, fp32; never changed. A function that returns it lets it be freed once it is trimmed (training needs
-        the room). training: None for the effort's own, UNTRAINED for none.
-        kept: where the best weights of a training ("adapt", "recover") are kept (None: in memory);
-        what is there already is not done again. settled: told the plan whose cuts the adapted network has decided.
-        steps: that the cuts are made in (`buffer.py`).
+        model: dense, fp32; never changed. A function that returns it lets it be freed once it is trimmed (training needs the room).
+        training: None for the effort's own, UNTRAINED for none. kept: where the best weights of a training ("adapt", "recover") are kept (None: in memory); what is there
+        already is not done again. settled: told the plan whose cuts the adapted network has decided. steps: that the cuts are made in (`buffer.py`). fitting: puts what is left onto its grids.
     """
     e = EFFORTS[effort]
     training = training or e.training
@@ -186,7 +232,7 @@ def apply_plan(
     school = _School(validation, plan.seed, tell, kept or (lambda stage: InMemory()))
     clock.lap("trim")
     said, adapted = None, None
-    if training.recover.seconds > 0:
+    if max(training.adapt.seconds, training.recover.seconds) > 0:
         said, adapted = _adapt(small, learned, sample(generic, e.rows, plan.seed), training, school)
         clock.lap("adapt")
     pruning: dict[str, Any] = {}
@@ -199,7 +245,7 @@ def apply_plan(
         if plan.steps == 1:
             settled(plan)
         clock.lap("prune")
-        latents = surgery.fitted(small, plan, e.fit_rows, partial(tell, "fit"))
+        latents = fitting(surgery, small, plan, e.fit_rows, partial(tell, "fit"))
         if plan.steps > 1:  # what they have healed is kept only now
             settled(plan)
         clock.lap("fit")
@@ -212,7 +258,8 @@ def apply_plan(
     trained = None
     if said is not None:
         recover = after_steps(training.recover, plan)
-        trained = school.train("recover", student, latents, None, said, recover, before)
+        own = None if training.lessons else learned
+        trained = school.train("recover", student, latents, own, said, recover, before)
         clock.lap("recover")
     return Compressed(student, fitted, latents, plan, adapted, trained, clock.seconds, pruning)
 
@@ -257,7 +304,7 @@ def _adapt(
     """Train the trimmed network on the user's rows, in place.
 
     Returns:
-        (what the cut network shall learn: the adapted one's words on the user's rows, the dense one's on generic rows; the course).
+        (what the cut network shall learn: the adapted one's words on the user's rows, where it gives lessons, and the dense one's on generic rows; the course).
     """
     school.tell("adapt", 0.0, "what the original says of generic text")
     running = clone(small, torch.bfloat16)
@@ -267,6 +314,8 @@ def _adapt(
     for name, p in small.named_parameters():
         p.data = latents.masters[name]
     put_(running, latents)
+    if not training.lessons:
+        return dense_said, trained
     school.tell("adapt", 1.0, "what the adapted model says of the user's text")
     return joined(anchor(running, sample(own, training.lessons, school.seed)), dense_said), trained
 
