@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sartor.errors import SourceError
-from sartor.model.families import LINEARS, NORMS, Family, family_of
+from sartor.model.families import LINEARS, NORMS, REPAIRS, Family, family_of
 from sartor.model.network import Anatomy, anatomy
 from sartor.numerics.grids import GRIDS, encode, tensor_bytes
 
@@ -174,7 +174,7 @@ def gguf_name(parameter: str, family: Family) -> str:
             "lm_head.weight": "output.weight",
         }[parameter]
     _, _, layer, rest = parameter.split(".", 3)
-    extra = dict(family.extras).get(rest)
+    extra = dict((*family.extras, *REPAIRS)).get(rest)
     if extra:
         return f"blk.{layer}.{extra}"
     inner = rest.removesuffix(".weight")
@@ -204,14 +204,16 @@ def write(
     """Write the file and return its bytes.
 
     Args:
-        values: parameter name -> weights, latent or snapped. scales: of those on a grid. grids: grid of each; others F16/F32.
+        values: parameter name -> weights, latent or snapped; biases of REPAIRS may be among them. scales: of those on a grid. grids: grid of each; others F16/F32.
     """
     import gguf
 
     a, config = anatomy(model), model.config
     family = family_of(config.model_type)
     writer = _header(config, a, tokenizer, name)
-    for parameter, shape in parameter_shapes(a, family).items():
+    shapes = parameter_shapes(a, family)
+    repairs = {n: tuple(v.shape) for n, v in values.items() if n.endswith(tuple(name for name, _ in REPAIRS))}
+    for parameter, shape in (shapes | repairs).items():
         tensor = values[parameter].detach()
         grid = grids.get(parameter)
         if grid in GRIDS:

@@ -57,6 +57,9 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+# biases that llama.cpp adds where a file has them; no network here comes with any, a repair may put them there
+REPAIRS = (("self_attn.o_proj.bias", "attn_output.bias"), ("mlp.down_proj.bias", "ffn_down.bias"))
+
 # transformers name inside a layer -> gguf name inside a block; the order in which a file lists them
 LINEARS: dict[str, str] = {
     "self_attn.q_proj": "attn_q",
