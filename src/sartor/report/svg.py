@@ -9,11 +9,13 @@ from typing import Any
 INK, SOFT, USER, GENERIC, GOOD = "#22303c", "#c9d3da", "#c2410c", "#0f766e", "#1d4ed8"
 
 
-def _text(x: float, y: float, s: str, anchor: str = "start", size: int = 12, fill: str = INK) -> str:
+def written(x: float, y: float, s: str, anchor: str = "start", size: int = 12, fill: str = INK) -> str:
+    """A line of text."""
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{fill}">{escape(s)}</text>'
 
 
-def _svg(width: int, height: int, body: Sequence[str], title: str) -> str:
+def drawing(width: int, height: int, body: Sequence[str], title: str) -> str:
+    """The whole picture."""
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">{"".join(body)}</svg>'
 
 
@@ -34,7 +36,7 @@ def bars(
     for n, (label, value, ci, colour) in enumerate(rows):
         y, scale = 8 + n * 26, (720 - left - right) / top
         out += [
-            _text(left - 8, y + 14, label, "end"),
+            written(left - 8, y + 14, label, "end"),
             f'<rect x="{left}" y="{y}" width="{value * scale:.1f}" height="18" fill="{colour}" rx="2"/>',
         ]
         end = value
@@ -44,8 +46,8 @@ def bars(
                 f'<path d="M{a:.1f} {y + 9}H{b:.1f}M{a:.1f} {y + 5}v8M{b:.1f} {y + 5}v8" stroke="{INK}" fill="none"/>'
             )
             end = max(value, ci[1])
-        out.append(_text(left + end * scale + 6, y + 14, said(value, unit)))
-    return _svg(720, 16 + 26 * len(rows), out, title)
+        out.append(written(left + end * scale + 6, y + 14, said(value, unit)))
+    return drawing(720, 16 + 26 * len(rows), out, title)
 
 
 def layer_map(layers: Sequence[dict[str, Any]], title: str) -> str:
@@ -54,7 +56,7 @@ def layer_map(layers: Sequence[dict[str, Any]], title: str) -> str:
     down = 50 * (len(parts) - 2)
     width = max(12.0, 640 / max(1, len(layers)))
     top = max([max(x["user"], x["generic"]) for x in layers] + [1e-9])
-    out = [*(_text(0, 40 + 50 * i, name) for i, name in enumerate(parts)), _text(0, 150 + down, "effect")]
+    out = [*(written(0, 40 + 50 * i, name) for i, name in enumerate(parts)), written(0, 150 + down, "effect")]
     for n, layer in enumerate(layers):
         x = 70 + n * width
         for i, name in enumerate(parts):
@@ -69,8 +71,8 @@ def layer_map(layers: Sequence[dict[str, Any]], title: str) -> str:
                 f'<rect x="{x + k * (width - 2) / 2:.1f}" y="{190 + down - h:.1f}" width="{(width - 2) / 2:.1f}" height="{h:.1f}" fill="{colour}"/>'
             )
         if n % 5 == 0:
-            out.append(_text(x, 206 + down, str(n), size=10))
-    return _svg(int(80 + width * len(layers)), 212 + down, out, title)
+            out.append(written(x, 206 + down, str(n), size=10))
+    return drawing(int(80 + width * len(layers)), 212 + down, out, title)
 
 
 def intervals(rows: Sequence[tuple[str, Sequence[float], Sequence[float], bool]], title: str) -> str:
@@ -94,8 +96,8 @@ def intervals(rows: Sequence[tuple[str, Sequence[float], Sequence[float], bool]]
             )
     ticks = [top * k * k / 16 for k in range(5)]
     foot = 20 * len(rows) + 18
-    out += [_text(at(x), foot, f"{x:.1%}", "middle", 10) for x in ticks]
-    return _svg(720, foot + 6, out, title)
+    out += [written(at(x), foot, f"{x:.1%}", "middle", 10) for x in ticks]
+    return drawing(720, foot + 6, out, title)
 
 
 def curve(points: Sequence[tuple[float, float]], level: float | None, xlabel: str, ylabel: str, title: str) -> str:
@@ -112,8 +114,8 @@ def curve(points: Sequence[tuple[float, float]], level: float | None, xlabel: st
         f'<path d="M60 20V170H690" stroke="{SOFT}" fill="none"/>',
         f'<path d="M{"L".join(at(*p) for p in points)}" stroke="{USER}" stroke-width="2" fill="none"/>',
     ]
-    out += [_text(54, 170 - 150 * (y - y0) / (y1 - y0) + 4, f"{y:.3f}", "end", 11) for y in (min(ys), max(ys))]
+    out += [written(54, 170 - 150 * (y - y0) / (y1 - y0) + 4, f"{y:.3f}", "end", 11) for y in (min(ys), max(ys))]
     if level is not None:
         out.append(f'<path d="M{at(x0, level)}L{at(x1, level)}" stroke="{INK}" stroke-dasharray="4 4" fill="none"/>')
-    out += [_text(375, 192, f"{xlabel}, up to {x1:.0f}", "middle", 11), _text(60, 12, ylabel, size=11)]
-    return _svg(720, 200, out, title)
+    out += [written(375, 192, f"{xlabel}, up to {x1:.0f}", "middle", 11), written(60, 12, ylabel, size=11)]
+    return drawing(720, 200, out, title)
