@@ -79,7 +79,7 @@ def plan_of(a: Any, kept: list[tuple[list[int], list[int]]], seed: int) -> Plan:
 def without_repair(model: Any, plan: Plan, seen: Seen | None = None) -> Any:
     cut = clone(model)
     cut_(cut, plan)
-    return cut.to(torch.bfloat16)
+    return cut
 
 
 def cut_inputs(a: Anatomy, plan: Plan) -> Iterator[tuple[Site, str, list[int]]]:
@@ -103,7 +103,7 @@ def with_bias(model: Any, plan: Plan, seen: Seen) -> Any:
     for n, name, module in linears_of(cut):
         if (n, name) in biases:
             module.bias = torch.nn.Parameter(biases[n, name], requires_grad=False)
-    return cut.to(torch.bfloat16)
+    return cut
 
 
 def by_moments(model: Any, plan: Plan, seen: Seen) -> Any:
@@ -117,11 +117,12 @@ def by_moments(model: Any, plan: Plan, seen: Seen) -> Any:
     cut_(cut, plan)
     for (n, name), w in new.items():
         linear(cut, n, name).weight.data = w
-    return cut.to(torch.bfloat16)
+    return cut
 
 
 REPAIR: dict[str, Callable[[Any, Plan, Seen], Any]] = {
     "random": without_repair,
+    "magnitude": without_repair,
     "Taylor": without_repair,
     "Wanda-sp": without_repair,
     "FLAP": with_bias,
@@ -142,7 +143,7 @@ def stream_repaired(model: Any, plan: Plan, evidence: Evidence) -> Any:
     small = clone(model)
     cut_(small, plan)
     put_(small, fit(small, clone(model, torch.bfloat16), evidence, {}))
-    return small.to(torch.bfloat16)
+    return small
 
 
 def ours(
@@ -179,7 +180,7 @@ def cell(
 ) -> list[float]:
     """Bits per byte of the user's and of generic text, and seconds."""
     started = time.monotonic()
-    cut = repair(model, plan, seen)
+    cut = repair(model, plan, seen).to(torch.bfloat16)
     return [*(score(cut, w).bits_per_byte for w in windows), time.monotonic() - started]
 
 

@@ -138,6 +138,17 @@ def slim_like(seen: Seen) -> Ranking:
     return Ranking(order, blocks, groups, uniform=True)
 
 
+def magnitude(seen: Seen) -> Ranking:
+    """The squares of a channel's weights, or of a query's (in q and o), equal shares (Han et al., arXiv:1506.02626, by channel)."""
+
+    def score(n: int, s: str) -> Tensor:
+        readers = ("mlp.gate_proj", "mlp.up_proj") if s == "down" else ("self_attn.q_proj",)
+        into = [linear(seen.model, n, name).weight.data.float().square().sum(1) for name in readers]
+        return _weight(seen, n, s).square().sum(0) + torch.stack(into).sum(0)
+
+    return by_channel(seen, score, uniform=True)
+
+
 def random(seen: Seen) -> Ranking:
     """Anything, equal shares."""
     generator = torch.Generator().manual_seed(int(seen.rows.sum()))
@@ -173,6 +184,7 @@ def block_drop(seen: Seen) -> Ranking:
 
 RIVALS: dict[str, Callable[[Seen], Ranking]] = {
     "random": random,
+    "magnitude": magnitude,
     "Taylor": taylor,
     "Wanda-sp": wanda_sp,
     "FLAP": flap,

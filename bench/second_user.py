@@ -64,7 +64,8 @@ def one_user(
 
     def tell(name: str, e: Effects) -> None:
         kept = chosen(shape, by_effects(e), removed)
-        run = lambda: score(without_repair(p.model, plan_of(shape, kept, 0)), validation).bits_per_byte  # noqa: E731
+        cut = lambda: without_repair(p.model, plan_of(shape, kept, 0)).to(torch.bfloat16)  # noqa: E731
+        run = lambda: score(cut(), validation).bits_per_byte  # noqa: E731
         cost = remembered(run, "second", json.dumps(kept), own, p.source.sha256) / dense - 1
         rank = spearmanr(flat(e), flat(truth)).statistic
         print(f"  {name:44s} rank {rank:.3f}  {cost:+.1%}", flush=True)

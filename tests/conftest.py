@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,21 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Efforts that fit a pico model, and a cache of its own."""
     make_efforts_tiny(monkeypatch)
     monkeypatch.setenv("SARTOR_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def subject(place: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A user of the benchmark with the pico model; what several tests of a file need of it is computed once."""
+    import artifacts
+    from subject import Subject
+
+    from sartor import evaluate
+    from sartor.sources import resolve
+
+    model = str(place["model"])
+    with pytest.MonkeyPatch.context() as patch:
+        make_efforts_tiny(patch)
+        patch.setenv("SARTOR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(artifacts, "COPIED", 1 << 20)
+        patch.setattr(evaluate, "TURNS", 1)
+        yield Subject(model, resolve(model), place["user"], place["generic"], "quick")

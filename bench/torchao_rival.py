@@ -1,0 +1,55 @@
+"""torchao's weight-only quantization, in PyTorch, in a process of its own (`torch_worker.py`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from artifacts import Artifact
+from subject import Subject
+
+from sartor.errors import MissingExtra
+from sartor.evaluate import HeldOut
+from sartor.export.apart import answered
+from sartor.numerics.metrics import Score
+from sartor.stages.measure import score_of
+from sartor.stages.tokens import encode_windows
+
+TYPES = ("int8", "int4")
+PIP = "pip install torchao==0.18.0"
+NOTE = "linears of the layers; the embedding, which is the head too, stays bf16; eager PyTorch in bf16; the file is without tokenizer"
+
+
+def weight_only(subject: Subject, kind: str, work: Path) -> Artifact:
+    """int8: a scale a row. int4: groups of 32 with scale and zero point, in the layout that PyTorch's CPU kernel reads."""
+    if importlib.util.find_spec("torchao") is None:
+        raise MissingExtra(f"torchao is not installed: {PIP}")
+    ask = partial(_ask, {"folder": str(subject.source.folder), "kind": kind, "threads": os.cpu_count() or 1})
+    started, file = time.monotonic(), work / "model.safetensors"
+    read = ask(do="write", file=str(file))["read"]
+    seconds, tokenizer = time.monotonic() - started, subject.dense.tokenizer
+    scores, speed = partial(_scores, ask, tokenizer), partial(_speed, ask)
+    return Artifact(file.stat().st_size, seconds, tokenizer, "PyTorch", scores, speed, read, NOTE)
+
+
+def _ask(about: Mapping[str, Any], **job: Any) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).with_name("torch_worker.py"))]
+    return answered(command, {**about, **job}, f"torchao failed on {about['kind']}")
+
+
+def _scores(ask: Any, tokenizer: Any, windows: HeldOut) -> tuple[Score, Score]:
+    texts = [encode_windows(w, tokenizer) for w in (windows.user, windows.generic)]
+    nats = [torch.tensor(n) for n in ask(do="score", windows=[list(w.ids) for some in texts for w in some])["nats"]]
+    user, generic = texts
+    return score_of(user, nats[: len(user)]), score_of(generic, nats[len(user) :])
+
+
+def _speed(ask: Any, ids: Sequence[int]) -> dict[str, float]:
+    return ask(do="speed", ids=list(ids), generate=64, repeats=2)
