@@ -24,9 +24,17 @@ from sartor.stages.maps import block_of
 
 TIMED, THREADS = 8, 2  # pictures, and threads, that time is measured with
 MARGIN = 0.04  # of the time asked for: what is measured again in the end is a little different
-SHARES = (1.0, 0.75, 0.5, 0.25)  # of a group's units, that the networks that are timed have
-NETWORKS = 8
-STANDS_FOR = (0.05, 0)  # a grid, where only time and size matter
+SHARES = (
+    0.85,
+    0.7,
+    0.5,
+    0.35,
+    0.2,
+)  # of all units, that the networks that are timed have, about; each twice, and the whole and the smallest one
+STANDS_FOR = (
+    0.02,
+    0,
+)  # a grid, where only time and size matter; it ends below 6, as those of real networks do: there the runtime needs no step of its own to cut off
 
 
 def map_costs(graph: Graph, budget: int) -> MapCosts:
@@ -55,15 +63,17 @@ def timed_maps(
     Raises:
         BudgetError: what the file takes besides is too much already.
     """
-    rng, none = np.random.default_rng(seed), [0] * len(costs.units)
-    widths = [none, *(_fewer(costs.units, rng) for _ in range(NETWORKS - 1))]
+    rng = np.random.default_rng(seed)
+    widths = [[0] * len(costs.units), list(costs.most), *(_fewer(costs, share, rng) for share in (*SHARES, *SHARES))]
     with tempfile.TemporaryDirectory() as tmp:
-        files = {"original": Path(tmp) / "original.onnx"} | {str(n): Path(tmp) / f"{n}.onnx" for n in range(NETWORKS)}
+        files = {"original": Path(tmp) / "original.onnx"} | {
+            str(n): Path(tmp) / f"{n}.onnx" for n in range(len(widths))
+        }
         seen.write(files["original"], original, "fp32")
         for n, gone in enumerate(widths):
             seen.write(files[str(n)], in_eight(shrink(graph, first_units(graph, gone))), "int8")
         found = onnxrt.speeds(files, pixels[:TIMED].numpy(), THREADS)
-    seconds = np.array([found[str(n)]["seconds"] for n in range(NETWORKS)])
+    seconds = np.array([found[str(n)]["seconds"] for n in range(len(widths))])
     work = np.array([[*costs.work(gone), 1.0] for gone in widths])
     scale = work.max(0)
     *prices, beside = nnls(work / scale, seconds)[0] / scale
@@ -75,10 +85,14 @@ def timed_maps(
     return replace(costs, prices=(prices[0], prices[1], prices[2]), limit=limit)
 
 
-def _fewer(units: Sequence[int], rng: np.random.Generator) -> list[int]:
-    """How many units of each group are gone, whole blocks."""
-    shares = rng.choice(SHARES, len(units))
-    return [u - block_of(u) * max(1, round(share * u / block_of(u))) for u, share in zip(units, shares, strict=True)]
+def _fewer(costs: MapCosts, share: float, rng: np.random.Generator) -> list[int]:
+    """How many units of each group are gone, whole blocks, where about this share stays; of some groups more, of others less."""
+    found = []
+    for units, most in zip(costs.units, costs.most, strict=True):
+        block = block_of(units)
+        gone = block * round((1 - share * rng.uniform(0.5, 1.5)) * units / block)
+        found.append(min(max(0, gone), most))
+    return found
 
 
 def first_units(graph: Graph, gone: Sequence[int]) -> Keep:
