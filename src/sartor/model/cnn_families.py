@@ -160,7 +160,7 @@ def from_torchvision(weights: Mapping[str, Tensor], size: int = SIZE) -> Graph:
     rows = [row for row in FAMILIES.values() if row[0] in weights]
     if len(rows) != 1:
         raise SourceError(
-            f"these {len(weights)} weights are of no family that Sartor knows: give torchvision's {', '.join(FAMILIES)}, or an ONNX file"
+            f"these {len(weights)} weights are of no family that Sartor knows: give torchvision's {', '.join(FAMILIES)}, an ONNX file, or the folder of a transformers model"
         )
     _, build, eps = rows[0]
     draft = Draft(size, *normalization())
