@@ -52,8 +52,9 @@ def chosen(a: Any, r: Ranking, removed: float) -> list[tuple[list[int], list[int
             groups[n] = int(removed * a.groups[n])
         missing = removed * sum(a.groups[n] * group + a.ffn[n] // BLOCK * block for n in range(a.layers))
         want = round((missing - sum(groups) * group) / block)
-        for i in range(want):
-            blocks[i % a.layers] += 1
+        for i in range(want):  # llama.cpp cannot express attention without FFN: a block stays
+            n = i % a.layers
+            blocks[n] += blocks[n] + 1 < a.ffn[n] // BLOCK
     else:
         ladders = []
         for n in range(a.layers):

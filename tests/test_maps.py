@@ -21,12 +21,12 @@ from sartor.numerics.eight import best_grid, grid_of, held, on_grid, rounded
 from sartor.plan import LayerPlan, from_mask
 from sartor.stages.allot_maps import allot_maps
 from sartor.stages.attribute import patches_that_decided
-from sartor.stages.eight import round_, rounded_values, unrounded
+from sartor.stages.eight import byte_grid, reading_bytes, round_, rounded_values, unrounded
 from sartor.stages.maps import PART, block_of, check_maps, feel_maps, map_effects
 from sartor.stages.probe import Effects
 from sartor.stages.refit import refit_maps, seen_of
 
-from .test_graph import KINDS, Maker, pictures, plain
+from .test_graph import KINDS, Maker, close, pictures, plain
 
 
 def wide(seed: int = 0) -> Graph:
@@ -156,12 +156,27 @@ def test_a_rounded_file_says_what_pytorch_says_and_repeats_itself(
         seen.write(tmp_path / "c.onnx", graph, "int8")
 
 
+def test_a_network_that_reads_bytes_says_the_same_away_from_padding() -> None:
+    m = Maker(0)
+    weight = torch.randn(8, 3, 3, 3, generator=m.g)
+    graph = m.done(m.act(m.draft.conv(INPUT, weight, torch.randn(8, generator=m.g))))
+    new = reading_bytes(graph)
+    assert byte_grid(graph) is None
+    assert byte_grid(new) is not None
+    close(new(pictures()), graph(pictures()))
+    padded = wide()
+    assert error(reading_bytes(padded), padded, pictures(8)) < 0.01
+    other = m.done(m.act(INPUT))
+    assert reading_bytes(other) is other
+
+
 @pytest.mark.parametrize("kind", [*KINDS, lambda m: wide()])
 def test_in_floating_point_numbers_values_end_where_their_grids_do(kind: Callable[[Maker], Graph]) -> None:
     graph = kind(Maker(0))
     small = refit_maps(graph, graph, everything(graph), seen_of(pictures(32), pictures(0), 0.0, 32))
     assert small.rounding is not None
-    tight = {name: (0.5 * scale, zero) for name, (scale, zero) in small.rounding.grids.items()}
+    grids = small.rounding.grids
+    tight = {name: (0.5 * scale, zero) for name, (scale, zero) in grids.items()} | {INPUT: grids[INPUT]}
     round_(small, tight)
     loose = unrounded(small)
     assert loose.rounding is None

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from sartor.errors import BudgetError
 from sartor.export import onnxrt, seen
-from sartor.model.graph import Graph
+from sartor.model.graph import INPUT, Graph
 from sartor.model.graph_channels import Keep, channel_groups, shrink
 from sartor.model.network import clone
 from sartor.stages.allot_maps import MapCosts, layers_of, payload, read_by_head
-from sartor.stages.eight import round_, rounded_values
+from sartor.stages.eight import byte_grid, reading_bytes, round_, rounded_values
 from sartor.stages.maps import block_of
 
 TIMED, THREADS = 8, 2  # pictures, and threads, that time is measured with
@@ -50,8 +50,8 @@ def map_costs(graph: Graph, budget: int) -> MapCosts:
 
 def in_eight(graph: Graph) -> Graph:
     """A copy in eight bits that says nothing sensible: for its time and size."""
-    new: Graph = clone(graph)
-    round_(new, dict.fromkeys(rounded_values(new), STANDS_FOR))
+    new = reading_bytes(clone(graph))
+    round_(new, dict.fromkeys(rounded_values(new), STANDS_FOR) | {INPUT: byte_grid(new) or STANDS_FOR})
     return new
 
 

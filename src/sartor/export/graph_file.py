@@ -19,6 +19,7 @@ from sartor.export.onnx_parts import FLOAT, IR, OPSET, UINT8, node, onnx_package
 from sartor.model.graph import INPUT, LAYERS, Graph, Node, shapes
 from sartor.model.graph_onnx import PLAIN
 from sartor.numerics.eight import rounded
+from sartor.stages.eight import byte_grid
 
 Made = tuple[str, Any, Any]  # operator, attributes, constants
 
@@ -48,15 +49,26 @@ class _File:
         """What readers of a value read: where it has a grid, what is left of it there."""
         return f"{name}.rounded" if name in self.grids else self.named.get(name, name)
 
-    def rounded(self, name: str) -> None:
-        """A value on its grid, where it has one."""
+    def rounded(self, name: str, whole: str = "") -> None:
+        """A value on its grid, where it has one. whole: what is on it already."""
         if name not in self.grids:
             return
         scale, zero = self.grids[name]
-        grid = [f"{name}.scale", f"{name}.zero"]
+        grid = [f"{name}.step", f"{name}.zero"]
         self.held |= {grid[0]: np.float32(scale), grid[1]: np.uint8(zero)}
-        self.add("QuantizeLinear", [self.named.get(name, name), *grid], f"{name}.whole")
-        self.add("DequantizeLinear", [f"{name}.whole", *grid], f"{name}.rounded")
+        if not whole:
+            self.add("QuantizeLinear", [self.named.get(name, name), *grid], f"{name}.whole")
+        self.add("DequantizeLinear", [whole or f"{name}.whole", *grid], f"{name}.rounded")
+
+    def pixels(self) -> None:
+        """What stands in front of the network: nothing but a grid where it reads bytes, else the pixels' normalization."""
+        if INPUT in self.grids and byte_grid(self.graph):
+            return self.rounded(INPUT, INPUT)
+        scale, shift = (self.graph.get_buffer(name)[None] for name in ("scale", "shift"))
+        self.held |= {"pixels.scale": scale, "pixels.shift": shift}
+        for op, inputs, output, attributes in FRONT:
+            self.add(op, inputs, output, **attributes)
+        self.rounded(INPUT)
 
     def weight(self, name: str, weight: Tensor) -> str:
         """The name of a layer's weights as its operator reads them."""
@@ -86,10 +98,7 @@ def build(graph: Graph) -> Any:
     """The file as onnx has it in memory."""
     onnx, file = onnx_package(), _File(graph)
     info = onnx.helper.make_tensor_value_info
-    file.held |= {"pixels.scale": graph.get_buffer("scale")[None], "pixels.shift": graph.get_buffer("shift")[None]}
-    for op, inputs, output, attributes in FRONT:
-        file.add(op, inputs, output, **attributes)
-    file.rounded(INPUT)
+    file.pixels()
     for at in graph.nodes:
         file.step(at)
     said = [graph.nodes[graph.ends - 1].name, *([graph.nodes[-1].name] if graph.head is not None else [])]

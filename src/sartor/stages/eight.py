@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sartor.model.graph import INPUT, Graph, Node, Rounding
@@ -29,6 +30,38 @@ def rounded_values(graph: Graph) -> dict[str, str]:
     return found
 
 
+def reading_bytes(graph: Graph) -> Graph:
+    """The same network on pixels less one whole number: the runtime reads bytes as they are, on a grid of their own, and computes nothing in front of the first convolution.
+
+    Padding then stands for that number, where it stood for each colour's mean, a few of 255 steps away. A network whose pixels are read by anything but convolutions is given back as it is.
+    """
+    readers = [n for n in graph.nodes if INPUT in n.inputs]
+    if any(n.op != "conv" for n in readers):
+        return graph
+    scale, shift = (graph.get_buffer(name).flatten().double() for name in ("scale", "shift"))
+    zero = min(max(round(float((-shift / scale).mean())), 0), STEPS)
+    layers: dict[str, Any] = copy.deepcopy(dict(graph.layers))
+    for node in readers:
+        layer = layers[node.name]
+        wide, rows = layer.groups > 1, layer.weight.double()
+        if wide or rows.shape[1] != len(scale):
+            return graph
+        layer.bias.data = (layer.bias.double() + rows.sum((2, 3)) @ (shift + zero * scale)).float()
+        layer.weight.data = (rows * scale[None, :, None, None]).float()
+    new = again(graph, graph.nodes, layers)
+    new.register_buffer("scale", torch.ones(3, 1, 1), persistent=False)
+    new.register_buffer("shift", torch.full((3, 1, 1), -float(zero)), persistent=False)
+    return new
+
+
+def byte_grid(graph: Graph) -> tuple[float, int] | None:
+    """The grid of pixels that are bytes less one whole number; None where they are anything else."""
+    scale, shift = graph.get_buffer("scale").flatten(), graph.get_buffer("shift").flatten()
+    zero = -float(shift[0])
+    plain = bool((scale == 1).all() and (shift == shift[0]).all()) and zero.is_integer() and 0 <= zero <= STEPS
+    return (1.0, int(zero)) if plain else None
+
+
 def straight(weight: Tensor) -> Tensor:
     """Rounded weights; gradients go straight through (Bengio et al. 2013, arXiv:1308.3432)."""
     return weight + (held(weight) - weight).detach() if weight.requires_grad else held(weight)
@@ -40,7 +73,7 @@ def unrounded(graph: Graph) -> Graph:
         return graph
     grids, nodes, named = graph.rounding.grids, list[Node](), dict[str, str]()
     ends = {name: (-zero * scale, (STEPS - zero) * scale) for name, (scale, zero) in grids.items()}
-    if INPUT in ends:
+    if INPUT in ends and byte_grid(graph) is None:
         nodes.append(_cut_off(INPUT, ends[INPUT]))
         named[INPUT] = nodes[-1].name
     for node in graph.nodes:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sartor.model.graph import INPUT, LAYERS, OPS, Graph, Node
 from sartor.numerics.compensate import refit, strength
 from sartor.numerics.eight import best_grid, held, on_grid
-from sartor.stages.eight import round_, rounded_values
+from sartor.stages.eight import byte_grid, reading_bytes, round_, rounded_values
 
 PLACES = 196  # of a map, at most, that a picture says something of
 CHUNK = 8  # pictures whose windows are unfolded together
@@ -93,12 +93,13 @@ def refit_maps(
     """
     import copy
 
-    new: Graph = copy.deepcopy(cut)
+    new = reading_bytes(cut) if eight else cut
+    new = copy.deepcopy(new) if new is cut else new
     grids, rounded = dict[str, tuple[float, int]](), rounded_values(new) if eight else {}
     values = {graph: {INPUT: graph.embed(seen.pixels)} for graph in (whole, new)}
     generator = torch.Generator().manual_seed(0)
     if eight:
-        grids[INPUT] = best_grid(_some(values[new][INPUT], generator))
+        grids[INPUT] = byte_grid(new) or best_grid(_some(values[new][INPUT], generator))
         values[new][INPUT] = on_grid(values[new][INPUT], *grids[INPUT])
     last = {name: i for i, node in enumerate(new.nodes) for name in node.inputs}
     for i, node in enumerate(new.nodes):
