@@ -24,17 +24,10 @@ from sartor.stages.maps import block_of
 
 TIMED, THREADS = 8, 2  # pictures, and threads, that time is measured with
 MARGIN = 0.04  # of the time asked for: what is measured again in the end is a little different
-SHARES = (
-    0.85,
-    0.7,
-    0.5,
-    0.35,
-    0.2,
-)  # of all units, that the networks that are timed have, about; each twice, and the whole and the smallest one
-STANDS_FOR = (
-    0.02,
-    0,
-)  # a grid, where only time and size matter; it ends below 6, as those of real networks do: there the runtime needs no step of its own to cut off
+# of all units, that the networks that are timed have, about: each twice, beside the whole and the smallest one
+SHARES = (0.85, 0.7, 0.5, 0.35, 0.2)
+# a grid, where only time and size matter; it ends below 6, as those of real networks do: there the runtime needs no step of its own to cut off
+STANDS_FOR = (0.02, 0)
 
 
 def map_costs(graph: Graph, budget: int) -> MapCosts:
@@ -61,7 +54,7 @@ def timed_maps(
     """The costs with time: seconds of a multiplication and of a number made are fitted to networks of many widths, measured in the runtime beside the original in fp32.
 
     Raises:
-        BudgetError: what the file takes besides is too much already.
+        BudgetError: not even the smallest network is so fast.
     """
     rng = np.random.default_rng(seed)
     widths = [[0] * len(costs.units), list(costs.most), *(_fewer(costs, share, rng) for share in (*SHARES, *SHARES))]
@@ -77,12 +70,14 @@ def timed_maps(
     work = np.array([[*costs.work(gone), 1.0] for gone in widths])
     scale = work.max(0)
     *prices, beside = nnls(work / scale, seconds)[0] / scale
-    limit = (1 - MARGIN) * found["original"]["seconds"] / faster - beside
-    if limit <= 0:
+    whole = (1 - MARGIN) * found["original"]["seconds"]
+    timed = replace(costs, prices=(prices[0], prices[1], prices[2]), limit=whole / faster - beside)
+    least = timed.seconds(costs.most)
+    if timed.limit < least:
         raise BudgetError(
-            f"{faster:g} times as fast as the original cannot be reached: without any channel the file takes {1000 * beside:.2f} ms already; ask for less with --faster"
+            f"{faster:g} times as fast as the original cannot be reached: the smallest network that Sartor would make is {whole / (least + beside):.1f} times as fast; ask for that or less with --faster"
         )
-    return replace(costs, prices=(prices[0], prices[1], prices[2]), limit=limit)
+    return timed
 
 
 def _fewer(costs: MapCosts, share: float, rng: np.random.Generator) -> list[int]:
