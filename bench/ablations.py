@@ -70,9 +70,8 @@ def fitted(name: str, subject: Subject, size: str, work: Path) -> Artifact:
         v.training(EFFORTS[subject.effort].training), progress, fitting=v.fitting,
     )  # fmt: skip
     progress.end()
-    file, latents = work / "model.gguf", made.latents
-    grids = {n: g.name for n, g in latents.grids.items()}
-    gguf_file.write(file, made.model, made.tokenizer, latents.masters, latents.scales, grids, "sartor")
+    file = work / "model.gguf"
+    gguf_file.write_latents(file, made.model, made.tokenizer, made.latents, "sartor")
     if file.stat().st_size > budget:
         raise BudgetError(f"the file has {file.stat().st_size:,} bytes, more than the budget of {budget:,}")
     return gguf_artifact(file, made.tokenizer, time.monotonic() - started)

@@ -15,7 +15,7 @@ from sartor.model.graph import INPUT, Draft, Graph, macs, normalization
 from sartor.picture_api import ARTIFACT
 
 from .test_graph import Maker
-from .test_picture_jobs import NAMES, keep, put_tiny, report
+from .test_picture_jobs import NAMES, assert_no_name_leaves, fitted_by_command, put_photos, put_tiny, report
 from .test_pictures import drawn
 
 SIDE = 32
@@ -37,12 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("maps")
     found = {"model": root / "net.onnx"} | {name: root / name for name in ("photos", "loose", "generic")}
     graph_file.write(found["model"], network())
-    pixels, labels = drawn(180, 21)
-    for i, (picture, label) in enumerate(zip(pixels, labels, strict=True)):
-        for folder in (found["photos"] / NAMES[label], found["loose"]):
-            keep(picture, folder / f"secret-{i}.png")
-    for i, picture in enumerate(drawn(60, 22)[0]):
-        keep(picture, found["generic"] / f"g{i}.png")
+    put_photos(found)
     return found
 
 
@@ -54,12 +49,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def fitted(place: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One job through the command line, with all controls."""
-    out = tmp_path_factory.mktemp("job") / "seen"
-    with pytest.MonkeyPatch.context() as patch:
-        put_tiny(patch)
-        ask = ["compress", str(place["model"]), "--data", str(place["photos"]), "--generic", str(place["generic"])]
-        assert main([*ask, "--size", "45%", "--out", str(out)]) == 0
-    return out
+    return fitted_by_command(place, tmp_path_factory.mktemp("job") / "seen", "--size", "45%")
 
 
 def test_the_file_keeps_its_budget_and_says_what_pytorch_says(fitted: Path) -> None:
@@ -97,9 +87,7 @@ def test_the_report_tells_channels_and_what_a_user_would_pick_instead(
 
 
 def test_no_name_of_class_or_file_leaves_but_in_classes_json(fitted: Path) -> None:
-    for file in fitted.rglob("*"):
-        if file.is_file() and file.name != "classes.json":
-            assert b"secret" not in file.read_bytes(), file.name
+    assert_no_name_leaves(fitted)
 
 
 def test_photos_are_named_measured_again_and_exported(

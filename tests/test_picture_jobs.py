@@ -42,13 +42,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         hidden_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=32, patch_size=8, layerscale_value=1.0
     )
     Dinov2Model(config).save_pretrained(found["model"])
+    put_photos(found)
+    return found
+
+
+def put_photos(place: dict[str, Path]) -> None:
+    """A user's photos by class, the same without classes, and generic pictures."""
     pixels, labels = drawn(180, 21)
     for i, (picture, label) in enumerate(zip(pixels, labels, strict=True)):
-        for folder in (found["photos"] / NAMES[label], found["loose"]):
+        for folder in (place["photos"] / NAMES[label], place["loose"]):
             keep(picture, folder / f"secret-{i}.png")
     for i, picture in enumerate(drawn(60, 22)[0]):
-        keep(picture, found["generic"] / f"g{i}.png")
-    return found
+        keep(picture, place["generic"] / f"g{i}.png")
 
 
 def keep(picture: torch.Tensor, file: Path) -> None:
@@ -64,11 +69,14 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def fitted(place: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One job through the command line, with all controls."""
-    out = tmp_path_factory.mktemp("job") / "seen"
+    return fitted_by_command(place, tmp_path_factory.mktemp("job") / "seen", "--size", "35%", "--to", "onnx")
+
+
+def fitted_by_command(place: dict[str, Path], out: Path, *more: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         put_tiny(patch)
         ask = ["compress", str(place["model"]), "--data", str(place["photos"]), "--generic", str(place["generic"])]
-        assert main([*ask, "--size", "35%", "--to", "onnx", "--out", str(out)]) == 0
+        assert main([*ask, *more, "--out", str(out)]) == 0
     return out
 
 
@@ -124,6 +132,10 @@ def test_the_report_compares_with_what_a_user_would_pick_instead(fitted: Path) -
 
 
 def test_no_name_of_class_or_file_leaves_but_in_classes_json(fitted: Path) -> None:
+    assert_no_name_leaves(fitted)
+
+
+def assert_no_name_leaves(fitted: Path) -> None:
     for file in fitted.rglob("*"):
         if file.is_file() and file.name != "classes.json":
             assert b"secret" not in file.read_bytes(), file.name

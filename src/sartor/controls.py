@@ -60,9 +60,7 @@ def trained_arm(p: Prepared, job: Job, fitted: Score, windows: HeldOut, tell: Te
     made = _made(p, job, public_texts(p), job.effort, EFFORTS[job.effort].training, _inside(tell, 0.0, 0.8, GENERIC))
     with tempfile.TemporaryDirectory() as tmp:
         file = Path(tmp) / "control.gguf"
-        latents = made.latents
-        grids = {n: g.name for n, g in latents.grids.items()}
-        gguf_file.write(file, made.model, made.tokenizer, latents.masters, latents.scales, grids, "control")
+        gguf_file.write_latents(file, made.model, made.tokenizer, made.latents, "control")
         size, scores = file.stat().st_size, evaluate.in_runtime(file, windows, made.tokenizer)
     return [evaluate.control(GENERIC, size, *scores, fitted)]
 

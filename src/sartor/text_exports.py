@@ -28,18 +28,15 @@ from sartor.stages.tokens import Window, cut_windows, encode_windows
 ARTIFACT = "model.gguf"
 TEST_BYTES = 24_000  # of held-out text whose bits are counted
 COMPARED = 6  # windows whose logits are compared
-WRITTEN, SEEDS = (
-    96,
-    range(4),
-)  # tokens that the artifact writes to be compared on, where no text is given, and how often
+WRITTEN = 96  # tokens that the artifact writes to be compared on, where no text is given
+SEEDS = range(4)  # of each such text
 PROMPT, GENERATE, TURNS = 256, 64, 3  # tokens that are timed, and how often, the runtimes in turns
 
 
 def write_gguf(folder: Path, model: Any, tokenizer: Any, latents: Latents) -> Path:
     """The artifact's GGUF file; beside its place first, so that what is there is whole."""
     path, part = folder / ARTIFACT, folder / f"{ARTIFACT}.part"
-    grids = {n: g.name for n, g in latents.grids.items()}
-    gguf_file.write(part, model, tokenizer, latents.masters, latents.scales, grids, "sartor")
+    gguf_file.write_latents(part, model, tokenizer, latents, "sartor")
     part.replace(path)
     return path
 

@@ -16,6 +16,7 @@ from sartor.errors import SourceError
 from sartor.model.families import LINEARS, NORMS, REPAIRS, Family, family_of
 from sartor.model.network import Anatomy, anatomy
 from sartor.numerics.grids import GRIDS, encode, tensor_bytes
+from sartor.stages.masters import Latents
 
 ALIGNMENT = 32
 LONGEST = 8192  # tokens of context
@@ -229,3 +230,9 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return path.stat().st_size
+
+
+def write_latents(path: Path, model: Any, tokenizer: Any, latents: Latents, name: str) -> int:
+    """`write` of a network whose weights are these."""
+    grids = {n: g.name for n, g in latents.grids.items()}
+    return write(path, model, tokenizer, latents.masters, latents.scales, grids, name)

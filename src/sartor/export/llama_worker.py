@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import ctypes as ct
 import importlib.util
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from text_jobs import JOBS, room  # by path, as this file is started: the package would load torch
+from text_jobs import timed  # by path, as this file is started: the package would load torch
 from worker import answer, measured
 
 
@@ -141,12 +140,5 @@ class Llama:
         return bool(self.lib.llama_vocab_is_eog(self.vocab, token))
 
 
-def work(job: dict[str, Any]) -> dict[str, Any]:
-    """One job, and the seconds that it took."""
-    started = time.perf_counter()
-    llama = Llama(job["file"], job["threads"], room(job))
-    return JOBS[job["do"]](llama, job) | {"seconds": time.perf_counter() - started}
-
-
 if __name__ == "__main__":
-    answer(measured(work))
+    answer(measured(timed(Llama)))

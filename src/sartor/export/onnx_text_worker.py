@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from onnx_worker import load  # by path, as this file is started: the package would load torch
-from text_jobs import JOBS, room
+from text_jobs import timed
 from worker import answer, measured
 
 
@@ -69,12 +68,5 @@ class OnnxText:
         return token in self.final
 
 
-def work(job: dict[str, Any]) -> dict[str, Any]:
-    """One job, and the seconds that it took."""
-    started = time.perf_counter()
-    runner = OnnxText(job["file"], job["threads"], room(job))
-    return JOBS[job["do"]](runner, job) | {"seconds": time.perf_counter() - started}
-
-
 if __name__ == "__main__":
-    answer(measured(work))
+    answer(measured(timed(OnnxText)))

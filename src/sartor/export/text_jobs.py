@@ -6,7 +6,7 @@ By path, as the workers that read it are started: the package would load torch.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -107,6 +107,17 @@ JOBS = {
     "speed": job_speed,
     "generate": job_generate,
 }
+
+
+def timed(load: Callable[[str, int, int], Runner]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A worker's job, with the seconds that it took; load: (file, threads, tokens of context) -> what runs it."""
+
+    def work(job: dict[str, Any]) -> dict[str, Any]:
+        started = time.perf_counter()
+        runner = load(job["file"], job["threads"], room(job))
+        return JOBS[job["do"]](runner, job) | {"seconds": time.perf_counter() - started}
+
+    return work
 
 
 def room(job: dict[str, Any]) -> int:

@@ -145,6 +145,10 @@ class Graph(nn.Module):
             return layer(x)
         return functional_call(layer, {"weight": self.rounding.weight(layer.weight)}, (x,))
 
+    def made(self, node: Node, *inputs: Tensor) -> Tensor:
+        """What a node makes of its inputs."""
+        return self.layer(node.name, *inputs) if node.op in LAYERS else OPS[node.op](node.attributes, *inputs)
+
     def run(self, x: Tensor, first: int, end: int, tell: Callable[[str, Tensor], None] | None = None) -> Tensor:
         """What nodes `first` to `end` make of `x`, which is the value of the node before them. `tell` is told every value."""
         values = {self.nodes[first - 1].name if first else INPUT: x}
@@ -154,8 +158,7 @@ class Graph(nn.Module):
             for name in node.inputs:
                 if last[name] == i:  # nobody reads it again: its memory is free
                     values.pop(name, None)
-            x = self.layer(node.name, inputs[0]) if node.op in LAYERS else OPS[node.op](node.attributes, *inputs)
-            values[node.name] = x = self._rounded(node.name, x)
+            values[node.name] = x = self._rounded(node.name, self.made(node, *inputs))
             if tell is not None:
                 tell(node.name, x)
         return x

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from sartor.errors import InputError
@@ -50,28 +52,24 @@ class Group:
 
 
 class _Ties:
-    """Union-find over channels."""
+    """Channels, and which of them are tied."""
 
     def __init__(self) -> None:
-        self.parent: list[int] = []
+        self.count, self.pairs = 0, list[np.ndarray]()
 
     def new(self, count: int) -> Ids:
-        start = len(self.parent)
-        self.parent.extend(range(start, start + count))
-        return np.arange(start, start + count)
-
-    def find(self, i: int) -> int:
-        while self.parent[i] != i:
-            self.parent[i] = i = self.parent[self.parent[i]]
-        return i
+        self.count += count
+        return np.arange(self.count - count, self.count)
 
     def tie(self, a: Ids, b: Ids) -> None:
-        for i, j in zip(a.tolist(), b.tolist(), strict=True):
-            i, j = self.find(i), self.find(j)
-            self.parent[max(i, j)] = min(i, j)
+        self.pairs.append(np.stack([a, b]))
 
-    def roots(self, ids: Ids) -> Ids:
-        return np.array([self.find(i) for i in ids.tolist()], dtype=np.int64)
+    def units(self) -> Ids:
+        """Of every channel the number of its unit; units are numbered by their first channels."""
+        a, b = np.concatenate(self.pairs, 1) if self.pairs else np.zeros((2, 0), np.int64)
+        graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(self.count, self.count))
+        unit: Ids = connected_components(graph, directed=False)[1].astype(np.int64)
+        return unit
 
 
 def _mixes(layer: Any) -> bool:
@@ -100,8 +98,8 @@ def _met(ties: _Ties, pinned: list[Ids], *inputs: Ids) -> Ids:
     return wide
 
 
-def _followed(graph: Graph) -> tuple[_Ties, dict[str, Ids], list[Ids]]:
-    """(ties, channels of every value, channels that must stay)."""
+def _followed(graph: Graph) -> tuple[dict[str, Ids], Ids]:
+    """(the units of every value's channels, units that must stay)."""
     ties, sizes = _Ties(), shapes(graph)
     ids = {INPUT: ties.new(3)}
     pinned = [ids[INPUT]]
@@ -114,16 +112,17 @@ def _followed(graph: Graph) -> tuple[_Ties, dict[str, Ids], list[Ids]]:
     for node in graph.nodes:
         inputs = [ids[name] for name in node.inputs]
         ids[node.name] = special[node.op](node, inputs) if node.op in special else inputs[0]
-    return ties, ids, [*pinned, ids[graph.nodes[-1].name]]
+    unit = ties.units()
+    return {name: unit[x] for name, x in ids.items()}, unit[np.concatenate([*pinned, ids[graph.nodes[-1].name]])]
 
 
 def channel_groups(graph: Graph) -> list[Group]:
     """Groups of units that may go, in the order of the network; what touches the pixels, or the network's output, is in none of them."""
-    ties, ids, stay = _followed(graph)
-    pinned = set(ties.roots(np.concatenate(stay)).tolist())
+    unit, stay = _followed(graph)
+    pinned = set(stay.tolist())
     layers = [n for n in graph.nodes if n.op in LAYERS]
-    rows = {n.name: ties.roots(ids[n.name]) for n in layers}
-    columns = {n.name: ties.roots(ids[n.inputs[0]]) for n in layers if _mixes(graph.layers[n.name])}
+    rows = {n.name: unit[n.name] for n in layers}
+    columns = {n.name: unit[n.inputs[0]] for n in layers if _mixes(graph.layers[n.name])}
     makers: dict[int, list[str]] = {}
     for name, roots in rows.items():
         for root in dict.fromkeys(roots.tolist()):

@@ -21,13 +21,13 @@ def is_graph(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
-def tensors_of(graph: Graph) -> dict[str, Tensor]:
-    """Weights and biases of all layers, by name."""
-    named = dict(graph.named_parameters()) | {"pixels.scale": graph.get_buffer("scale")}
-    return {n: p.detach().contiguous() for n, p in (named | {"pixels.shift": graph.get_buffer("shift")}).items()}
+def _tensors(graph: Graph) -> dict[str, Tensor]:
+    """Weights and biases of all layers and the pixels' normalization, by name."""
+    pixels = {f"pixels.{name}": graph.get_buffer(name) for name in ("scale", "shift")}
+    return {n: p.detach().contiguous() for n, p in (dict(graph.named_parameters()) | pixels).items()}
 
 
-def described(graph: Graph) -> str:
+def _described(graph: Graph) -> str:
     """Everything but the weights, as JSON; of eight bits the grids."""
     nodes = [
         {"name": n.name, "op": n.op, "inputs": n.inputs, "attributes": dict(n.attributes)} | _sizes(graph, n)
@@ -47,9 +47,9 @@ def save(graph: Graph, folder: Path) -> None:
     from safetensors.torch import save_file
 
     part = folder / "model.part"
-    save_file(tensors_of(graph), part, {"format": "sartor-graph-1"})
+    save_file(_tensors(graph), part, {"format": "sartor-graph-1"})
     part.replace(folder / "model.safetensors")
-    (folder / FILE).write_text(described(graph))
+    (folder / FILE).write_text(_described(graph))
 
 
 def load(folder: Path) -> tuple[Graph, dict[str, tuple[float, int]]]:

@@ -6,7 +6,7 @@ layer may lose all of either. For its bytes a head takes twice the time of an FF
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -81,25 +81,34 @@ def allot(a: Anatomy, effects: Effects, costs: Costs) -> Allotment:
 def refuse_impossible(a: Anatomy, costs: Costs) -> None:
     """Raises BudgetError where even the smallest network is larger, or slower."""
     least = smallest(a)
-    if costs.budget < (size := costs.bytes_of(least)):
+    refuse(costs.budget, costs.limit, costs.bytes_of(least), costs.seconds(least), "heads and channels")
+
+
+def refuse(budget: int, limit: float, size: int, seconds: float, parts: str) -> None:
+    """Raises BudgetError where the smallest network, of `size` bytes and so many seconds for its `parts`, is beyond the budget or the limit."""
+    if budget < size:
         raise BudgetError(
-            f"a budget of {costs.budget:,} bytes cannot be reached: the smallest model Sartor would make of this one has {size:,} bytes; ask for that or more",
+            f"a budget of {budget:,} bytes cannot be reached: the smallest model Sartor would make of this one has {size:,} bytes; ask for that or more",
             size,
         )
-    if costs.limit < costs.seconds(least):
+    if limit < seconds:
         raise BudgetError(
-            f"{1000 * costs.limit:.2f} ms a picture for all heads and channels cannot be reached: the smallest model Sartor would make takes {1000 * costs.seconds(least):.2f} ms; ask for less with --faster"
+            f"{1000 * limit:.2f} ms a picture for all {parts} cannot be reached: the smallest model Sartor would make takes {1000 * seconds:.2f} ms; ask for less with --faster"
         )
 
 
 def _least_damage(a: Anatomy, units: Units, costs: Costs, mix: float) -> Choice:
     """The least that must be saved so that all costs are met, where time has `mix` of the weight."""
-    ladders, low, high = _ladders(a, units, costs, mix), 0, UNIT
-    if costs.met(a):
-        return allocate(ladders, 0)
+    ladders = _ladders(a, units, costs, mix)
+    return allocate(ladders, 0) if costs.met(a) else just_enough(ladders, lambda c: costs.met(_cut(a, c)), UNIT)
+
+
+def just_enough(ladders: Sequence[Ladder], met: Callable[[Choice], bool], most: int) -> Choice:
+    """The choice that saves the least, up to `most`, so that it is `met`."""
+    low, high = 0, most
     for _ in range(STEPS):
         middle = (low + high) // 2
-        low, high = (low, middle) if costs.met(_cut(a, allocate(ladders, middle))) else (middle, high)
+        low, high = (low, middle) if met(allocate(ladders, middle)) else (middle, high)
     return allocate(ladders, high)
 
 

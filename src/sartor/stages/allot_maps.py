@@ -13,19 +13,18 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from sartor.errors import BudgetError
 from sartor.model.graph import Graph, shapes
 from sartor.model.graph_channels import channel_groups
 from sartor.numerics.allocate import Choice, Ladder, allocate
 from sartor.plan import to_mask
-from sartor.stages.allot import MIXES, STEPS, UNIT, Allotment
-from sartor.stages.maps import block_of, ordered
+from sartor.stages.allot import MIXES, UNIT, Allotment, just_enough, refuse
+from sartor.stages.maps import block_of, blocks_of
 from sartor.stages.probe import Effects
 
 LEAST = 0.1  # of a group's units, that stay: with fewer the sum of effects foretells nothing
 ROUNDS = 3  # of prices
 OUTPUT_BYTES = 8  # an output's scale and bias
-Counts = Sequence[int]  # units that stay, group by group
+Counts = Sequence[int]  # units, group by group
 
 
 @dataclass(frozen=True)
@@ -118,15 +117,7 @@ def payload(costs: MapCosts) -> int:
 
 def refuse_impossible_maps(costs: MapCosts) -> None:
     """Raises BudgetError where even the smallest network is larger, or slower."""
-    if costs.budget < (size := costs.bytes_of(costs.most)):
-        raise BudgetError(
-            f"a budget of {costs.budget:,} bytes cannot be reached: the smallest model Sartor would make of this one has {size:,} bytes; ask for that or more",
-            size,
-        )
-    if costs.limit < (least := costs.seconds(costs.most)):
-        raise BudgetError(
-            f"{1000 * costs.limit:.2f} ms a picture for all channels cannot be reached: the smallest model Sartor would make takes {1000 * least:.2f} ms; ask for less with --faster"
-        )
+    refuse(costs.budget, costs.limit, costs.bytes_of(costs.most), costs.seconds(costs.most), "channels")
 
 
 def allot_maps(effects: Effects, costs: MapCosts) -> Allotment:
@@ -136,11 +127,8 @@ def allot_maps(effects: Effects, costs: MapCosts) -> Allotment:
         BudgetError: even the smallest is larger, or slower.
     """
     refuse_impossible_maps(costs)
-    blocks = [ordered(e) for e in effects.channel.values()]
-    damage = [
-        (0.0, *np.cumsum([max(0.0, float(e[b].sum())) for b in found]).tolist())
-        for e, found in zip(effects.channel.values(), blocks, strict=True)
-    ]
+    blocks, worth = blocks_of(effects)
+    damage = [(0.0, *np.cumsum(np.maximum(of, 0)).tolist()) for of in worth]
     found = [_least_damage(damage, costs, mix) for mix in (MIXES if costs.limit < float("inf") else MIXES[:1])]
     choice, price = min((f for f in found if costs.met(_gone(f[0], costs))), key=lambda f: f[0].damage)
     masks = [
@@ -169,11 +157,8 @@ def _least_damage(damage: Sequence[Sequence[float]], costs: MapCosts, mix: float
         return choice, 0.0
     best: tuple[Choice, float] | None = None
     for _ in range(ROUNDS):
-        ladders, low, high = _ladders(damage, costs, mix, gone), 0, 2 * UNIT
-        for _ in range(STEPS):
-            middle = (low + high) // 2
-            low, high = (low, middle) if costs.met(_gone(allocate(ladders, middle), costs)) else (middle, high)
-        choice = allocate(ladders, high)
+        ladders = _ladders(damage, costs, mix, gone)
+        choice = just_enough(ladders, lambda c: costs.met(_gone(c, costs)), 2 * UNIT)
         gone = _gone(choice, costs)
         if costs.met(gone) and (best is None or choice.damage < best[0].damage):
             best = choice, choice.price * UNIT / payload(costs)

@@ -90,9 +90,7 @@ def _means(graph: Graph, pixels: Pixels) -> dict[str, Float[Tensor, " c"]]:
         with _reading(graph) as read:
             graph(part)
         for name, z in read.items():
-            total[name] = (
-                total.get(name, 0) + z.flatten(2).mean(2).sum(0) if z.ndim > 2 else total.get(name, 0) + z.sum(0)
-            )
+            total[name] = total.get(name, 0) + (z.flatten(2).mean(2) if z.ndim > 2 else z).sum(0)
     return {name: x / len(pixels) for name, x in total.items()}
 
 
@@ -132,25 +130,21 @@ def check_maps(
 ) -> Worth:
     """`probe.check` for blocks of channels."""
     groups, said = channel_groups(graph), said_of(graph, pixels)
-    blocks = [ordered(effects.channel[n]) for n in range(len(groups))]
-    worth = np.concatenate(
-        [
-            np.array([float(e[b].sum()) for b in found])
-            for e, found in zip(effects.channel.values(), blocks, strict=True)
-        ]
-    )
+    blocks, worth = blocks_of(effects)
     ends = np.cumsum([len(found) for found in blocks])[:-1]
 
     def cost(mask: np.ndarray) -> float:
         with masked(graph, _kept(groups, blocks, np.split(mask, ends))):
             return kl_of(graph, pixels, said)
 
-    return worth_of_masks(worth, cost, masks, PICTURES.unit, seed, tell)
+    return worth_of_masks(np.concatenate(worth), cost, masks, PICTURES.unit, seed, tell)
 
 
-def ordered(effects: Float[Tensor, " u"]) -> list[Tensor]:
-    """Units of a group in blocks that go together, the cheapest first."""
-    return list(effects.argsort().split(block_of(len(effects))))
+def blocks_of(effects: Effects) -> tuple[list[list[Tensor]], list[Float[np.ndarray, " b"]]]:
+    """(units of every group in blocks that go together, the cheapest first; the effects of these blocks)."""
+    groups = effects.channel.values()
+    blocks = [list(e.argsort().split(block_of(len(e)))) for e in groups]
+    return blocks, [np.array([float(e[b].sum()) for b in found]) for e, found in zip(groups, blocks, strict=True)]
 
 
 def _kept(

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from sartor.model.graph import INPUT, LAYERS, OPS, Graph, Node
+from sartor.model.graph import INPUT, LAYERS, Graph, Node
+from sartor.model.network import clone
 from sartor.numerics.compensate import refit, strength
 from sartor.numerics.eight import best_grid, held, on_grid
 from sartor.stages.eight import byte_grid, reading_bytes, round_, rounded_values
@@ -91,10 +92,8 @@ def refit_maps(
     Args:
         cut, whole: of the same nodes. outputs: which of a whole layer's outputs the cut one has (`kept_channels`).
     """
-    import copy
-
-    new = reading_bytes(cut) if eight else cut
-    new = copy.deepcopy(new) if new is cut else new
+    new: Graph = clone(cut)
+    new = reading_bytes(new) if eight else new
     grids, rounded = dict[str, tuple[float, int]](), rounded_values(new) if eight else {}
     values = {graph: {INPUT: graph.embed(seen.pixels)} for graph in (whole, new)}
     generator = torch.Generator().manual_seed(0)
@@ -125,10 +124,7 @@ def refit_maps(
 
 def _made(graph: Graph, node: Node, values: Mapping[str, Tensor]) -> Tensor:
     inputs = [values[i] for i in node.inputs]
-    parts = zip(*(x.split(CHUNK) for x in inputs), strict=True)
-    if node.op in LAYERS:
-        return torch.cat([graph.layers[node.name](*p) for p in parts])
-    return torch.cat([OPS[node.op](node.attributes, *p) for p in parts])
+    return torch.cat([graph.made(node, *parts) for parts in zip(*(x.split(CHUNK) for x in inputs), strict=True)])
 
 
 def _lacking(
