@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sartor.effort import UNTRAINED, Training
 from sartor.model import network as net
 from sartor.model.vocabulary import count_tokens, trim_tokenizer
-from sartor.stages import likelihood, words
+from sartor.plan import LayerPlan, to_mask
+from sartor.stages import calibrate, likelihood, words
 from sartor.stages.bits import BASE, DOWN, RICHER, base_damage, damage_by_grid, kinds_of, poorer_damage
-from sartor.stages.calibrate import heard, second_moments
+from sartor.stages.calibrate import heard, second_moments, unheard
+from sartor.stages.distil import DistilConfig, _due
+from sartor.stages.prune import share_gone
 from sartor.stages.tokens import sample, training_rows
 from tests.conftest import make_model, texts
 
@@ -151,6 +157,46 @@ def test_what_is_heard_of_tokens_has_mean_one_and_no_heavy_tail(model: Any, rows
         assert float(tokens.max()) < 20
         assert float(tokens.std()) > 0.05
         assert torch.all(tokens[:, -1] == 0)  # the last token foretells nothing
+
+
+def test_unheard_rows_say_the_same_of_the_head(model: Any, rows: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.linspace(1, 2, len(rows))
+    weight /= weight.sum()
+    found = unheard(model, rows, weight)
+    assert not found.tokens
+    assert torch.allclose(found.head, heard(model, rows, weight).head, rtol=1e-3, atol=1e-5)
+    monkeypatch.setattr(calibrate, "HEAD_ROWS", 3)
+    few = unheard(model, rows, torch.full((len(rows),), 1 / len(rows))).head
+    assert torch.allclose(few, second_moments(model, rows[:3]).head, rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_due_adds_up_whatever_a_step_takes() -> None:
+    for rows_a_step in (0.0, 3.5, 1 / 3, 2.0):
+        dealt = np.diff([_due(n, rows_a_step) for n in range(25)])
+        assert dealt.sum() == pytest.approx(24 * rows_a_step, abs=1e-6)
+        assert dealt.max() - dealt.min() <= 1
+
+
+def test_the_more_is_cut_the_more_of_the_time_heals() -> None:
+    whole = Training(DistilConfig(60.0, 1e-4), DistilConfig(40.0, 3e-4), 12)
+    for gone, healing in ((0.0, 15.0), (0.3, 45.0), (0.9, 60.0)):
+        dealt = whole.dealt(gone)
+        assert (dealt.adapt.seconds, dealt.recover.seconds) == pytest.approx((100 - healing, healing))
+        assert (dealt.adapt.rate, dealt.recover.rate) == (1e-4, 3e-4)
+        assert dealt.lessons == np.ceil(12 * healing / 60)
+    for nothing in (UNTRAINED, replace(whole, recover=DistilConfig(0.0))):
+        assert nothing.dealt(0.3) == nothing
+    assert replace(whole, lessons=0).dealt(0.3).lessons == 0
+
+
+def test_the_share_that_goes_is_counted_in_weights(model: Any) -> None:
+    a = net.anatomy(model)
+    whole = LayerPlan(to_mask(range(a.groups[0]), a.groups[0]), to_mask(range(a.ffn[0]), a.ffn[0]))
+    half = replace(whole, channels=to_mask(range(a.ffn[0] // 2), a.ffn[0]))
+    plan = SimpleNamespace(layers=(half, *[whole] * (a.layers - 1)))
+    linears = [p.numel() for n, p in model.named_parameters() if "_proj" in n]
+    mlp = sum(p.numel() for n, p in model.named_parameters() if "layers.0.mlp" in n)
+    assert share_gone(plan, a) == pytest.approx(mlp / 2 / sum(linears))
 
 
 def test_moments_and_gradients_skip_what_a_layer_has_lost(model: Any, rows: torch.Tensor) -> None:

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 
 from sartor.stages.distil import DistilConfig
 from sartor.stages.tune import TuneConfig
 
+LEAST_HEALED, MOST_HEALED = 0.15, 0.6  # of the time for training, that recovery gets
+
 
 @dataclass(frozen=True)
 class Training:
-    """How both trainings go (0 seconds: not at all).
+    """How both trainings go (0 seconds: not at all). The seconds of both are one purse, that `dealt` shares out.
 
     Attributes:
         adapt: the trimmed network, off the grid. recover: the cut one, on its grids; the longer, the smaller the peak rate.
-        lessons: the user's rows on which the adapted network says what the cut one learns; 0: it learns from what the rows themselves say, as an ablation.
+        lessons: the user's rows on which the adapted network says what the cut one learns, at most; 0: it learns from what the rows themselves say, as an ablation.
     """
 
     adapt: DistilConfig
     recover: DistilConfig
     lessons: int
+
+    def dealt(self, gone: float) -> Training:
+        """The same seconds, so many of them for recovery as there is to heal.
+
+        What is only rounded or loses words is nearly whole after the fit, and every second of adaptation teaches it more (docs/log.md).
+
+        Args:
+            gone: share of the layers' weights that will be cut.
+        """
+        if not self.adapt.seconds or not self.recover.seconds:
+            return self
+        share, seconds = min(MOST_HEALED, LEAST_HEALED + gone), self.adapt.seconds + self.recover.seconds
+        adapt, recover = (replace(c, seconds=seconds * s) for c, s in ((self.adapt, 1 - share), (self.recover, share)))
+        return Training(adapt, recover, ceil(self.lessons * share / MOST_HEALED))
 
 
 UNTRAINED = Training(DistilConfig(0.0), DistilConfig(0.0), 0)
@@ -59,7 +76,7 @@ EFFORTS: dict[str, Effort] = {
         expected_rows=64,
         layers_at_once=5,
         fit_rows=64,
-        training=Training(DistilConfig(50.0, 2e-4, checks=1), DistilConfig(50.0, 2e-4, checks=1), lessons=96),
+        training=Training(DistilConfig(75.0, 2e-4, checks=1), DistilConfig(75.0, 4e-4, checks=1), lessons=160),
         validation_bytes=12_288,
         test_bytes=32_768,
     ),
@@ -72,7 +89,7 @@ EFFORTS: dict[str, Effort] = {
         expected_rows=96,
         layers_at_once=3,
         fit_rows=192,
-        training=Training(DistilConfig(300.0, 1.5e-4, checks=3), DistilConfig(330.0, 3e-4, checks=3), lessons=768),
+        training=Training(DistilConfig(350.0, 1.5e-4, checks=3), DistilConfig(350.0, 3e-4, checks=3), lessons=768),
         validation_bytes=24_576,
         test_bytes=98_304,
     ),

@@ -36,7 +36,7 @@ from sartor.stages.distil import Anchor, DistilConfig, Trained, anchor, distil_,
 from sartor.stages.likelihood import expected_use, top_of
 from sartor.stages.masters import InMemory, Kept, Latents, put_
 from sartor.stages.probe import Effects, Units, Worth, order_units
-from sartor.stages.prune import cut_
+from sartor.stages.prune import cut_, share_gone
 from sartor.stages.tokens import Window, cut_windows, encode_windows, sample, training_rows
 from sartor.stages.words import whole, words
 from sartor.surgery import Surgery, after_steps
@@ -219,13 +219,13 @@ def apply_plan(
 
     Args:
         model: dense, fp32; never changed. A function that returns it lets it be freed once it is trimmed (training needs the room).
-        training: None for the effort's own, UNTRAINED for none. kept: where the best weights of a training ("adapt", "recover") are kept (None: in memory); what is there
+        training: None for the effort's own, UNTRAINED for none; its seconds are dealt out by what is cut. kept: where the best weights of a training ("adapt", "recover") are kept (None: in memory); what is there
         already is not done again. settled: told the plan whose cuts the adapted network has decided. steps: that the cuts are made in (`buffer.py`). fitting: puts what is left onto its grids.
     """
     e = EFFORTS[effort]
-    training = training or e.training
     clock = Clock()
     small, fitted = trim(_given(model), tokenizer, plan)
+    training = (training or e.training).dealt(share_gone(plan, anatomy(small)))
     learned, unseen = kept_back(own_rows(tokenizer, fitted, plan, texts), e.felt_rows, plan.seed)
     generic = training_rows(texts.generic_train, fitted)
     validation = encode_windows(cut_windows(texts.validation, e.validation_bytes), fitted)

@@ -22,9 +22,10 @@ from sartor.stages.likelihood import kl_of, top_of
 from sartor.stages.masters import Latents, put_
 from sartor.stages.measure import score
 from sartor.stages.probe import Effects, blended
-from sartor.stages.prune import cut_, gone
+from sartor.stages.prune import cut_, gone, share_gone
 from sartor.stages.tokens import Window, sample
 
+WORTH_SETTLING = 0.02  # of the layers' weights go: for less it is not asked anew which
 IN_STEPS = 0.4  # of the time of recovery, where cuts are made in steps
 
 
@@ -64,7 +65,7 @@ class Surgery:
         if self.said is not None and not plan.settled:
             if steps > 1:
                 small, plan, done["steps"] = self._in_steps(small, plan, steps, held)
-            else:
+            elif share_gone(plan, before) >= WORTH_SETTLING:
                 plan = settle(plan, before, self._sense(self.whole, plan, self.tell))
         if anatomy(small) == before:
             cut_(small, plan)
@@ -111,7 +112,8 @@ class Surgery:
             many: of the user's rows; half as many generic ones join them, and all of those count as the plan's `rho` says.
         """
         own, generic = sample(self.learned, many, plan.seed), sample(self.generic, many // 2, plan.seed)
-        evidence = evidence_of(
-            self.whole, own, generic, plan.rho, lambda share: told(0.4 * share, "gradients of every token")
-        )
-        return fit(small, self.whole, evidence, plan.grids, lambda s, n: told(0.4 + 0.6 * s, n))
+        listened = self.said is None  # where training follows, it makes more of the time that gradients take
+        start = 0.4 if listened else 0.0
+        felt = lambda share: told(start * share, "gradients of every token")  # noqa: E731
+        evidence = evidence_of(self.whole, own, generic, plan.rho, felt, listened)
+        return fit(small, self.whole, evidence, plan.grids, lambda s, n: told(start + (1 - start) * s, n))

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sartor.numerics.grids import Grid, nearest_index, search_scales
+from sartor.numerics.grids import Grid, nearest_level, search_scales
 
 
 @dataclass(frozen=True)
@@ -55,27 +55,25 @@ def gptq(
     Returns:
         Quantized; `snap(latent, scales, grid)` are the rounded weights.
     """
-    w = w.clone()
     out, inn = w.shape
     upper = inverse_cholesky(c, damp)
     importance = c.diagonal()
-    levels = torch.tensor(grid.levels, dtype=w.dtype)
+    w = w.T.contiguous()  # inputs first: the sweep goes through one after the other
     latent = torch.empty_like(w)
     scales = torch.empty(out, inn // grid.block)
     for start in range(0, inn, grid.weights):
         end = start + grid.weights
-        block = w[:, start:end]
-        scale = search_scales(block, importance[start:end], grid, candidates=8)
-        scales[:, start // grid.block : end // grid.block] = scale
+        block, local = w[start:end], upper[start:end, start:end]
+        found = search_scales(block.T.contiguous(), importance[start:end], grid, candidates=8)
+        scales[:, start // grid.block : end // grid.block] = found
+        scale = found.T.contiguous()
         safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-        errors = torch.empty(out, grid.weights)
-        local = upper[start:end, start:end]
+        errors = torch.empty(grid.weights, out)
         for j in range(grid.weights):
-            column, at = block[:, j], j // grid.block
-            latent[:, start + j] = column
-            rounded = levels[nearest_index(column / safe[:, at], grid).int()] * scale[:, at]
-            errors[:, j] = (column - rounded) / local[j, j]
-            if j + 1 < grid.weights:
-                block[:, j + 1 :] -= errors[:, j : j + 1] * local[j : j + 1, j + 1 :]
-        w[:, end:] -= errors @ upper[start:end, end:]
-    return Quantized(latent, scales)
+            at = j // grid.block
+            torch.sub(block[j], nearest_level(block[j] / safe[at], grid).mul_(scale[at]), out=errors[j])
+            errors[j] /= local[j, j]
+            block[j + 1 :].addr_(local[j, j + 1 :], errors[j], alpha=-1)
+        latent[start:end] = block
+        w[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    return Quantized(latent.T.contiguous(), scales)

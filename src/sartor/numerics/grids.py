@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class Grid:
     def bits_per_weight(self) -> float:
         return self.block_bytes * 8 / self.weights
 
-    @property
+    @cached_property
     def uniform(self) -> bool:
         return len(set(np.diff(self.levels).tolist())) == 1
 
@@ -188,16 +189,19 @@ def _table(grid: Grid) -> Tensor:
     return _TABLES[grid.name]
 
 
+def nearest_level(x: Float[Tensor, ...], grid: Grid) -> Float[Tensor, ...]:
+    """The level nearest to x, x in units of the scale, in place where it can. Ties go up."""
+    if grid.uniform:
+        return x.add_(0.5).floor_().clamp_(grid.levels[0], grid.levels[-1])
+    return torch.tensor(grid.levels, dtype=x.dtype)[nearest_index(x, grid).int()]
+
+
 def snap(w: Float[Tensor, "out inn"], scales: Float[Tensor, "out blocks"], grid: Grid) -> Float[Tensor, "out inn"]:
     """w rounded to the grid with the given scales: scale * level, the very values the runtime will use."""
     out, inn = w.shape
     d = scales.reshape(out, -1, 1)
     x = w.reshape(out, -1, grid.block) / torch.where(d == 0, torch.ones_like(d), d)
-    if grid.uniform:
-        level = torch.floor(x.add_(0.5)).clamp_(grid.levels[0], grid.levels[-1])
-    else:
-        level = torch.tensor(grid.levels, dtype=w.dtype)[nearest_index(x, grid).int()]
-    return level.mul_(d).reshape(out, inn)
+    return nearest_level(x, grid).mul_(d).reshape(out, inn)
 
 
 def search_scales(
@@ -208,8 +212,8 @@ def search_scales(
 ) -> Float[Tensor, "out blocks"]:
     """Scale of every block that least hurts sum_j weights_j (w_j - d level_j)^2.
 
-    Starts from both signs of the scale that maps the block's extreme onto the grid's end, tries `candidates`
-    shrunken versions of each, and closes with one least-squares step. The search of llama.cpp's quantizer, with the
+    Starts from both signs of the scale that maps the block's extreme onto the grid's end, and tries `candidates` shrunken versions of each: every one
+    says which level each weight goes to, and the scale that fits those levels best, by least squares, counts. The search of llama.cpp's quantizer, with the
     user's second moments as weights (a diagonal GPTQ).
 
     Args:
@@ -222,21 +226,19 @@ def search_scales(
     h = torch.ones(inn) if weights is None else weights
     h = (h / h.mean().clamp_min(1e-20)).reshape(1, -1, grid.block) + 1e-3
     extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))
-    best = torch.zeros(out, x.shape[1])
-    best_error = torch.full_like(best, torch.inf)
+    hx = h * x
+    best, most = torch.zeros(out, x.shape[1]), torch.full((out, x.shape[1]), -1.0)
     ends = [grid.levels[0]] if abs(grid.levels[0]) == grid.levels[-1] else [grid.levels[0], grid.levels[-1]]
     shrink = torch.linspace(0.7, 1.1, candidates) if len(grid.levels) <= 32 else torch.tensor([0.98, 1.0])
     for end in ends:
         for factor in shrink.tolist():
-            d = _half(extreme * factor / end)
-            error, fitted = _scale_error(x, h, d, grid)
-            for scale, err in ((d.squeeze(-1), error), (fitted, None)):
-                e = err if err is not None else _scale_error(x, h, scale.unsqueeze(-1), grid)[0]
-                better = e < best_error
-                best = torch.where(better, scale, best)
-                best_error = torch.where(better, e, best_error)
-                if len(grid.levels) > 32:
-                    break
+            d = extreme * (factor / end)
+            level = nearest_level(x / torch.where(d == 0, torch.ones_like(d), d), grid)
+            said, size = (hx * level).sum(-1), (h * level * level).sum(-1).clamp_min(1e-20)
+            explained = said * said / size  # of sum_j weights_j w_j^2, by these levels at their best scale
+            best = torch.where(explained > most, said / size, best)
+            most = torch.maximum(explained, most)
+    best = _half(best)
     return best if grid.scales == 1 else _share(best, grid)
 
 
@@ -250,15 +252,6 @@ def _share(scales: Float[Tensor, "out blocks"], grid: Grid) -> Float[Tensor, "ou
 
 def _half(d: Tensor) -> Tensor:
     return d.to(torch.float16).to(torch.float32)
-
-
-def _scale_error(x: Tensor, h: Tensor, d: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Weighted error of every block under scale d (out, blocks, 1), and the scale that fits the same levels best."""
-    safe = torch.where(d == 0, torch.ones_like(d), d)
-    level = torch.tensor(grid.levels, dtype=x.dtype)[nearest_index(x / safe, grid).int()]
-    error = ((x - level * d) ** 2 * h).sum(-1)
-    fitted = (x * level * h).sum(-1) / (level * level * h).sum(-1).clamp_min(1e-20)
-    return error, _half(fitted)
 
 
 def indices(w: Float[Tensor, "out inn"], scales: Float[Tensor, "out blocks"], grid: Grid) -> Int[Tensor, "out inn"]:

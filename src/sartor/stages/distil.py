@@ -35,13 +35,13 @@ class DistilConfig:
     """How to train.
 
     Attributes:
-        seconds: wall-clock budget. rate: peak learning rate of AdamW. batch_rows: rows a step. user_share: share of rows
-        with cross entropy in a batch where there are such rows. checks: how often validation is measured. patience: checks in a row clearly above the best before stopping.
+        seconds: wall-clock budget. rate: peak learning rate of AdamW. batch_rows: rows a step: few, as short trainings are made of steps (docs/log.md). user_share: share of all rows
+        with cross entropy where there are such rows. checks: how often validation is measured. patience: checks in a row clearly above the best before stopping.
     """
 
     seconds: float = 300.0
     rate: float = 5e-4
-    batch_rows: int = 8
+    batch_rows: int = 4
     user_share: float = 0.875
     checks: int = 8
     patience: int = 3
@@ -100,7 +100,7 @@ def distil_(
         tell: called with the share done and a note. best: where the best weights are kept meanwhile (None: in memory).
         before: seconds trained ahead of an interruption.
     """
-    n_own = 0 if own is None else round(config.batch_rows * config.user_share)
+    share_own = 0.0 if own is None else config.user_share
     own = said.rows[:0] if own is None else own
     started = time.monotonic()
     put_(model, latents)
@@ -111,6 +111,7 @@ def distil_(
     watch = _Watch(model, latents, validation, best or InMemory(), before)
     tokens = steps = 0
     while (share := (time.monotonic() - started) / length) < 1 and watch.bad < config.patience:
+        n_own = _due(steps + 1, config.batch_rows * share_own) - _due(steps, config.batch_rows * share_own)
         loss = _backward(model, own[mine.deal(n_own)], said, others.deal(config.batch_rows - n_own))
         update_(named, optimizers, config.rate * warm_then_cosine(share))
         put_(model, latents)
@@ -126,6 +127,11 @@ def distil_(
     put_(model, latents)
     model.requires_grad_(False)
     return Trained(tuple(watch.curve), tokens, seconds)
+
+
+def _due(steps: int, rows: float) -> int:
+    """Rows that are due after so many steps, where each is due a number that need not be whole."""
+    return int(steps * rows + 1e-9)
 
 
 class _Watch:
