@@ -137,6 +137,8 @@ VARIANTS: dict[str, Variant] = {
     "sartor, all words": Variant("without trimming the vocabulary", believed=all_words),
     "sartor, no fit": Variant("without repair and error feedback: cut and rounded", fitting=rounded),
     "sartor, no recovery": Variant("without training after the cut", training=without_recovery),
+    "sartor, general 30%": Variant("--keep-general 0.3", lambda p: p.texts_with(0.3)),
+    "sartor, general 60%": Variant("--keep-general 0.6", lambda p: p.texts_with(0.6)),
     "sartor, no teacher": Variant("after the cut it learns the text itself", training=without_teacher),
     "sartor, one grid": Variant("without mixed bits: four everywhere", believed=one_grid),
 }

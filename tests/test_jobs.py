@@ -280,6 +280,26 @@ def test_a_settled_plan_is_replayed_as_it_stands(place: dict[str, Path], tiny: N
     assert sartor.apply_plan(p.model, p.tokenizer, plan, p.texts).plan.settled
 
 
+def test_a_share_of_everyones_text_draws_what_is_needed_towards_it(place: dict[str, Path], tiny: None) -> None:
+    job = api.Job(str(place["model"]), str(place["user"]), "24%", generic=str(place["generic"]))
+    apart = []
+    for share in (0.0, 0.6):
+        p = api.Prepared(replace(job, keep_general=share), lambda *a: None)
+        own = sum(map(len, p.user.train))
+        assert sum(map(len, p.texts.train)) == pytest.approx(own / (1 - share), rel=1e-3)
+        assert list(p.texts.train[: len(p.user.train)]) == list(p.user.train)
+        assert set(p.texts.train[len(p.user.train) : -1]) <= set(p.generic_train)
+        plan = sartor.make_plan(p.model, p.tokenizer, p.texts, p.budget_bytes, p.bytes_of, p.source.sha256)
+        apart.append(sum(abs(x.user[part][0] - x.generic[part][0]) for x in plan.layers for part in x.user))
+    assert apart[1] < apart[0]
+
+
+def test_a_share_that_is_none_is_refused(place: dict[str, Path]) -> None:
+    for share in (-0.1, 0.95, float("nan")):
+        with pytest.raises(InputError, match="keep-general"):
+            sartor.compress(str(place["model"]), place["user"], "25%", keep_general=share)
+
+
 def test_what_cannot_be_reached_names_the_nearest(place: dict[str, Path], tiny: None, tmp_path: Path) -> None:
     with pytest.raises(BudgetError) as e:
         sartor.compress(str(place["model"]), place["user"], "6%", tmp_path / "o", generic=place["generic"])

@@ -56,6 +56,7 @@ def compress(
     steps: int = 1,
     labels: str | Path | None = None,
     faster: float | None = None,
+    keep_general: float = 0.0,
 ) -> Compressed | Fitted:
     """Fit a model to one user's data and a budget.
 
@@ -66,6 +67,7 @@ def compress(
         resume: go on with an interrupted job in `out`. tell: called with (stage, share done, note).
         method: how cuts are chosen; sartor, or paper: the two-rate rule of arXiv:2408.08684 in our reading, as a baseline. steps: that the cuts are made in, each healed and measured.
         labels: a CSV of photos and their classes, where these do not lie in one folder a class. faster: for pictures, than the original in fp32, at least so many times.
+        keep_general: for language models, share of everyone's text in all that shapes the model, 0 to 0.9.
         to: gguf for language models, onnx for those that see; None: what goes with the model.
     Raises:
         InputError, BudgetError, OutputError, MissingExtra, ParityError: each with the way out.
@@ -85,6 +87,7 @@ def compress(
         steps=steps,
         labels=str(labels) if labels else None,
         faster=faster,
+        keep_general=keep_general,
     )
     job.check()
     folder = storage.claim_folder(Path(out), resume) if out is not None else None
@@ -226,6 +229,7 @@ def finish(
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
         "seed": job.seed,
         "effort": job.effort,
+        "keep_general": job.keep_general,
         "job_peak_rss_bytes": peak_memory(),
         "peak_rss_bytes_by_stage": memory,
     }

@@ -104,6 +104,13 @@ def _add_compress(c: argparse.ArgumentParser) -> None:
         help="for models that see: at least X times as fast as the original (fp32, two threads of this machine)",
     )
     c.add_argument(
+        "--keep-general",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="for language models: so much of the text that shapes the model is everyone's (0 to 0.9): the higher, the less general text gets worse, and the less yours is gained (default: 0)",
+    )
+    c.add_argument(
         "--out",
         required=True,
         type=Path,

@@ -64,6 +64,7 @@ def do_compress(a: argparse.Namespace) -> None:
             a.steps,
             a.labels,
             a.faster,
+            a.keep_general,
         )
     except KeyboardInterrupt:
         progress.end()
@@ -83,6 +84,8 @@ def do_compress(a: argparse.Namespace) -> None:
             a.method,
             "--steps",
             str(a.steps),
+            "--keep-general",
+            str(a.keep_general),
             "--seed",
             str(a.seed),
             "--out",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from sartor.probing import Tell, Texts
 from sartor.sources import Source, resolve
 
 RUNTIMES = {"gguf": "texts", "onnx": "pictures"}  # a runtime's format: what models in it read
+MOST_GENERAL = 0.9  # share of everyone's text: beyond it nothing would be the user's
 GENERIC_DOCUMENTS = 200  # of the generic training split that help to fit; the rest plays the user in the control arm
 
 
@@ -39,6 +42,7 @@ class Job:
     steps: int = 1
     labels: str | None = None
     faster: float | None = None
+    keep_general: float = 0.0
 
     def check(self) -> None:
         """Raises InputError or BudgetError for what no job can be."""
@@ -54,6 +58,10 @@ class Job:
             raise InputError(
                 f"--faster is {self.faster}: it must be above 1, as 3.5 for three and a half times as fast as the original"
             )
+        if not 0 <= self.keep_general <= MOST_GENERAL:
+            raise InputError(
+                f"--keep-general is {self.keep_general:g}: it must be a share from 0 (all for your texts) to {MOST_GENERAL:g}, as 0.3"
+            )
         parse_budget(self.size, self.effort)
 
     def check_kind(self, kind: str) -> None:
@@ -63,8 +71,10 @@ class Job:
             raise InputError(
                 f"--to {self.to} is for models that read {RUNTIMES[self.to]}, and this one reads {kind}: leave it out, or write --to {own}"
             )
-        if kind == "pictures" and (self.method != "sartor" or self.steps != 1):
-            raise InputError("--method and --steps are for language models: leave them out for pictures")
+        if kind == "pictures" and (self.method != "sartor" or self.steps != 1 or self.keep_general):
+            raise InputError(
+                "--method, --steps and --keep-general are for language models: leave them out for pictures"
+            )
         if kind == "texts" and (self.labels is not None or self.faster is not None):
             raise InputError("--labels and --faster are for models that see, and this one reads texts: leave them out")
 
@@ -87,13 +97,19 @@ class Prepared:
         self.model = model
         many = min(GENERIC_DOCUMENTS, (len(self.generic.train) + 1) // 2)
         self.generic_train, self.generic_rest = self.generic.train[:many], self.generic.train[many:]
-        self.texts = Texts(
-            self.user.probe,
-            self.user.train,
-            self.user.validation,
-            self.generic.probe,
-            self.generic_train,
+        self.texts = self.texts_with(job.keep_general)
+
+    def texts_with(self, share: float) -> Texts:
+        """What the stages read, where `share` of all that they take for the user's is everyone's."""
+        probe, train, validation = (
+            joined(own, everyone, share)
+            for own, everyone in (
+                (self.user.probe, self.generic.probe),
+                (self.user.train, self.generic_train),
+                (self.user.validation, self.generic.validation),
+            )
         )
+        return Texts(probe, train, validation, self.generic.probe, self.generic_train)
 
     def bytes_of(self, a: Anatomy, tokenizer: Any, grids: Any) -> int:
         """Exact bytes of the GGUF file of such a model."""
@@ -114,6 +130,18 @@ class Prepared:
         """The dense model, given away: what stays knows its config only, so that the taker can free it."""
         model, self.model = self.model, ConfigOnly(self.model.config)
         return model
+
+
+def joined(own: Sequence[str], everyone: Sequence[str], share: float) -> Sequence[str]:
+    """`own` and as many characters of everyone's texts, again and again where there are too few, as make `share` of all."""
+    missing = round(sum(map(len, own)) * share / (1 - share))
+    more: list[str] = []
+    for text in itertools.cycle([t for t in everyone if t]):
+        if missing <= 0:
+            break
+        more.append(text[:missing])
+        missing -= len(text)
+    return [*own, *more] if more else own
 
 
 class ConfigOnly:

@@ -182,7 +182,7 @@ def _method(r: dict[str, Any]) -> str:
             if r["plan"].get("method") == "paper"
             else []
         ),
-        f"Seed {r['seed']}; {', '.join(f'{k} {v}' for k, v in r['versions'].items())}; model sha256 {r['model']['sha256'][:16]}...",
+        f"Seed {r['seed']}; share of general text in what shaped it {r.get('keep_general', 0.0):.0%}; {', '.join(f'{k} {v}' for k, v in r['versions'].items())}; model sha256 {r['model']['sha256'][:16]}...",
         *r["notes"],
     ]
     return fine_print(items)
