@@ -8,7 +8,8 @@ from math import ceil
 from sartor.stages.distil import DistilConfig
 from sartor.stages.tune import TuneConfig
 
-LEAST_HEALED, MOST_HEALED = 0.15, 0.6  # of the time for training, that recovery gets
+HEALED = 1.5  # of the time for training, that recovery gets for all that is cut,
+LEAST_HEALED, MOST_HEALED = 0.05, 0.6  # none below the one, never more than the other
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Training:
         """
         if not self.adapt.seconds or not self.recover.seconds:
             return self
-        share, seconds = min(MOST_HEALED, LEAST_HEALED + gone), self.adapt.seconds + self.recover.seconds
+        share, seconds = min(MOST_HEALED, HEALED * gone), self.adapt.seconds + self.recover.seconds
+        share = share if share >= LEAST_HEALED else 0.0
         adapt, recover = (replace(c, seconds=seconds * s) for c, s in ((self.adapt, 1 - share), (self.recover, share)))
         return Training(adapt, recover, ceil(self.lessons * share / MOST_HEALED))
 
