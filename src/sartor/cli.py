@@ -68,33 +68,7 @@ def do_compress(a: argparse.Namespace) -> None:
         )
     except KeyboardInterrupt:
         progress.end()
-        command = [
-            "sartor",
-            "compress",
-            a.model,
-            "--data",
-            a.data,
-            "--size",
-            a.size,
-            "--effort",
-            a.effort,
-            "--controls",
-            a.controls,
-            "--method",
-            a.method,
-            "--steps",
-            str(a.steps),
-            "--keep-general",
-            str(a.keep_general),
-            "--seed",
-            str(a.seed),
-            "--out",
-            str(a.out),
-            "--resume",
-        ]
-        for name in ("to", "generic", "labels", "faster"):
-            command += [f"--{name}", str(getattr(a, name))] if getattr(a, name) else []
-        print(f"interrupted; the checkpoint is kept. Go on with:\n  {shlex.join(command)}", file=sys.stderr)
+        print(f"interrupted; the checkpoint is kept. Go on with:\n  {shlex.join(_resuming(a))}", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         progress.end()
@@ -102,6 +76,32 @@ def do_compress(a: argparse.Namespace) -> None:
     print(_words_for(report).table(report))
     artifact = "model.onnx" if report.get("kind") == "pictures" else "model.gguf"
     print(f"\nwritten: {a.out / artifact}, {a.out / 'report.html'}", file=sys.stderr)
+
+
+RESUMED = (
+    "data",
+    "size",
+    "effort",
+    "controls",
+    "method",
+    "steps",
+    "keep-general",
+    "seed",
+    "to",
+    "generic",
+    "labels",
+    "faster",
+    "out",
+)
+
+
+def _resuming(a: argparse.Namespace) -> list[str]:
+    """The command that goes on with an interrupted job."""
+    command = ["sartor", "compress", a.model]
+    for name in RESUMED:
+        value = getattr(a, name.replace("-", "_"))
+        command += [] if value is None else [f"--{name}", str(value)]
+    return [*command, "--resume"]
 
 
 def _words_for(report: dict[str, Any]) -> Any:
