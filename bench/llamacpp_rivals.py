@@ -18,7 +18,6 @@ from typing import Any
 
 import cells
 import numpy as np
-import torch
 from artifacts import Artifact, gguf_artifact
 from plain_tuning import PLAIN, tuned_
 from subject import MATRIX_ROWS, SEED, Subject
@@ -28,6 +27,7 @@ from sartor import evaluate
 from sartor.errors import MissingExtra, SartorError
 from sartor.export import llama_quantizer
 from sartor.export.llama_quantizer import FTYPES
+from sartor.model.precision import running_dtype
 from sartor.probing import probe_rows
 from sartor.sources import cache_dir
 from sartor.stages.likelihood import nats_of
@@ -113,7 +113,7 @@ def _tune_into(folder: Path, subject: Subject) -> None:
     started, network = time.monotonic(), subject.network()
     course = tuned_(network, subject)
     evaluate.write_plain(folder / "model.gguf", network, subject.tokenizer, "F16")
-    np.savez(folder / "matrix.npz", **_matrix(subject, network.to(torch.bfloat16)))
+    np.savez(folder / "matrix.npz", **_matrix(subject, network.to(running_dtype())))
     told = {"seconds": time.monotonic() - started, "curve": course.curve, "tokens": course.tokens}
     (folder / "about.json").write_text(json.dumps(told))
 

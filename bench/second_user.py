@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sartor.memory import keep_freed
 from sartor.model.network import anatomy
+from sartor.model.precision import running_dtype
 from sartor.stages.measure import score
 from sartor.stages.probe import Effects, blended, effects_of, recovered, reliability
 from sartor.stages.sensitivity import feel, together
@@ -64,7 +65,7 @@ def one_user(
 
     def tell(name: str, e: Effects) -> None:
         kept = chosen(shape, by_effects(e), removed)
-        cut = lambda: without_repair(p.model, plan_of(shape, kept, 0)).to(torch.bfloat16)  # noqa: E731
+        cut = lambda: without_repair(p.model, plan_of(shape, kept, 0)).to(running_dtype())  # noqa: E731
         run = lambda: score(cut(), validation).bits_per_byte  # noqa: E731
         cost = remembered(run, "second", json.dumps(kept), own, p.source.sha256) / dense - 1
         rank = spearmanr(flat(e), flat(truth)).statistic

@@ -13,12 +13,12 @@ import sys
 import time
 from typing import Any
 
-import torch
 from cuts import TEST_BYTES, by_effects, chosen, plan_of
 from ground_truth import opened
 
 from sartor.memory import keep_freed
 from sartor.model.network import anatomy, clone
+from sartor.model.precision import running_dtype
 from sartor.stages.buffer import buffered
 from sartor.stages.distil import DistilConfig, anchor, distil_, joined
 from sartor.stages.fit import evidence_of, fit
@@ -52,20 +52,20 @@ def main() -> None:
     said = joined(anchor(whole, sample(rows[0], 192, 1)), anchor(whole, sample(rows[1], 32, 1))) if a.seconds else None
 
     def sense(network: Any) -> Effects:
-        half = clone(network, torch.bfloat16)
+        half = clone(network, running_dtype())
         return effects_of(anatomy(half), feel(half, sample(rows[0], 64, 0)))
 
     def healed(network: Any, seconds: float) -> Any:
         latents: Latents = fit(network, whole, evidence, {})
         if said is not None and seconds > 0:
             distil_(
-                clone(network, torch.bfloat16), latents, None, said, validation, DistilConfig(seconds, 2e-4, checks=1)
+                clone(network, running_dtype()), latents, None, said, validation, DistilConfig(seconds, 2e-4, checks=1)
             )
         put_(network, latents)
         return network
 
     def damage(network: Any) -> float:
-        return kl_of(clone(network, torch.bfloat16), held, reference)
+        return kl_of(clone(network, running_dtype()), held, reference)
 
     shape = anatomy(p.model)
     plan = plan_of(shape, chosen(shape, by_effects(sense(p.model)), a.removed), 0)
@@ -82,7 +82,7 @@ def main() -> None:
             lambda share, note: print("  " + note, file=sys.stderr, flush=True),
         )  # fmt: skip
         put_(small, fit(small, whole, evidence, {}))
-        got = score(small.to(torch.bfloat16), test).bits_per_byte
+        got = score(small.to(running_dtype()), test).bits_per_byte
         back = sum(not s.kept for s in done)
         print(
             f"{name:30s} {got:.4f} ({got / dense - 1:+.1%}); foretold {sum(s.allowed for s in done if s.kept):.3f}, real {sum(s.real for s in done if s.kept):.3f} nats "

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import cells
-import torch
 from torch import Tensor
 
 from sartor import evaluate
 from sartor.effort import EFFORTS
 from sartor.job import Job, Prepared
 from sartor.model.network import load_dense
+from sartor.model.precision import running_dtype
 from sartor.numerics.metrics import Score
 from sartor.plan import parse_budget
 from sartor.sources import Source
@@ -60,7 +60,7 @@ class Subject:
 
     def half(self) -> Any:
         """The original in bf16."""
-        return self.network().to(torch.bfloat16)
+        return self.network().to(running_dtype())
 
     def budget(self, size: str) -> int:
         """Bytes of a size such as 25%."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sartor.model import network as net
+from sartor.model import precision
 from sartor.model.attention import register
 from sartor.model.vocabulary import closed_order, count_tokens, trim_tokenizer
 from sartor.stages.tokens import cut_windows, encode_windows
@@ -106,3 +107,11 @@ def test_windows_hold_the_same_text_for_every_tokenizer(tokenizer: Any) -> None:
     smaller, _ = trim_tokenizer(tokenizer, closed_order(tokenizer, count_tokens(tokenizer, own))[0][:300])
     for a, b in zip(encode_windows(windows, tokenizer), encode_windows(windows, smaller), strict=True):
         assert [p.size for p in a.pieces] == [p.size for p in b.pieces]
+
+
+def test_networks_run_in_whichever_numbers_this_machine_multiplies_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for slower, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        monkeypatch.setattr(precision, "_seconds", lambda dtype, slower=slower: 2.0 if dtype == slower else 1.0)
+        precision.running_dtype.cache_clear()
+        assert precision.running_dtype() == expected
+    precision.running_dtype.cache_clear()

@@ -7,8 +7,10 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
+import torch
+
+from sartor.model.precision import running_dtype
 from sartor.sources import cache_dir
 
 EXTRAS = {
@@ -35,7 +37,9 @@ def lines() -> Iterator[str]:
     )
     generic = cache_dir() / "generic" / "brown"
     yield (f"{'generic text':14s} {'cached' if generic.exists() else 'missing: sartor fetch-generic'}")
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    yield (
-        f"{'processor':14s} {os.cpu_count()} cores, bf16 arithmetic {'yes' if 'avx512_bf16' in flags or 'amx_bf16' in flags else 'not found: recovery will be two to four times slower'}"
+    bf16 = (
+        "faster than fp32"
+        if running_dtype() == torch.bfloat16
+        else "slower than fp32: everything runs in fp32, at about half the speed of a processor with instructions for it"
     )
+    yield f"{'processor':14s} {os.cpu_count()} cores, bf16 {bf16}"

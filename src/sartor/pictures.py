@@ -22,7 +22,7 @@ from sartor.stages.allot_maps import MapCosts
 from sartor.stages.decide import diagnose
 from sartor.stages.masters import InMemory, Kept, Latents, put_
 from sartor.stages.probe import Effects, Worth, blended, recovered
-from sartor.stages.recognition import RUNNING, recognize
+from sartor.stages.recognition import recognize, running
 from sartor.stages.tokens import sample
 from sartor.stages.tune import Course, Lessons, TuneConfig, may_mirror, tune_, views
 
@@ -90,11 +90,6 @@ def plan_pictures(
     allotment = carving.allot(model, user, costs)
     rho = RHO if generic else 0.0
     return _plan(model, user, generic, worth, allotment, costs.budget, sha256, rho, seed)
-
-
-def running(model: Any) -> Any:
-    """A copy that computes as it is looked at and trained."""
-    return clone(model, RUNNING[type(model)])
 
 
 def felt_pictures(

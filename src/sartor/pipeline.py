@@ -15,6 +15,7 @@ from sartor.effort import EFFORTS, Training
 from sartor.errors import BudgetError
 from sartor.model.families import ATTENTION
 from sartor.model.network import anatomy, clone, shrink_vocabulary_
+from sartor.model.precision import running_dtype
 from sartor.model.vocabulary import can_trim, trim_tokenizer
 from sartor.plan import Plan, from_mask
 from sartor.probing import Recall, Tell, Texts, anew, probe_rows, sense, worth_of
@@ -99,7 +100,7 @@ def make_plan(
             f"a budget of {budget:,} bytes cannot be reached: the smallest model Sartor would make of this one has {least:,} bytes; ask for more",
             least,
         )
-    dense = clone(model, torch.bfloat16)
+    dense = clone(model, running_dtype())
     if method == "paper":
         return _by_the_paper(dense, tokenizer, texts, budget, bytes_of, sha256, effort, rho, seed, tell, recall)
     measured = measure(dense, tokenizer, texts, budget, bytes_of, effort, seed, tell, recall)
@@ -238,7 +239,7 @@ def apply_plan(
     pruning: dict[str, Any] = {}
     latents, before = school.kept("recover").load() or (None, 0.0)
     if latents is None:
-        whole = clone(small, torch.bfloat16)
+        whole = clone(small, running_dtype())
         surgery = Surgery(whole, learned, unseen, generic, validation, said, training.recover, effort, tell)
         held = probe_rows(texts.validation, fitted, e.probe_rows, plan.seed)
         small, plan, pruning = surgery.cut(small, plan, steps, held)
@@ -252,7 +253,7 @@ def apply_plan(
         del whole, surgery
     else:
         cut_(small, plan)
-    student = small.to(torch.bfloat16)
+    student = small.to(running_dtype())
     del small
     put_(student, latents)
     trained = None
@@ -307,7 +308,7 @@ def _adapt(
         (what the cut network shall learn: the adapted one's words on the user's rows, where it gives lessons, and the dense one's on generic rows; the course).
     """
     school.tell("adapt", 0.0, "what the original says of generic text")
-    running = clone(small, torch.bfloat16)
+    running = clone(small, running_dtype())
     dense_said = anchor(running, generic)
     latents, before = school.kept("adapt").load() or (Latents({n: p.data for n, p in small.named_parameters()}), 0.0)
     trained = school.train("adapt", running, latents, own, dense_said, training.adapt, before)

@@ -20,7 +20,7 @@ from sartor.model.graph import Graph
 from sartor.model.graph_channels import ended, waists
 from sartor.model.network import clone, embed, layers_of
 from sartor.model.vision import FEATURES, Vision, cut_layers_
-from sartor.stages.recognition import BATCH, RUNNING
+from sartor.stages.recognition import BATCH, running
 
 STRENGTHS = (0.03, 0.3, 3.0)  # of the pull of weights towards zero, for features of variance one
 FOLDS = 4
@@ -110,7 +110,7 @@ def choose_head(
 ) -> Head:
     """The head, and the depth it reads at, of least nats on pictures left out; from behind layer `first` (None: over half of them) to behind layer `last` (None: all)."""
     first = first or depths(model) // 2 + 1
-    read = read_out(clone(model, RUNNING[type(model)]), pixels, first)[: None if last is None else last - first + 1]
+    read = read_out(running(model), pixels, first)[: None if last is None else last - first + 1]
     fold = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)) % FOLDS
     best: tuple[float, int, float] | None = None
     for depth, features in enumerate(read, first):
@@ -152,7 +152,7 @@ def clustered(
 
     Only the first part shapes the clusters; pictures of the others belong to the nearest.
     """
-    half, last = clone(model, RUNNING[type(model)]), depths(model)
+    half, last = running(model), depths(model)
     features = [nn.functional.normalize(read_out(half, p, last)[-1], dim=-1) for p in parts]
     k = max(2, min(MOST_CLUSTERS, len(parts[0]) // PICTURES_A_CLUSTER))
     centres, cluster = kmeans2(features[0].double().numpy(), k, minit="++", seed=seed)

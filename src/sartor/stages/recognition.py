@@ -10,14 +10,15 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from sartor.model.graph import Graph
-from sartor.model.network import embed, through
-from sartor.model.vision import Vision
+from sartor.model.network import clone, embed, through
+from sartor.model.precision import running_dtype
 
 BATCH = 16  # pictures a pass
-RUNNING = {
-    Vision: torch.bfloat16,
-    Graph: torch.float32,
-}  # what a network computes in while it is looked at and trained: convolutions are no faster in bf16 here
+
+
+def running(model: Any) -> Any:
+    """A copy that is looked at and trained: a graph of convolutions in fp32, as these are no faster in bf16 anywhere."""
+    return clone(model, torch.float32 if isinstance(model, Graph) else running_dtype())
 
 
 @dataclass(frozen=True)
