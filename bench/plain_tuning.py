@@ -14,13 +14,19 @@ from sartor.model.precision import running_dtype
 from sartor.stages.distil import Anchor, DistilConfig, Trained, distil_
 from sartor.stages.masters import Latents
 
-PLAIN = 1  # version
+PLAIN = 2  # version
+RATE, SHORT = 2e-4, 150.0  # peak rate of a training of so many seconds: 1e-4 after twelve minutes
 
 
 def plain(training: Training) -> DistilConfig:
-    """Both trainings' seconds in one, at the rate that the whole network adapts with; the user's text alone."""
+    """Both trainings' seconds in one, on the user's text alone, as anyone's trainer does it: the weights of the check that was best, not a mean of weights.
+
+    The longer, the smaller the rate: at the one that suits a mean it would learn by heart (docs/log.md, eleventh session).
+    """
     one, two = training.adapt, training.recover
-    return replace(one, seconds=one.seconds + two.seconds, checks=one.checks + two.checks, user_share=1.0)
+    seconds = one.seconds + two.seconds
+    rate = RATE * (SHORT / max(seconds, SHORT)) ** 0.5
+    return replace(one, seconds=seconds, rate=rate, checks=one.checks + two.checks, user_share=1.0, averaged=False)
 
 
 def tuned_(network: Any, subject: Subject) -> Trained:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sartor
-from sartor import api, storage
+from sartor import api, cli, storage
 from sartor.cli import main
 from sartor.errors import BudgetError, InputError
 from sartor.export import gguf_file, llamacpp
@@ -309,6 +309,16 @@ def test_what_cannot_be_reached_names_the_nearest(place: dict[str, Path], tiny: 
     assert f"{e.value.nearest:,}" in str(e.value)
     with pytest.raises(InputError, match="gguf"):
         sartor.compress(str(place["model"]), place["user"], "25%", to="floppy", generic=place["generic"])
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--to", "gguf", "--generic", "g", "--steps", "3", "--keep-general", "0.25", "--method", "paper"]]
+)
+def test_the_command_that_goes_on_is_read_as_the_same_job(more: list[str]) -> None:
+    read = cli.parser(cli.COMMANDS).parse_args
+    asked = read(["compress", "a model", "--data", "my texts", "--size", "25%", "--out", "o", "--seed", "4", *more])
+    again = read(cli._resuming(asked)[1:])
+    assert vars(again) == vars(asked) | {"resume": True}
 
 
 def test_mistakes_at_the_command_line_are_one_line(tmp_path: Path, place: dict[str, Path]) -> None:

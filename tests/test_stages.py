@@ -20,6 +20,7 @@ from sartor.stages import calibrate, likelihood, words
 from sartor.stages.bits import BASE, DOWN, RICHER, base_damage, damage_by_grid, kinds_of, poorer_damage
 from sartor.stages.calibrate import heard, second_moments, unheard
 from sartor.stages.distil import DistilConfig, _due
+from sartor.stages.masters import LATER, Latents, Mean
 from sartor.stages.prune import share_gone
 from sartor.stages.tokens import sample, training_rows
 from tests.conftest import make_model, texts
@@ -219,3 +220,17 @@ def test_grids_that_do_not_fit_are_no_option(model: Any, rows: torch.Tensor) -> 
     reference = likelihood.top_of(model, rows)
     damage = poorer_damage(model, second_moments(model, rows), 0.0, rows, reference, 1, lambda share, note: None)
     assert np.isinf(damage["Q3_K"]).tolist() == [False, True, False]
+
+
+def test_the_mean_of_a_training_forgets_its_start_and_counts_later_weights_more() -> None:
+    at = lambda x: Latents({"w": torch.full((2,), float(x))})  # noqa: E731
+    mean = Mean(at(9.0))
+    mean.add_(at(1.0))
+    assert mean.latents.masters["w"].tolist() == [1.0, 1.0]
+    for x in range(2, 101):
+        mean.add_(at(x))
+    # weights t ** LATER: the mean of t from 1 to n is n (1 + LATER) / (2 + LATER), for many steps
+    assert float(mean.latents.masters["w"][0]) == pytest.approx(100 * (1 + LATER) / (2 + LATER), rel=0.01)
+    last = at(0.0)
+    assert float(mean.moved_(last, 1.0).masters["w"][0]) == 0.0
+    assert last.masters["w"].tolist() == [0.0, 0.0]

@@ -24,7 +24,7 @@ from sartor.job import Job, Prepared
 from sartor.memory import hand_back
 from sartor.model.kinds import kind_of
 from sartor.model.network import anatomy, clone
-from sartor.model.precision import running_dtype
+from sartor.model.precision import arithmetic, running_dtype
 from sartor.numerics.metrics import Score
 from sartor.picture_api import compress_pictures, evaluate_pictures_again, export_pictures, is_picture_artifact
 from sartor.pictures import Fitted
@@ -276,7 +276,7 @@ def measure(
             "dropped": user.dropped,
             "ordered_by_time": user.ordered_by_time,
         },
-        "versions": versions("sartor", "torch", "transformers", "gguf", "xllamacpp"),
+        "versions": versions("sartor", "torch", "transformers", "gguf", "xllamacpp") | {"arithmetic": arithmetic()},
     }
     return found, ours[0]
 

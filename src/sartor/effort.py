@@ -91,7 +91,7 @@ EFFORTS: dict[str, Effort] = {
         expected_rows=96,
         layers_at_once=3,
         fit_rows=192,
-        training=Training(DistilConfig(350.0, 1.5e-4, checks=3), DistilConfig(350.0, 3e-4, checks=3), lessons=768),
+        training=Training(DistilConfig(350.0, 2e-4, checks=3), DistilConfig(350.0, 3e-4, checks=3), lessons=768),
         validation_bytes=24_576,
         test_bytes=98_304,
     ),

@@ -21,6 +21,7 @@ from sartor.export import onnxrt, seen
 from sartor.job import Job
 from sartor.map_view import THREADS, TIMED
 from sartor.model.network import clone
+from sartor.model.precision import arithmetic
 from sartor.numerics.metrics import cosines, mean_interval, paired_interval, wilson
 from sartor.picture_job import WEIGHTS, PreparedPictures
 from sartor.picture_view import View, smaller
@@ -128,7 +129,7 @@ def measure_pictures(
             "dropped": p.album.dropped,
         },
         "head": {"depth": p.head.depth, "of": p.depth, "nats": p.head.nats, "side": side, "of_side": test.shape[-1]},
-        "versions": versions("sartor", "torch", "onnx", "onnxruntime", "pillow"),
+        "versions": versions("sartor", "torch", "onnx", "onnxruntime", "pillow") | {"arithmetic": arithmetic()},
     }
 
 

@@ -20,6 +20,11 @@ def running_dtype() -> torch.dtype:
     return torch.bfloat16 if _seconds(torch.bfloat16) < _seconds(torch.float32) else torch.float32
 
 
+def arithmetic() -> str:
+    """Its name, for reports."""
+    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[running_dtype()]
+
+
 @torch.no_grad()
 def _seconds(dtype: torch.dtype) -> float:
     """Of one product, the best of some turns after one that warms up."""

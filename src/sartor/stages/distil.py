@@ -5,7 +5,7 @@ Masters (`masters.py`) start at GPTQ's latent weights, so that training starts a
 It is used twice (docs/method.md). *Adaptation* trains the trimmed network, still whole and off the grid, on the user's rows with
 cross entropy, and on a few generic rows with KL to the dense model, which keeps it from forgetting. *Recovery* trains the cut and quantized
 network with KL alone: towards what the adapted network says of the user's rows, and the dense one of the generic rows. What is said is
-known before training, so that no teacher takes part, or memory. The best masters on validation are kept.
+known before training, so that no teacher takes part, or memory. What is best on validation is kept (`watch.py`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sartor.memory import hand_back
 from sartor.numerics.schedule import warm_then_cosine
 from sartor.stages.likelihood import hidden_of, lesson_of, loss_of, loss_to_lesson
 from sartor.stages.masters import Adam, InMemory, Kept, Latents, Rows, put_, update_
 from sartor.stages.measure import score
 from sartor.stages.tokens import Window
+from sartor.stages.watch import Watch
 
-WORSE = 1.02  # while the rate is high validation wanders: only a clear rise counts towards stopping early
 PART = 2  # rows in one forward and backward pass: bounds the memory of activations
 
 
@@ -37,6 +36,7 @@ class DistilConfig:
     Attributes:
         seconds: wall-clock budget. rate: peak learning rate of AdamW. batch_rows: rows a step: few, as short trainings are made of steps (docs/log.md). user_share: share of all rows
         with cross entropy where there are such rows. checks: how often validation is measured. patience: checks in a row clearly above the best before stopping.
+        averaged: judged and kept is the mean of the weights (`Mean`), instead of the weights of the moment.
     """
 
     seconds: float = 300.0
@@ -45,6 +45,7 @@ class DistilConfig:
     user_share: float = 0.875
     checks: int = 8
     patience: int = 3
+    averaged: bool = True
 
     def __post_init__(self) -> None:
         if self.seconds < 0 or not 0 <= self.user_share <= 1 or self.batch_rows < 1:
@@ -108,23 +109,22 @@ def distil_(
     optimizers = {n: Adam(latents.masters[n], config.rate) for n in named}
     length = max(config.seconds - before, 1e-9)
     mine, others = Rows(len(own), seed), Rows(len(said.rows), seed + 1)
-    watch = _Watch(model, latents, validation, best or InMemory(), before)
-    tokens = steps = 0
+    bpb = lambda network: score(network, validation).bits_per_byte  # noqa: E731
+    watch = Watch(model, latents, bpb, best or InMemory(), before, config.averaged)
+    tokens = 0
     while (share := (time.monotonic() - started) / length) < 1 and watch.bad < config.patience:
-        n_own = _due(steps + 1, config.batch_rows * share_own) - _due(steps, config.batch_rows * share_own)
+        n_own = _due(watch.steps + 1, config.batch_rows * share_own) - _due(watch.steps, config.batch_rows * share_own)
         loss = _backward(model, own[mine.deal(n_own)], said, others.deal(config.batch_rows - n_own))
         update_(named, optimizers, config.rate * warm_then_cosine(share))
         put_(model, latents)
-        steps, tokens = steps + 1, tokens + config.batch_rows * said.rows.shape[1]
+        watch.stepped()
+        tokens += config.batch_rows * said.rows.shape[1]
         if share * config.checks >= len(watch.curve):
             watch.check(time.monotonic() - started)
-        tell(share, f"step {steps}, loss {loss:.3f}, validation {watch.best_bpb:.3f} bits per byte")
+        tell(share, f"step {watch.steps}, loss {loss:.3f}, validation {watch.best:.3f} bits per byte")
     seconds = time.monotonic() - started
-    watch.check(seconds)
     optimizers.clear()
-    hand_back()  # the weights that come back need other rooms than Adam's
-    watch.restore_()
-    put_(model, latents)
+    watch.end_(seconds)
     model.requires_grad_(False)
     return Trained(tuple(watch.curve), tokens, seconds)
 
@@ -132,31 +132,6 @@ def distil_(
 def _due(steps: int, rows: float) -> int:
     """Rows that are due after so many steps, where each is due a number that need not be whole."""
     return int(steps * rows + 1e-9)
-
-
-class _Watch:
-    """Validation during training: keeps the best weights and counts checks without gain."""
-
-    def __init__(self, model: Any, latents: Latents, validation: Sequence[Window], kept: Kept, before: float) -> None:
-        self.model, self.latents, self.validation, self.kept, self.before = model, latents, validation, kept, before
-        self.best_bpb, self.bad = score(model, validation).bits_per_byte, 0
-        self.curve = [(0.0, self.best_bpb)]
-        kept.save(latents, before)
-
-    def check(self, seconds: float) -> None:
-        bpb = score(self.model, self.validation).bits_per_byte
-        self.curve.append((seconds, bpb))
-        self.bad = self.bad + 1 if bpb > WORSE * self.best_bpb else 0
-        if bpb < self.best_bpb:
-            self.best_bpb = bpb
-            self.kept.save(self.latents, self.before + seconds)
-
-    @torch.no_grad()
-    def restore_(self) -> None:
-        """The best masters back in place."""
-        if last := self.kept.load():
-            for name, best in last[0].masters.items():
-                self.latents.masters[name].copy_(best)
 
 
 def _backward(model: Any, own: Int[Tensor, "n t"], said: Anchor, dealt: Int[Tensor, " m"]) -> float:

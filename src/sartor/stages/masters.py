@@ -15,6 +15,8 @@ from torch import Tensor
 
 from sartor.numerics.grids import Grid, snap
 
+LATER = 0.5  # power of time that weights count with in their mean
+
 
 @dataclass
 class Latents:
@@ -45,6 +47,31 @@ def put_(model: Any, latents: Latents) -> None:
     for name, p in model.named_parameters():
         if name in latents.masters:
             p.copy_(latents.value(name))
+
+
+class Mean:
+    """The mean of the masters that a training has been at, the later the heavier: the t-th counts as t to the power of LATER.
+
+    Polynomial-decay averaging (Shamir and Zhang 2013, arXiv:1212.1824, section 4), which needs no length to be known ahead. While the rate is high, weights circle around what
+    they have learnt and carry what the last rows alone said; their mean does not (docs/log.md).
+    """
+
+    def __init__(self, latents: Latents) -> None:
+        self.latents, self.count = (
+            replace(latents, masters={n: t.detach().clone() for n, t in latents.masters.items()}),
+            0,
+        )
+
+    def add_(self, latents: Latents) -> None:
+        self.count += 1
+        self.moved_(latents, (1 + LATER) / (self.count + LATER))
+
+    @torch.no_grad()
+    def moved_(self, latents: Latents, share: float) -> Latents:
+        """The mean, moved by this share of the way towards other weights."""
+        for name, mean in self.latents.masters.items():
+            mean.lerp_(latents.masters[name], share)
+        return self.latents
 
 
 class Rows:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sartor.numerics.schedule import warm_then_cosine
 from sartor.stages.masters import Adam, InMemory, Kept, Latents, Rows, put_, update_
 from sartor.stages.recognition import recognize
+from sartor.stages.watch import Watch
 
 PART = 8  # pictures in one forward and backward pass
 SMOOTH = 0.1  # of a label's probability, for all other classes
@@ -107,7 +108,7 @@ def tune_(
     Args:
         tell: called with the share done and a note. best: where the best weights are kept meanwhile (None: in memory). before: seconds trained ahead of an interruption.
     """
-    started, kept = time.monotonic(), best or InMemory()
+    started = time.monotonic()
     put_(model, latents)
     named = {n: p.requires_grad_(True) for n, p in model.named_parameters() if n in latents.masters}
     optimizers = {n: Adam(latents.masters[n], config.rate, relative=True) for n in named}
@@ -115,39 +116,21 @@ def tune_(
     strange = round(OTHERS * config.batch) if lessons.teacher is not None and len(lessons.others) else 0
     rows, others = Rows(len(lessons.pixels), seed), Rows(len(lessons.others), seed + 1)
     generator = torch.Generator().manual_seed(seed)
-    curve, seen = [(0.0, _nats(model, validation))], 0
-    kept.save(latents, before)
+    watch, seen = Watch(model, latents, lambda network: _nats(network, validation), best or InMemory(), before), 0
     while (share := (time.monotonic() - started) / length) < 1:
         loss = _backward(model, lessons, rows.deal(config.batch - strange), others.deal(strange), generator)
         update_(named, optimizers, config.rate * warm_then_cosine(share))
         put_(model, latents)
+        watch.stepped()
         seen += config.batch
-        if share * config.checks >= len(curve):
-            _check(model, latents, validation, curve, kept, time.monotonic() - started, before)
-        tell(share, f"{seen} pictures, loss {loss:.3f}, validation {min(c[1] for c in curve):.3f} nats a picture")
+        if share * config.checks >= len(watch.curve):
+            watch.check(time.monotonic() - started)
+        tell(share, f"{seen} pictures, loss {loss:.3f}, validation {watch.best:.3f} nats a picture")
     seconds = time.monotonic() - started
-    _check(model, latents, validation, curve, kept, seconds, before)
-    if last := kept.load():
-        for name, master in last[0].masters.items():
-            latents.masters[name].data.copy_(master)
-    put_(model, latents)
+    optimizers.clear()
+    watch.end_(seconds)
     model.requires_grad_(False)
-    return Course(tuple(curve), seen, seconds)
-
-
-def _check(
-    model: Any,
-    latents: Latents,
-    validation: tuple[Tensor, Tensor],
-    curve: list[tuple[float, float]],
-    kept: Kept,
-    seconds: float,
-    before: float,
-) -> None:
-    nats = _nats(model, validation)
-    if nats < min(c[1] for c in curve):
-        kept.save(latents, before + seconds)
-    curve.append((seconds, nats))
+    return Course(tuple(watch.curve), seen, seconds)
 
 
 def _nats(model: Any, validation: tuple[Tensor, Tensor]) -> float:
