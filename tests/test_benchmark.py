@@ -12,9 +12,11 @@ import artifacts
 import benchmark
 import cells
 import contenders
+import ground_truth
 import numpy as np
 import pareto
 import pytest
+import recipes
 import scoreboard
 from contenders import CONTENDERS, Contender
 from subject import Subject
@@ -22,6 +24,8 @@ from subject import Subject
 from sartor import evaluate
 from sartor.effort import EFFORTS
 from sartor.errors import InputError, SartorError
+from sartor.stages.measure import score
+from sartor.stages.tokens import cut_windows, encode_windows, training_rows
 
 
 def run(place: dict[str, Path], out: Path, only: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -197,3 +201,15 @@ def test_what_is_timed_is_timed_in_turns_and_the_best_counts(monkeypatch: pytest
     best = evaluate.in_turns({"": timed("a", [1.0, 3.0, 2.0]), "dense_": timed("b", [5.0, 4.0, 4.5])})
     assert best == {"speed": 3.0, "dense_speed": 5.0}
     assert order == ["a", "b"] * 3
+
+
+def test_a_recipe_is_told_by_its_last_weights_their_mean_and_half_way(place: dict[str, Path]) -> None:
+    p, _ = ground_truth.opened(str(place["model"]), str(place["user"]), str(place["generic"]))
+    rows = training_rows(p.texts.train, p.tokenizer)
+    windows = encode_windows(cut_windows(p.user.test, 4096), p.tokenizer)
+    before = score(p.model, windows).bits_per_byte
+    found = recipes.learn(p.model, rows, windows, 1e-3, 12)
+    assert [name for name, _ in found] == ["last", "0% of the way from the mean", "50% of the way from the mean"]
+    assert len({bpb for _, bpb in found}) == 3
+    assert max(bpb for _, bpb in found) < before
+    assert score(p.model, windows).bits_per_byte == before
