@@ -7,13 +7,13 @@ from functools import cache
 
 import torch
 
-TOKENS, INPUTS, OUTPUTS = 256, 512, 1024  # of the product that is timed
+TOKENS, INPUTS, OUTPUTS = 512, 576, 1536  # of the product that is timed
 TURNS = 3
 
 
 @cache
 def running_dtype() -> torch.dtype:
-    """bf16 where the processor multiplies it faster than fp32; found out once a process, in a few hundredths of a second.
+    """bf16 where the processor multiplies it faster than fp32; found out once a process, in a third of a second at most.
 
     Processors without instructions for bf16 emulate it, at a ninth of the speed of fp32 (docs/log.md): there everything runs in fp32.
     """
