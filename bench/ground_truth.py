@@ -35,7 +35,7 @@ VERSION = 2
 
 
 def opened(model: str, data: str, generic: str | None) -> tuple[Prepared, Any]:
-    """The job's texts and the model in bf16."""
+    """The job's texts and the model as it runs here (`running_dtype`)."""
     p = Prepared(Job(model, data, "25%", generic=generic), lambda *_: None)
     return p, clone(p.model, running_dtype())
 

@@ -15,7 +15,7 @@ from sartor.stages.distil import Anchor, DistilConfig, Trained, distil_
 from sartor.stages.masters import Latents
 
 PLAIN = 2  # version
-RATE, SHORT = 2e-4, 150.0  # peak rate of a training of so many seconds: 1e-4 after twelve minutes
+RATE, SHORT = 2e-4, 150.0  # peak rate of a training of so many seconds: 9e-5 after twelve minutes
 
 
 def plain(training: Training) -> DistilConfig:

@@ -69,15 +69,13 @@ def test_backward_probes_are_the_second_order_of_the_true_damage(model: Any, row
         assert got == pytest.approx(true_kl(model, faded(model, layer, group, much), rows) / much**2, rel=0.25)
 
 
-def test_effects_foretell_the_order_of_random_cuts_on_other_text(
-    place: dict[str, Any], tokenizer: Any, rows: torch.Tensor
-) -> None:
+def test_effects_foretell_the_order_of_random_cuts_on_other_text(place: dict[str, Any], tokenizer: Any) -> None:
     model, _ = net.load_dense(place["model"])
     fresh = training_rows(texts("cook", 20, 77), tokenizer, 64)[:12]
-    e = effects(model, rows)
+    e = effects(model, training_rows(texts("cook", 160, 8), tokenizer, 64)[:40])
     worth = probe.check(model, probe.order_units(e), fresh, 12)
     assert worth.spearman > 0.9
-    assert worth.r2 > 0.7  # the pico model, and with it this, differ a little from processor to processor
+    assert worth.r2 > 0.8
     assert worth.factor > 0
 
 
