@@ -15,7 +15,7 @@ from subject import SEED, Subject
 from torch import Tensor
 
 from sartor.controls import public_texts
-from sartor.effort import EFFORTS, Training
+from sartor.effort import Training, effort_of
 from sartor.errors import BudgetError
 from sartor.export import gguf_file
 from sartor.job import Prepared
@@ -68,7 +68,7 @@ def fitted(name: str, subject: Subject, size: str, work: Path) -> Artifact:
     del dense
     made = apply_plan(
         subject.network, p.tokenizer, replace(plan, settled=v.settled), texts, subject.effort,
-        v.training(EFFORTS[subject.effort].training), progress, fitting=v.fitting,
+        v.training(effort_of(subject.effort).training), progress, fitting=v.fitting,
     )  # fmt: skip
     progress.end()
     file = work / "model.gguf"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from subject import SEED, Subject
 
-from sartor.effort import EFFORTS, Training
+from sartor.effort import Training, effort_of
 from sartor.model.network import clone
 from sartor.model.precision import running_dtype
 from sartor.stages.distil import Anchor, DistilConfig, Trained, distil_
@@ -34,7 +34,7 @@ def tuned_(network: Any, subject: Subject) -> Trained:
     rows = subject.rows()
     nobody = Anchor(rows[:0], torch.empty(0, rows.shape[1], 1), torch.empty(0, rows.shape[1], 1, dtype=torch.int32))
     latents = Latents({n: p.data for n, p in network.named_parameters()})
-    config = plain(EFFORTS[subject.effort].training)
+    config = plain(effort_of(subject.effort).training)
     running = clone(network, running_dtype())
     course = distil_(running, latents, rows, nobody, subject.validation(), config, SEED)
     for name, p in network.named_parameters():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from ground_truth import opened
 
-from sartor.effort import EFFORTS
+from sartor.effort import effort_of
 from sartor.memory import keep_freed
 from sartor.model.network import clone
 from sartor.model.precision import running_dtype
@@ -63,7 +63,7 @@ def main() -> None:
     for data in a.data:
         p, _ = opened(a.model, data, a.generic)
         rows = training_rows([*p.texts.train, *p.texts.probe], p.tokenizer)
-        windows = encode_windows(cut_windows(p.user.test, EFFORTS["standard"].test_bytes), p.tokenizer)
+        windows = encode_windows(cut_windows(p.user.test, effort_of("standard").test_bytes), p.tokenizer)
         print(f"{Path(data).name}: original {score(p.model, windows).bits_per_byte:.4f}", flush=True)
         for rate in a.rates:
             for steps in a.steps:

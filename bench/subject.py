@@ -12,7 +12,7 @@ import cells
 from torch import Tensor
 
 from sartor import evaluate
-from sartor.effort import EFFORTS
+from sartor.effort import effort_of
 from sartor.job import Job, Prepared
 from sartor.model.network import load_dense
 from sartor.model.precision import running_dtype
@@ -42,7 +42,7 @@ class Subject:
             source,
         )
         self.texts, self.tokenizer, self.source = self.p.texts, self.p.tokenizer, source
-        self.windows = evaluate.held_out(self.p.user.test, self.p.generic.test, EFFORTS[effort].test_bytes)
+        self.windows = evaluate.held_out(self.p.user.test, self.p.generic.test, effort_of(effort).test_bytes)
         self.fingerprint = self.p.fingerprint()
         self.dense = evaluate.dense_reference(source, (self.p.model, self.p.tokenizer))
         self.p.release()
@@ -50,7 +50,7 @@ class Subject:
 
     def about(self, trained: bool) -> dict[str, Any]:
         """What every figure of this user depends on; of what is trained, also the whole effort."""
-        e = EFFORTS[self.effort]
+        e = effort_of(self.effort)
         how = asdict(e) if trained else {"test_bytes": e.test_bytes}
         return {"model": self.source.sha256, "texts": self.fingerprint, "effort": how, "seed": SEED}
 
@@ -71,7 +71,7 @@ class Subject:
         return training_rows([*self.texts.train, *self.texts.probe], self.tokenizer)
 
     def validation(self) -> list[Window]:
-        windows = cut_windows(self.texts.validation, EFFORTS[self.effort].validation_bytes)
+        windows = cut_windows(self.texts.validation, effort_of(self.effort).validation_bytes)
         return encode_windows(windows, self.tokenizer)
 
     def moments(self, network: Any) -> Moments:

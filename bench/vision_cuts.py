@@ -16,7 +16,7 @@ from typing import Any
 
 from vision_rivals import RIVALS, choose, macs, repair_, unit_macs
 
-from sartor.effort import PICTURE_EFFORTS
+from sartor.effort import picture_effort_of
 from sartor.job import Job
 from sartor.model.network import BLOCK, anatomy, clone
 from sartor.model.precision import running_dtype
@@ -46,7 +46,7 @@ def as_plan(whole: Any, kept: Kept) -> Plan:
 def ours(whole: Any, pictures: Pictures, share: float, generic_only: bool) -> Kept:
     """The allotment on backward probes, multiplications in the place of bytes."""
     a, tokens = anatomy(whole), whole.config.tokens
-    user, _, generic = felt_pictures(clone(whole, running_dtype()), pictures, PICTURE_EFFORTS["standard"], 0)
+    user, _, generic = felt_pictures(clone(whole, running_dtype()), pictures, picture_effort_of("standard"), 0)
     block, head = unit_macs(a, tokens)
     bytes_of = lambda b: block * sum(b.ffn) // BLOCK + head * sum(b.groups)  # noqa: E731
     effects = generic if generic_only else blended(user, generic, RHO)

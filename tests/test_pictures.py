@@ -249,7 +249,7 @@ def test_training_learns_from_labels_and_from_a_teacher(headed: Any, given: pict
 def test_a_vision_job_fits_its_budget_and_a_settled_plan_is_replayed(
     headed: Any, given: pictures.Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(pictures.PICTURE_EFFORTS, "quick", TINY)
+    monkeypatch.setitem(effort.PICTURE_EFFORTS, "quick", TINY)
     bytes_of = lambda b: 5000 + sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
     budget = int(0.6 * bytes_of(anatomy(headed)))
     costs = Costs(bytes_of, budget)

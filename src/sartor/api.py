@@ -17,14 +17,14 @@ from sartor.controls import control_arms
 from sartor.data.generic import generic_corpus
 from sartor.data.readers import read_folder
 from sartor.data.split import Corpus, split
-from sartor.effort import EFFORTS
+from sartor.effort import effort_of
 from sartor.errors import InputError, OutputError
 from sartor.export.worker import peak_memory
 from sartor.job import Job, Prepared
 from sartor.memory import hand_back
 from sartor.model.kinds import kind_of
 from sartor.model.network import anatomy, clone
-from sartor.model.precision import arithmetic, running_dtype
+from sartor.model.precision import computing, running_dtype
 from sartor.numerics.metrics import Score
 from sartor.picture_api import compress_pictures, evaluate_pictures_again, export_pictures, is_picture_artifact
 from sartor.pictures import Fitted
@@ -252,7 +252,7 @@ def measure(
     """
     artifact = folder / ARTIFACT
     small, tokenizer, _ = storage.load(folder)
-    windows = evaluate.held_out(user.test, generic.test, EFFORTS[effort].test_bytes)
+    windows = evaluate.held_out(user.test, generic.test, effort_of(effort).test_bytes)
     tell("measure", 0.05, "parity with PyTorch")
     parity = evaluate.check_parity(artifact, small, encode_windows(windows.user, tokenizer))
     del small
@@ -276,7 +276,7 @@ def measure(
             "dropped": user.dropped,
             "ordered_by_time": user.ordered_by_time,
         },
-        "versions": versions("sartor", "torch", "transformers", "gguf", "xllamacpp") | {"arithmetic": arithmetic()},
+        "versions": versions("sartor", "torch", "transformers", "gguf", "xllamacpp") | computing(),
     }
     return found, ours[0]
 

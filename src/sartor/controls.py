@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor import evaluate
-from sartor.effort import EFFORTS, UNTRAINED, Training
+from sartor.effort import UNTRAINED, Training, effort_of
 from sartor.evaluate import HeldOut
 from sartor.export import gguf_file
 from sartor.job import Job, Prepared
@@ -32,7 +32,7 @@ def control_arms(p: Prepared, job: Job, fitted: Score, seconds: dict[str, float]
         fitted: coding length of the user's test text under the artifact, in its runtime.
     """
     started = time.monotonic()
-    windows = evaluate.held_out(p.user.test, p.generic.test, EFFORTS[job.effort].test_bytes)
+    windows = evaluate.held_out(p.user.test, p.generic.test, effort_of(job.effort).test_bytes)
     if job.controls == "full":
         rows = trained_arm(p, job, fitted, windows, tell)
     elif job.effort == "quick":
@@ -56,7 +56,7 @@ def control_arms(p: Prepared, job: Job, fitted: Score, seconds: dict[str, float]
 
 def trained_arm(p: Prepared, job: Job, fitted: Score, windows: HeldOut, tell: Tell) -> list[dict[str, Any]]:
     """The whole job with generic text in the user's place, measured in the runtime."""
-    made = _made(p, job, public_texts(p), job.effort, EFFORTS[job.effort].training, _inside(tell, 0.0, 0.8, GENERIC))
+    made = _made(p, job, public_texts(p), job.effort, effort_of(job.effort).training, _inside(tell, 0.0, 0.8, GENERIC))
     with tempfile.TemporaryDirectory() as tmp:
         file = Path(tmp) / "control.gguf"
         gguf_file.write_latents(file, made.model, made.tokenizer, made.latents, "control")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sartor.model.precision import running_dtype
+from sartor.model.precision import pace, running_dtype
 from sartor.sources import cache_dir
 
 EXTRAS = {
@@ -26,6 +26,9 @@ EXTRAS = {
 }
 
 
+SLOWER = ": a slow machine, where standard and thorough look at fewer rows, and what is trained sees less text in the same time"
+
+
 def lines() -> Iterator[str]:
     """One line a package, a tool and a fact about the processor."""
     for module, pip in EXTRAS.items():
@@ -37,9 +40,5 @@ def lines() -> Iterator[str]:
     )
     generic = cache_dir() / "generic" / "brown"
     yield (f"{'generic text':14s} {'cached' if generic.exists() else 'missing: sartor fetch-generic'}")
-    bf16 = (
-        "faster than fp32"
-        if running_dtype() == torch.bfloat16
-        else "slower than fp32: everything runs in fp32, at about half the speed of a processor with instructions for it"
-    )
-    yield f"{'processor':14s} {os.cpu_count()} cores, bf16 {bf16}"
+    bf16 = "faster" if running_dtype() == torch.bfloat16 else "slower"
+    yield f"{'processor':14s} {os.cpu_count()} cores, bf16 {bf16} than fp32{SLOWER if pace() < 1 else ''}"

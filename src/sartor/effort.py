@@ -1,10 +1,13 @@
-"""How much work a job does: one row an effort level."""
+"""How much work a job does: one row an effort level, fitted to the machine's pace."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from math import ceil
+from typing import Any, TypeVar
 
+from sartor.model.precision import pace
 from sartor.stages.distil import DistilConfig
 from sartor.stages.tune import TuneConfig
 
@@ -134,3 +137,35 @@ PICTURE_EFFORTS: dict[str, PictureEffort] = {
     "standard": PictureEffort(192, 0.92, 16, 64, 192, TuneConfig(240.0, 1e-3), TuneConfig(360.0, 2e-3)),
     "thorough": PictureEffort(512, 0.97, 48, 128, 512, TuneConfig(900.0, 7e-4), TuneConfig(2400.0, 1.5e-3)),
 }
+
+Level = TypeVar("Level", bound=Any)
+KEPT = (
+    "test_bytes",
+    "layers_at_once",
+)  # of a level: on what figures are measured, and how finely, are no matter of time
+
+
+def effort_of(name: str) -> Effort:
+    """The level, as it fits this machine."""
+    return at_pace(EFFORTS, name, pace())
+
+
+def picture_effort_of(name: str) -> PictureEffort:
+    """The same for pictures."""
+    return at_pace(PICTURE_EFFORTS, name, pace())
+
+
+def at_pace(levels: Mapping[str, Level], name: str, pace: float) -> Level:
+    """A level for a machine of this pace: it looks at as many rows fewer, down to the quick level's, and trains as long.
+
+    Work of fixed size would take four times as long on a machine without instructions for bf16, and most of it says the same with a quarter of the rows (docs/log.md);
+    training has its seconds, which are what makes the difference.
+    """
+    level, quick, changed = levels[name], levels["quick"], dict[str, Any]()
+    for field in (f.name for f in fields(level) if f.name not in KEPT):
+        many, few = getattr(level, field), getattr(quick, field)
+        if isinstance(many, Training):
+            changed[field] = replace(many, lessons=max(min(many.lessons, few.lessons), ceil(many.lessons * pace)))
+        elif isinstance(many, int):
+            changed[field] = max(min(many, few), ceil(many * pace))
+    return replace(level, **changed)

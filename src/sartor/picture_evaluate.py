@@ -15,13 +15,13 @@ from torch import Tensor
 
 from sartor.carving import CALIBRATED, carving_of
 from sartor.clock import versions
-from sartor.effort import PICTURE_EFFORTS
+from sartor.effort import picture_effort_of
 from sartor.errors import ParityError
 from sartor.export import onnxrt, seen
 from sartor.job import Job
 from sartor.map_view import THREADS, TIMED
 from sartor.model.network import clone
-from sartor.model.precision import arithmetic
+from sartor.model.precision import computing
 from sartor.numerics.metrics import cosines, mean_interval, paired_interval, wilson
 from sartor.picture_job import WEIGHTS, PreparedPictures
 from sartor.picture_view import View, smaller
@@ -129,7 +129,7 @@ def measure_pictures(
             "dropped": p.album.dropped,
         },
         "head": {"depth": p.head.depth, "of": p.depth, "nats": p.head.nats, "side": side, "of_side": test.shape[-1]},
-        "versions": versions("sartor", "torch", "onnx", "onnxruntime", "pillow") | {"arithmetic": arithmetic()},
+        "versions": versions("sartor", "torch", "onnx", "onnxruntime", "pillow") | computing(),
     }
 
 
@@ -235,7 +235,7 @@ def _calibrated(
     generic = view.pictures.generic
     theirs = Pictures(generic, torch.zeros(len(generic), dtype=torch.long), *view.pictures.judged, generic)
     full = job.controls == "full"
-    training = NONE[0], PICTURE_EFFORTS[job.effort].recover if full else NONE[1]
+    training = NONE[0], picture_effort_of(job.effort).recover if full else NONE[1]
     rows: list[dict[str, Any]] = []
     compared: Answers | None = None
     for n, (name, pictures) in enumerate((("personal", view.pictures), ("generic", theirs))):

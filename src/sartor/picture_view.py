@@ -16,7 +16,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from sartor.effort import PICTURE_EFFORTS
+from sartor.effort import picture_effort_of
 from sartor.errors import BudgetError
 from sartor.export import onnx_file, onnxrt
 from sartor.job import Job
@@ -96,7 +96,7 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
         if effects is None:
             told("what the photos need of heads and channels")
             user, halves, generic = felt_pictures(
-                clone(dense, running_dtype()), pictures, PICTURE_EFFORTS[job.effort], job.seed
+                clone(dense, running_dtype()), pictures, picture_effort_of(job.effort), job.seed
             )
             effects = recovered(user, halves, generic) if generic else user
         views.append(View(dense, pictures, costs, {r: [nats, _damage(dense, effects, costs)]}))

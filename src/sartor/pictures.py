@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sartor.carving import carving_of
 from sartor.clock import Clock
-from sartor.effort import PICTURE_EFFORTS, PictureEffort
+from sartor.effort import PictureEffort, picture_effort_of
 from sartor.model.network import clone
 from sartor.plan import LayerPlan, Plan
 from sartor.probing import Tell, sounded
@@ -80,7 +80,7 @@ def plan_pictures(
     Raises:
         BudgetError: the budget is below what can be reached.
     """
-    carving, e = carving_of(model), PICTURE_EFFORTS[effort]
+    carving, e = carving_of(model), picture_effort_of(effort)
     carving.refuse(model, costs)
     dense = running(model)
     user, halves, generic = felt_pictures(dense, pictures, e, seed, partial(tell, "probe"))
@@ -164,7 +164,7 @@ def fit_pictures(
         model: with its head, fp32; never changed. training: of adaptation and recovery; None for the effort's own.
         kept: where the best weights of a training ("adapt", "recover") are kept; what is there already is not done again. settled: told the plan whose cuts the adapted network has decided.
     """
-    e, clock = PICTURE_EFFORTS[effort], Clock()
+    e, clock = picture_effort_of(effort), Clock()
     adapt, recover = training or (e.adapt, e.recover)
     kept = kept or (lambda stage: InMemory())
     mirror = may_mirror(model, *pictures.judged)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sartor.clock import Clock
-from sartor.effort import EFFORTS, Training
+from sartor.effort import Training, effort_of
 from sartor.errors import BudgetError
 from sartor.model.families import ATTENTION
 from sartor.model.network import anatomy, clone, shrink_vocabulary_
@@ -123,7 +123,7 @@ def measure(
     Args:
         dense: in bf16; as it was afterwards. The rest as for `make_plan`.
     """
-    e = EFFORTS[effort]
+    e = effort_of(effort)
     probed = _probed(dense, tokenizer, texts, effort, seed, tell, recall)
     rows = probe_rows(texts.probe, tokenizer, e.probe_rows, seed)
     user_rows = training_rows(texts.train, tokenizer)
@@ -166,7 +166,7 @@ def _by_the_paper(
     tell: Tell,
     recall: Recall,
 ) -> Plan:
-    e = EFFORTS[effort]
+    e = effort_of(effort)
     probed = _probed(dense, tokenizer, texts, effort, seed, tell, recall)
     measured = Measured(*probed, whole(anatomy(dense).vocab), {}, {}, {})
     rows = probe_rows(texts.probe, tokenizer, e.probe_rows, seed)
@@ -223,7 +223,7 @@ def apply_plan(
         training: None for the effort's own, UNTRAINED for none; its seconds are dealt out by what is cut. kept: where the best weights of a training ("adapt", "recover") are kept (None: in memory); what is there
         already is not done again. settled: told the plan whose cuts the adapted network has decided. steps: that the cuts are made in (`buffer.py`). fitting: puts what is left onto its grids.
     """
-    e = EFFORTS[effort]
+    e = effort_of(effort)
     clock = Clock()
     small, fitted = trim(_given(model), tokenizer, plan)
     training = (training or e.training).dealt(share_gone(plan, anatomy(small)))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sartor.effort import EFFORTS
+from sartor.effort import effort_of
 from sartor.model.graph import Graph
 from sartor.model.network import anatomy
 from sartor.stages.maps import feel_maps, map_effects
@@ -64,7 +64,7 @@ def felt(
     recall: Recall = anew,
 ) -> tuple[Effects, tuple[Effects, Effects], Effects]:
     """Backward probes on the user's rows and on generic ones: (the user's effects, those of two halves of the rows, generic effects)."""
-    e = EFFORTS[effort]
+    e = effort_of(effort)
     own, other = (sample(r, e.felt_rows, seed) for r in rows)
 
     def on(rows: Tensor, start: float, name: str) -> tuple[Effects, Effects, Effects]:
@@ -117,7 +117,7 @@ def _looks(model: Any) -> tuple[Callable[..., Felt], Callable[[Felt, int], Effec
 
 def worth_of(dense: Any, tokenizer: Any, texts: Texts, units: Units, effort: str, seed: int, tell: Tell) -> Worth:
     """Whether the units' effects foretell what random cuts cost on the user's probe split."""
-    e = EFFORTS[effort]
+    e = effort_of(effort)
     told = lambda share, note: tell("probe", 0.8 + 0.2 * share, note)  # noqa: E731
     return check(dense, units, probe_rows(texts.probe, tokenizer, e.probe_rows, seed), e.checks, seed, told)
 
@@ -132,7 +132,7 @@ def explain(
     """Every sub-layer left out alone, on text that shaped nothing: {"user" or "generic": {part: by layer, [share, low, high]}}."""
 
     def without(of: Sequence[str], start: float) -> dict[str, Any]:
-        rows = probe_rows(of, tokenizer, 2 * EFFORTS[effort].probe_rows, seed)
+        rows = probe_rows(of, tokenizer, 2 * effort_of(effort).probe_rows, seed)
         told = lambda share, note: tell("explain", start + share / 2, note)  # noqa: E731
         return recall("without", rows, seed, lambda: without_parts(dense, rows, seed, told))
 

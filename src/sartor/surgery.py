@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sartor.effort import EFFORTS
+from sartor.effort import effort_of
 from sartor.model.network import anatomy, clone
 from sartor.model.precision import running_dtype
 from sartor.plan import Plan
@@ -97,7 +97,7 @@ class Surgery:
 
     def _healed(self, network: Any, plan: Plan, seconds: float) -> Any:
         """Repaired in closed form, then a little distillation."""
-        few = EFFORTS[self.effort].fit_rows // 2
+        few = effort_of(self.effort).fit_rows // 2
         latents = self.fitted(network, replace(plan, grids={}), few, lambda share, note: None)
         if seconds > 0 and self.said is not None:
             training = replace(self.training, seconds=seconds)
