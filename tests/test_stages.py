@@ -19,7 +19,7 @@ from sartor.plan import LayerPlan, to_mask
 from sartor.stages import calibrate, likelihood, words
 from sartor.stages.bits import BASE, DOWN, RICHER, base_damage, damage_by_grid, kinds_of, poorer_damage
 from sartor.stages.calibrate import heard, second_moments, unheard
-from sartor.stages.distil import DistilConfig, _due
+from sartor.stages.distil import DistilConfig, _due, _rows_a_step
 from sartor.stages.masters import LATER, Latents, Mean
 from sartor.stages.prune import share_gone
 from sartor.stages.tokens import sample, training_rows
@@ -172,10 +172,21 @@ def test_unheard_rows_say_the_same_of_the_head(model: Any, rows: torch.Tensor, m
 
 
 def test_what_is_due_adds_up_whatever_a_step_takes() -> None:
-    for rows_a_step in (0.0, 3.5, 1 / 3, 2.0):
-        dealt = np.diff([_due(n, rows_a_step) for n in range(25)])
-        assert dealt.sum() == pytest.approx(24 * rows_a_step, abs=1e-6)
-        assert dealt.max() - dealt.min() <= 1
+    """Shares of steps of four rows, of one, and of some of both."""
+    for share in (0.0, 0.875, 1 / 3, 1.0):
+        for seen in (range(0, 100, 4), range(25), (0, 2, 6, 7, 8, 12)):
+            dealt = np.diff([_due(n, share) for n in seen])
+            assert dealt.sum() == int(seen[-1] * share + 1e-9)
+            assert np.all(np.abs(dealt - np.diff(seen) * share) < 1)
+
+
+def test_steps_have_fewer_rows_where_there_is_no_time_for_enough_of_them() -> None:
+    """At so many rows a second, a training of 300 s is to have 200 steps of one to four rows."""
+    config = DistilConfig(300.0)
+    assert _rows_a_step(config, 0, 0.0) == 2
+    for speed, rows in ((0.1, 1), (0.66, 1), (1.35, 2), (2.0, 3), (2.7, 4), (50.0, 4)):
+        assert _rows_a_step(config, int(1000 * speed), 1000.0) == rows
+    assert _rows_a_step(replace(config, batch_rows=1), 0, 0.0) == 1
 
 
 def test_the_more_is_cut_the_more_of_the_time_heals() -> None:

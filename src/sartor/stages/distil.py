@@ -34,7 +34,7 @@ class DistilConfig:
     """How to train.
 
     Attributes:
-        seconds: wall-clock budget. rate: peak learning rate of AdamW. batch_rows: rows a step: few, as short trainings are made of steps (docs/log.md). user_share: share of all rows
+        seconds: wall-clock budget. rate: peak learning rate of AdamW. batch_rows: rows a step at most; fewer where there is no time for `steps` of so many: short trainings are made of steps (docs/log.md). user_share: share of all rows
         with cross entropy where there are such rows. checks: how often validation is measured. patience: checks in a row clearly above the best before stopping.
         averaged: judged and kept is the mean of the weights (`Mean`), instead of the weights of the moment.
     """
@@ -42,13 +42,14 @@ class DistilConfig:
     seconds: float = 300.0
     rate: float = 5e-4
     batch_rows: int = 4
+    steps: int = 200
     user_share: float = 0.875
     checks: int = 8
     patience: int = 3
     averaged: bool = True
 
     def __post_init__(self) -> None:
-        if self.seconds < 0 or not 0 <= self.user_share <= 1 or self.batch_rows < 1:
+        if self.seconds < 0 or not 0 <= self.user_share <= 1 or min(self.batch_rows, self.steps) < 1:
             raise ValueError(f"not a valid training: {self}")
 
 
@@ -111,14 +112,15 @@ def distil_(
     mine, others = Rows(len(own), seed), Rows(len(said.rows), seed + 1)
     bpb = lambda network: score(network, validation).bits_per_byte  # noqa: E731
     watch = Watch(model, latents, bpb, best or InMemory(), before, config.averaged)
-    tokens = 0
+    seen = 0
     while (share := (time.monotonic() - started) / length) < 1 and watch.bad < config.patience:
-        n_own = _due(watch.steps + 1, config.batch_rows * share_own) - _due(watch.steps, config.batch_rows * share_own)
-        loss = _backward(model, own[mine.deal(n_own)], said, others.deal(config.batch_rows - n_own))
+        many = _rows_a_step(config, seen, share * length)
+        n_own = _due(seen + many, share_own) - _due(seen, share_own)
+        loss = _backward(model, own[mine.deal(n_own)], said, others.deal(many - n_own))
         update_(named, optimizers, config.rate * warm_then_cosine(share))
         put_(model, latents)
         watch.stepped()
-        tokens += config.batch_rows * said.rows.shape[1]
+        seen += many
         if share * config.checks >= len(watch.curve):
             watch.check(time.monotonic() - started)
         tell(share, f"step {watch.steps}, loss {loss:.3f}, validation {watch.best:.3f} bits per byte")
@@ -126,12 +128,20 @@ def distil_(
     optimizers.clear()
     watch.end_(seconds)
     model.requires_grad_(False)
-    return Trained(tuple(watch.curve), tokens, seconds)
+    return Trained(tuple(watch.curve), seen * said.rows.shape[1], seconds)
 
 
-def _due(steps: int, rows: float) -> int:
-    """Rows that are due after so many steps, where each is due a number that need not be whole."""
-    return int(steps * rows + 1e-9)
+def _rows_a_step(config: DistilConfig, seen: int, seconds: float) -> int:
+    """As many as leave time for `config.steps`, told by the rows that so many seconds were enough for."""
+    if not seen:
+        return min(PART, config.batch_rows)
+    affordable = seen / seconds * config.seconds
+    return max(1, min(config.batch_rows, round(affordable / config.steps)))
+
+
+def _due(seen: int, share: float) -> int:
+    """Of so many rows, those of a kind that has this share; it need not come out even."""
+    return int(seen * share + 1e-9)
 
 
 def _backward(model: Any, own: Int[Tensor, "n t"], said: Anchor, dealt: Int[Tensor, " m"]) -> float:
