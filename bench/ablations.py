@@ -19,8 +19,7 @@ from sartor.effort import Training, effort_of
 from sartor.errors import BudgetError
 from sartor.export import gguf_file
 from sartor.job import Prepared
-from sartor.model.network import clone
-from sartor.model.precision import running_dtype
+from sartor.model.precision import running
 from sartor.numerics.grids import GRIDS, search_scales
 from sartor.pipeline import Fitting, apply_plan, measure
 from sartor.plan import Plan
@@ -61,7 +60,7 @@ def fitted(name: str, subject: Subject, size: str, work: Path) -> Artifact:
     v, p, budget, started = VARIANTS[name], subject.p, subject.budget(size), time.monotonic()
     texts, recall = v.texts(p), remembered(cache_dir() / "probes", subject.source.sha256)
     progress = Progress()
-    dense = clone(subject.network(), running_dtype())
+    dense = running(subject.network())
     measured = measure(dense, p.tokenizer, texts, budget, p.bytes_of, subject.effort, SEED, progress, recall)
     believed = v.believed(measured, subject)
     plan = decide(dense, p.tokenizer, believed, budget, p.bytes_of, subject.source.sha256, RHO, SEED)

@@ -17,6 +17,8 @@ from sartor.clock import versions
 from sartor.evaluate import HeldOut
 from sartor.export import llamacpp
 from sartor.numerics.metrics import Score
+from sartor.stages.measure import score_of
+from sartor.stages.tokens import encode_windows
 
 MEASURING = 1  # version of `figures`: part of what every cell depends on
 COPIED = 1 << 28  # bytes of the array whose copy measures the memory: far more than any cache holds
@@ -46,6 +48,15 @@ def gguf_artifact(file: Path, tokenizer: Any, seconds: float, note: str = "") ->
     """A file for llama.cpp."""
     scores, speed = partial(evaluate.in_runtime, file, tokenizer=tokenizer), partial(llamacpp.speed, file)
     return Artifact(file.stat().st_size, seconds, tokenizer, "llama.cpp", scores, speed, weight_bytes(file), note)
+
+
+def scored(
+    nats_of: Callable[[list[list[int]]], list[list[float]]], tokenizer: Any, windows: HeldOut
+) -> tuple[Score, Score]:
+    """(user, generic) coding length in whatever says -log p of tokens 1, 2, ... of rows of ids."""
+    user, generic = (encode_windows(w, tokenizer) for w in (windows.user, windows.generic))
+    nats = [torch.tensor(n) for n in nats_of([list(w.ids) for w in (*user, *generic)])]
+    return score_of(user, nats[: len(user)]), score_of(generic, nats[len(user) :])
 
 
 def weight_bytes(file: Path) -> int:

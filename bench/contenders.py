@@ -11,6 +11,7 @@ from pathlib import Path
 import llamacpp_rivals as llama
 from ablations import VARIANTS, fitted
 from artifacts import MEASURING, Artifact
+from onnxruntime_rival import RECIPES, built
 from plain_tuning import PLAIN
 from pruned_rivals import NAMES, pruned
 from subject import Subject
@@ -53,6 +54,7 @@ def _rows() -> tuple[Contender, ...]:
             "tuned, llama.cpp", "fine-tuned as long as Sartor trains, then quantized with matrix",
             llama.tuned, llama.TUNED, f"1.{PLAIN}", trained=True,
         ),
+        Contender("onnxruntime", "weight-only, by onnxruntime-genai's builder", built, tuple(RECIPES), "1"),
         Contender("torchao", "weight-only, in PyTorch", weight_only, TYPES, "1"),
     )  # fmt: skip
     cuts = (

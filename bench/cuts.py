@@ -26,7 +26,7 @@ from rivals import RIVALS, Ranking, Seen, look
 
 from sartor.memory import keep_freed
 from sartor.model.network import BLOCK, Anatomy, anatomy, clone, linear, linears_of, query_rows
-from sartor.model.precision import running_dtype
+from sartor.model.precision import running, running_dtype
 from sartor.numerics.allocate import Ladder, allocate
 from sartor.numerics.compensate import refit
 from sartor.plan import LayerPlan, Plan, to_mask
@@ -144,7 +144,7 @@ def by_effects(e: Effects) -> Ranking:
 def stream_repaired(model: Any, plan: Plan, evidence: Evidence) -> Any:
     small = clone(model)
     cut_(small, plan)
-    put_(small, fit(small, clone(model, running_dtype()), evidence, {}))
+    put_(small, fit(small, running(model), evidence, {}))
     return small
 
 
@@ -152,7 +152,7 @@ def ours(
     model: Any, own: torch.Tensor, generic: torch.Tensor, seed: int
 ) -> dict[str, tuple[Ranking, Callable[..., Any]]]:
     """Sartor's arms: as it is, and with parts exchanged."""
-    half, a = clone(model, running_dtype()), anatomy(model)
+    half, a = running(model), anatomy(model)
     halves = [feel(half, r, seed) for r in own.chunk(2)]
     user, one, two, other = (effects_of(a, f) for f in (together(*halves), *halves, feel(half, generic, seed)))
     few = generic[: len(generic) // 2]
@@ -200,14 +200,14 @@ def main() -> None:
         p, _ = opened(a.model, data, a.generic)
         user = encode_windows(cut_windows(p.user.test, TEST_BYTES), p.tokenizer)
         general = encode_windows(cut_windows(p.generic.test, TEST_BYTES), p.tokenizer)
-        dense = clone(p.model, running_dtype())
+        dense = running(p.model)
         base = score(dense, user).bits_per_byte, score(dense, general).bits_per_byte
         print(f"{Path(data).name}: dense {base[0]:.3f}, generic {base[1]:.3f} bits per byte", flush=True)
         for seed in range(a.seeds):
             own = sample(training_rows(p.texts.train, p.tokenizer), a.rows, seed)
             generic = sample(training_rows(p.texts.generic_train, p.tokenizer), a.rows, seed)
             shape = anatomy(p.model)
-            seen = look(clone(p.model, running_dtype()), own)
+            seen = look(running(p.model), own)
             arms = {name: (rank(seen), REPAIR[name]) for name, rank in RIVALS.items()} | ours(
                 p.model, own, generic, seed
             )

@@ -22,8 +22,8 @@ import torch
 
 from sartor.job import Job, Prepared
 from sartor.memory import keep_freed
-from sartor.model.network import anatomy, clone, masked
-from sartor.model.precision import running_dtype
+from sartor.model.network import anatomy, masked
+from sartor.model.precision import running
 from sartor.model.tail import Tail
 from sartor.sources import cache_dir
 from sartor.stages.probe import Units, effects_of, order_units, unit_masks
@@ -37,7 +37,7 @@ VERSION = 2
 def opened(model: str, data: str, generic: str | None) -> tuple[Prepared, Any]:
     """The job's texts and the model as it runs here (`running_dtype`)."""
     p = Prepared(Job(model, data, "25%", generic=generic), lambda *_: None)
-    return p, clone(p.model, running_dtype())
+    return p, running(p.model)
 
 
 def generic_units(p: Prepared, model: Any, block: int) -> Units:

@@ -9,8 +9,7 @@ import torch
 from subject import SEED, Subject
 
 from sartor.effort import Training, effort_of
-from sartor.model.network import clone
-from sartor.model.precision import running_dtype
+from sartor.model.precision import running
 from sartor.stages.distil import Anchor, DistilConfig, Trained, distil_
 from sartor.stages.masters import Latents
 
@@ -35,8 +34,8 @@ def tuned_(network: Any, subject: Subject) -> Trained:
     nobody = Anchor(rows[:0], torch.empty(0, rows.shape[1], 1), torch.empty(0, rows.shape[1], 1, dtype=torch.int32))
     latents = Latents({n: p.data for n, p in network.named_parameters()})
     config = plain(effort_of(subject.effort).training)
-    running = clone(network, running_dtype())
-    course = distil_(running, latents, rows, nobody, subject.validation(), config, SEED)
+    student = running(network)
+    course = distil_(student, latents, rows, nobody, subject.validation(), config, SEED)
     for name, p in network.named_parameters():
         p.data = latents.masters[name]
     return course

@@ -17,8 +17,7 @@ from ground_truth import opened
 
 from sartor.effort import effort_of
 from sartor.memory import keep_freed
-from sartor.model.network import clone
-from sartor.model.precision import running_dtype
+from sartor.model.precision import running
 from sartor.numerics.schedule import warm_then_cosine
 from sartor.stages.likelihood import hidden_of, loss_of
 from sartor.stages.masters import Adam, InMemory, Latents, Rows, put_, update_
@@ -35,16 +34,16 @@ def learn(model: Any, rows: torch.Tensor, windows: list[Window], rate: float, st
     Args: model: fp32; left alone.
     """
     latents = Latents({n: p.detach().clone() for n, p in model.named_parameters()})
-    running = clone(model, running_dtype())
-    watch = Watch(running, latents, lambda network: score(network, windows).bits_per_byte, InMemory())
-    named = {n: p.requires_grad_(True) for n, p in running.named_parameters()}
+    student = running(model)
+    watch = Watch(student, latents, lambda network: score(network, windows).bits_per_byte, InMemory())
+    named = {n: p.requires_grad_(True) for n, p in student.named_parameters()}
     optimizers = {n: Adam(latents.masters[n], rate) for n in named}
     dealt = Rows(len(rows), 0)
     for step in range(steps):
         part = rows[dealt.deal(BATCH)]
-        loss_of(running, hidden_of(running, part), part).backward()
+        loss_of(student, hidden_of(student, part), part).backward()
         update_(named, optimizers, rate * warm_then_cosine(step / steps))
-        put_(running, latents)
+        put_(student, latents)
         watch.stepped()
     watch.end_(0.0)
     names = ("last", *(f"{share:.0%} of the way from the mean" for share in BETWEEN))

@@ -17,8 +17,8 @@ from cuts import TEST_BYTES, by_effects, chosen, plan_of
 from ground_truth import opened
 
 from sartor.memory import keep_freed
-from sartor.model.network import anatomy, clone
-from sartor.model.precision import running_dtype
+from sartor.model.network import anatomy
+from sartor.model.precision import running, running_dtype
 from sartor.stages.buffer import buffered
 from sartor.stages.distil import DistilConfig, anchor, distil_, joined
 from sartor.stages.fit import evidence_of, fit
@@ -52,20 +52,18 @@ def main() -> None:
     said = joined(anchor(whole, sample(rows[0], 192, 1)), anchor(whole, sample(rows[1], 32, 1))) if a.seconds else None
 
     def sense(network: Any) -> Effects:
-        half = clone(network, running_dtype())
+        half = running(network)
         return effects_of(anatomy(half), feel(half, sample(rows[0], 64, 0)))
 
     def healed(network: Any, seconds: float) -> Any:
         latents: Latents = fit(network, whole, evidence, {})
         if said is not None and seconds > 0:
-            distil_(
-                clone(network, running_dtype()), latents, None, said, validation, DistilConfig(seconds, 2e-4, checks=1)
-            )
+            distil_(running(network), latents, None, said, validation, DistilConfig(seconds, 2e-4, checks=1))
         put_(network, latents)
         return network
 
     def damage(network: Any) -> float:
-        return kl_of(clone(network, running_dtype()), held, reference)
+        return kl_of(running(network), held, reference)
 
     shape = anatomy(p.model)
     plan = plan_of(shape, chosen(shape, by_effects(sense(p.model)), a.removed), 0)

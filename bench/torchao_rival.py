@@ -11,16 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from artifacts import Artifact
+from artifacts import Artifact, scored
 from subject import Subject
 
 from sartor.errors import MissingExtra
-from sartor.evaluate import HeldOut
 from sartor.export.apart import answered
-from sartor.numerics.metrics import Score
-from sartor.stages.measure import score_of
-from sartor.stages.tokens import encode_windows
 
 TYPES = ("int8", "int4")
 PIP = "pip install torchao==0.18.0"
@@ -35,20 +30,14 @@ def weight_only(subject: Subject, kind: str, work: Path) -> Artifact:
     started, file = time.monotonic(), work / "model.safetensors"
     read = ask(do="write", file=str(file))["read"]
     seconds, tokenizer = time.monotonic() - started, subject.dense.tokenizer
-    scores, speed = partial(_scores, ask, tokenizer), partial(_speed, ask)
+    nats = lambda rows: ask(do="score", windows=rows)["nats"]  # noqa: E731
+    scores, speed = partial(scored, nats, tokenizer), partial(_speed, ask)
     return Artifact(file.stat().st_size, seconds, tokenizer, "PyTorch", scores, speed, read, NOTE)
 
 
 def _ask(about: Mapping[str, Any], **job: Any) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).with_name("torch_worker.py"))]
     return answered(command, {**about, **job}, f"torchao failed on {about['kind']}")
-
-
-def _scores(ask: Any, tokenizer: Any, windows: HeldOut) -> tuple[Score, Score]:
-    texts = [encode_windows(w, tokenizer) for w in (windows.user, windows.generic)]
-    nats = [torch.tensor(n) for n in ask(do="score", windows=[list(w.ids) for some in texts for w in some])["nats"]]
-    user, generic = texts
-    return score_of(user, nats[: len(user)]), score_of(generic, nats[len(user) :])
 
 
 def _speed(ask: Any, ids: Sequence[int]) -> dict[str, float]:

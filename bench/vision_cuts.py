@@ -19,7 +19,7 @@ from vision_rivals import RIVALS, choose, macs, repair_, unit_macs
 from sartor.effort import picture_effort_of
 from sartor.job import Job
 from sartor.model.network import BLOCK, anatomy, clone
-from sartor.model.precision import running_dtype
+from sartor.model.precision import running
 from sartor.numerics.metrics import mean_interval
 from sartor.picture_job import PreparedPictures
 from sartor.pictures import RHO, Pictures, felt_pictures, trained
@@ -46,7 +46,7 @@ def as_plan(whole: Any, kept: Kept) -> Plan:
 def ours(whole: Any, pictures: Pictures, share: float, generic_only: bool) -> Kept:
     """The allotment on backward probes, multiplications in the place of bytes."""
     a, tokens = anatomy(whole), whole.config.tokens
-    user, _, generic = felt_pictures(clone(whole, running_dtype()), pictures, picture_effort_of("standard"), 0)
+    user, _, generic = felt_pictures(running(whole), pictures, picture_effort_of("standard"), 0)
     block, head = unit_macs(a, tokens)
     bytes_of = lambda b: block * sum(b.ffn) // BLOCK + head * sum(b.groups)  # noqa: E731
     effects = generic if generic_only else blended(user, generic, RHO)
@@ -56,7 +56,7 @@ def ours(whole: Any, pictures: Pictures, share: float, generic_only: bool) -> Ke
 
 def fitted_(small: Any, whole: Any, pictures: Pictures, generic_only: bool) -> None:
     own, others = sample(pictures.train, 192, 0), sample(pictures.generic, 96, 0)
-    half = clone(whole, running_dtype())
+    half = running(whole)
     evidence = evidence_of(half, own[:0] if generic_only else own, others, RHO)
     put_(small, fit(small, half, evidence, {}))
 
@@ -77,7 +77,7 @@ def arms(whole: Any, pictures: Pictures, share: float) -> dict[str, tuple[Kept, 
 
 
 def tuned(small: Any, whole: Any, pictures: Pictures, mirror: bool, seconds: float, seed: int) -> None:
-    lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic, clone(whole, running_dtype()))
+    lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic, running(whole))
     trained(small, lessons, pictures, TuneConfig(seconds, 2e-3, checks=3), seed)
 
 
@@ -104,8 +104,8 @@ def main() -> None:
         whole = clone(p.dense)
         lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic)
         trained(whole, lessons, pictures, TuneConfig(a.adapt, 1e-3), seed)
-        dense = recognize(clone(whole, running_dtype()), *test)
-        came = recognize(clone(p.dense, running_dtype()), *test)
+        dense = recognize(running(whole), *test)
+        came = recognize(running(p.dense), *test)
         print(
             f"{Path(a.data).name}, seed {seed}: as it came {came.accuracy:.1%}, adapted {dense.accuracy:.1%}",
             flush=True,
@@ -118,9 +118,9 @@ def main() -> None:
                     repair_(small, whole, pictures.train, kept)
                 elif repair != "none":
                     fitted_(small, whole, pictures, repair == "generic")
-                before = recognize(clone(small, running_dtype()), *test)
+                before = recognize(running(small), *test)
                 tuned(small, whole, pictures, mirror, a.tune, seed)
-                after = recognize(clone(small, running_dtype()), *test)
+                after = recognize(running(small), *test)
                 left = macs(anatomy(small), whole.config.tokens) / macs(anatomy(whole), whole.config.tokens)
                 print(
                     f"{1 - left:.0%} gone: {name:28s} cut {before.accuracy:.1%}, tuned {told(after, dense)}", flush=True

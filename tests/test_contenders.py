@@ -13,6 +13,7 @@ from typing import Any
 
 import ablations
 import llamacpp_rivals
+import onnxruntime_rival
 import pruned_rivals
 import pytest
 import torch
@@ -241,6 +242,26 @@ def test_torchaos_files_are_smaller_than_bf16_and_say_nearly_the_same(
     said = score_of(windows, [torch.tensor(n) for n in nats]).bits_per_byte
     assert said == pytest.approx(score(half, windows).bits_per_byte, rel=0.05)
     assert set(speed) == {"prompt_tokens_per_s", "generate_tokens_per_s"}
+
+
+@pytest.mark.skipif(not onnxruntime_rival.available(), reason=onnxruntime_rival.PIP)
+@pytest.mark.parametrize("kind", ["int4 k_quant", "int8"])
+def test_onnx_runtimes_own_files_are_smaller_than_fp16_and_say_nearly_the_same(
+    kind: str, subject: Subject, tmp_path: Path
+) -> None:
+    made = onnxruntime_rival.built(subject, kind, tmp_path)
+    whole = anatomy(subject.network()).parameters() * 4
+    assert 0.5 * made.bytes < made.read < made.bytes < 0.6 * whole
+    assert made.scores(subject.windows)[0].bits_per_byte == pytest.approx(
+        subject.reference()[0].bits_per_byte, rel=0.05 if kind == "int4 k_quant" else 0.01
+    )
+    assert min(made.speed(range(20)).values()) > 0
+
+
+@pytest.mark.skipif(onnxruntime_rival.available(), reason="onnxruntime-genai is installed")
+def test_without_the_builder_its_cells_name_the_way_out(subject: Subject, tmp_path: Path) -> None:
+    with pytest.raises(SartorError, match="pip install onnxruntime-genai"):
+        onnxruntime_rival.built(subject, "int4", tmp_path)
 
 
 @pytest.mark.skipif(llama_quantizer.available(), reason="llama-cpp-python is installed")

@@ -12,7 +12,7 @@ import torch
 from sartor import effort, pictures
 from sartor.errors import BudgetError
 from sartor.model.network import anatomy, clone, embed, linear, masked, shrink_attention_, shrink_mlp_, through
-from sartor.model.precision import running_dtype
+from sartor.model.precision import running
 from sartor.model.tail import Tail
 from sartor.model.vision import Vision, VisionConfig
 from sartor.plan import from_mask
@@ -239,9 +239,9 @@ def test_training_learns_from_labels_and_from_a_teacher(headed: Any, given: pict
     for p in student.parameters():
         p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     before = float(recognize(student, *given.judged).nats.mean())
-    lessons = Lessons(given.train, given.labels, True, given.generic, teacher=clone(headed, running_dtype()))
+    lessons = Lessons(given.train, given.labels, True, given.generic, teacher=running(headed))
     latents = Latents({n: p.data.clone() for n, p in student.named_parameters()})
-    course = tune_(clone(student, running_dtype()), latents, lessons, given.judged, TuneConfig(2.0, 1e-3, checks=4))
+    course = tune_(running(student), latents, lessons, given.judged, TuneConfig(4.0, 1e-3, checks=4))
     assert min(nats for _, nats in course.curve) < before
     assert course.pictures > 16
 

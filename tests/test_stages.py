@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from sartor.effort import UNTRAINED, Training
 from sartor.model import network as net
 from sartor.model.vocabulary import count_tokens, trim_tokenizer
+from sartor.numerics.schedule import affordable_batch
 from sartor.plan import LayerPlan, to_mask
 from sartor.stages import calibrate, likelihood, words
 from sartor.stages.bits import BASE, DOWN, RICHER, base_damage, damage_by_grid, kinds_of, poorer_damage
 from sartor.stages.calibrate import heard, second_moments, unheard
-from sartor.stages.distil import DistilConfig, _due, _rows_a_step
+from sartor.stages.distil import DistilConfig, _due
 from sartor.stages.masters import LATER, Latents, Mean
 from sartor.stages.prune import share_gone
 from sartor.stages.tokens import sample, training_rows
@@ -182,11 +183,9 @@ def test_what_is_due_adds_up_whatever_a_step_takes() -> None:
 
 def test_steps_have_fewer_rows_where_there_is_no_time_for_enough_of_them() -> None:
     """At so many rows a second, a training of 300 s is to have 200 steps of one to four rows."""
-    config = DistilConfig(300.0)
-    assert _rows_a_step(config, 0, 0.0) == 2
     for speed, rows in ((0.1, 1), (0.66, 1), (1.35, 2), (2.0, 3), (2.7, 4), (50.0, 4)):
-        assert _rows_a_step(config, int(1000 * speed), 1000.0) == rows
-    assert _rows_a_step(replace(config, batch_rows=1), 0, 0.0) == 1
+        assert affordable_batch(1, 4, 200, speed, 300.0) == rows
+    assert affordable_batch(3, 4, 200, 0.1, 300.0) == 3
 
 
 def test_the_more_is_cut_the_more_of_the_time_heals() -> None:

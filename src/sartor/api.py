@@ -23,8 +23,8 @@ from sartor.export.worker import peak_memory
 from sartor.job import Job, Prepared
 from sartor.memory import hand_back
 from sartor.model.kinds import kind_of
-from sartor.model.network import anatomy, clone
-from sartor.model.precision import computing, running_dtype
+from sartor.model.network import anatomy
+from sartor.model.precision import computing, running
 from sartor.numerics.metrics import Score
 from sartor.picture_api import compress_pictures, evaluate_pictures_again, export_pictures, is_picture_artifact
 from sartor.pictures import Fitted
@@ -164,7 +164,7 @@ def probe(
             "sartor probe is for models that read texts so far: sartor compress tells of photos in its report"
         )
     p = Prepared(job, tell, source)
-    dense = clone(p.release(), running_dtype())
+    dense = running(p.release())
     user, general = sense(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
     worth = worth_of(dense, p.tokenizer, p.texts, order_units(user), effort, seed, tell)
     without = explain(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))

@@ -13,8 +13,8 @@ from sartor.effort import UNTRAINED, Training, effort_of
 from sartor.evaluate import HeldOut
 from sartor.export import gguf_file
 from sartor.job import Job, Prepared
-from sartor.model.network import clone, load_dense
-from sartor.model.precision import running_dtype
+from sartor.model.network import load_dense
+from sartor.model.precision import running
 from sartor.numerics.metrics import Score
 from sartor.pipeline import Compressed, apply_plan, make_plan
 from sartor.probing import Tell, Texts
@@ -40,7 +40,7 @@ def control_arms(p: Prepared, job: Job, fitted: Score, seconds: dict[str, float]
     else:
         rows = untrained_arms(p, job, windows, tell)
     dense, tokenizer = load_dense(p.source.folder)
-    half = clone(dense, running_dtype())
+    half = running(dense)
     del dense
     rows += evaluate.quantizer_controls(
         evaluate.dense_reference(p.source).f16,

@@ -24,7 +24,7 @@ from sartor.map_view import MARGIN, THREADS, TIMED, map_costs, timed_maps
 from sartor.model.checkpoints import load_vision
 from sartor.model.graph import Graph
 from sartor.model.network import BLOCK, Anatomy, anatomy, clone, shrink_attention_, shrink_mlp_
-from sartor.model.precision import running_dtype
+from sartor.model.precision import running
 from sartor.picture_job import WEIGHTS, PreparedPictures
 from sartor.pictures import Pictures, felt_pictures
 from sartor.probing import Tell
@@ -95,9 +95,7 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
         costs = timed(p, dense, job.faster)
         if effects is None:
             told("what the photos need of heads and channels")
-            user, halves, generic = felt_pictures(
-                clone(dense, running_dtype()), pictures, picture_effort_of(job.effort), job.seed
-            )
+            user, halves, generic = felt_pictures(running(dense), pictures, picture_effort_of(job.effort), job.seed)
             effects = recovered(user, halves, generic) if generic else user
         views.append(View(dense, pictures, costs, {r: [nats, _damage(dense, effects, costs)]}))
     best = min(views, key=lambda v: sum(v.sides[v.side]))

@@ -15,6 +15,7 @@ from sartor.carving import carving_of
 from sartor.clock import Clock
 from sartor.effort import PictureEffort, picture_effort_of
 from sartor.model.network import clone
+from sartor.model.precision import running
 from sartor.plan import LayerPlan, Plan
 from sartor.probing import Tell, sounded
 from sartor.stages.allot import Allotment, Costs
@@ -22,7 +23,7 @@ from sartor.stages.allot_maps import MapCosts
 from sartor.stages.decide import diagnose
 from sartor.stages.masters import InMemory, Kept, Latents, put_
 from sartor.stages.probe import Effects, Worth, blended, recovered
-from sartor.stages.recognition import recognize, running
+from sartor.stages.recognition import recognize
 from sartor.stages.tokens import sample
 from sartor.stages.tune import Course, Lessons, TuneConfig, may_mirror, tune_, views
 

@@ -15,7 +15,7 @@ from sartor.effort import Training, effort_of
 from sartor.errors import BudgetError
 from sartor.model.families import ATTENTION
 from sartor.model.network import anatomy, clone, shrink_vocabulary_
-from sartor.model.precision import running_dtype
+from sartor.model.precision import running, running_dtype
 from sartor.model.vocabulary import can_trim, trim_tokenizer
 from sartor.plan import Plan, from_mask
 from sartor.probing import Recall, Tell, Texts, anew, probe_rows, sense, worth_of
@@ -100,7 +100,7 @@ def make_plan(
             f"a budget of {budget:,} bytes cannot be reached: the smallest model Sartor would make of this one has {least:,} bytes; ask for more",
             least,
         )
-    dense = clone(model, running_dtype())
+    dense = running(model)
     if method == "paper":
         return _by_the_paper(dense, tokenizer, texts, budget, bytes_of, sha256, effort, rho, seed, tell, recall)
     measured = measure(dense, tokenizer, texts, budget, bytes_of, effort, seed, tell, recall)
@@ -239,7 +239,7 @@ def apply_plan(
     pruning: dict[str, Any] = {}
     latents, before = school.kept("recover").load() or (None, 0.0)
     if latents is None:
-        whole = clone(small, running_dtype())
+        whole = running(small)
         surgery = Surgery(whole, learned, unseen, generic, validation, said, training.recover, effort, tell)
         held = probe_rows(texts.validation, fitted, e.probe_rows, plan.seed)
         small, plan, pruning = surgery.cut(small, plan, steps, held)
@@ -308,17 +308,17 @@ def _adapt(
         (what the cut network shall learn: the adapted one's words on the user's rows, where it gives lessons, and the dense one's on generic rows; the course).
     """
     school.tell("adapt", 0.0, "what the original says of generic text")
-    running = clone(small, running_dtype())
-    dense_said = anchor(running, generic)
+    student = running(small)
+    dense_said = anchor(student, generic)
     latents, before = school.kept("adapt").load() or (Latents({n: p.data for n, p in small.named_parameters()}), 0.0)
-    trained = school.train("adapt", running, latents, own, dense_said, training.adapt, before)
+    trained = school.train("adapt", student, latents, own, dense_said, training.adapt, before)
     for name, p in small.named_parameters():
         p.data = latents.masters[name]
-    put_(running, latents)
+    put_(student, latents)
     if not training.lessons:
         return dense_said, trained
     school.tell("adapt", 1.0, "what the adapted model says of the user's text")
-    return joined(anchor(running, sample(own, training.lessons, school.seed)), dense_said), trained
+    return joined(anchor(student, sample(own, training.lessons, school.seed)), dense_said), trained
 
 
 def trim(model: Any, tokenizer: Any, plan: Plan) -> tuple[Any, Any]:

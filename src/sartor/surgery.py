@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from sartor.effort import effort_of
-from sartor.model.network import anatomy, clone
-from sartor.model.precision import running_dtype
+from sartor.model.network import anatomy
+from sartor.model.precision import running
 from sartor.plan import Plan
 from sartor.probing import Tell, felt
 from sartor.stages.buffer import buffered
@@ -70,7 +70,7 @@ class Surgery:
         if anatomy(small) == before:
             cut_(small, plan)
         if what := gone(before, anatomy(small)):
-            done |= what | {"validation_cut": score(clone(small, running_dtype()), self.validation).bits_per_byte}
+            done |= what | {"validation_cut": score(running(small), self.validation).bits_per_byte}
             self.tell("prune", 1.0, f"validation {done['validation_cut']:.3f} bits per byte")
         return small, plan, done
 
@@ -81,9 +81,9 @@ class Surgery:
         small, plan, done = buffered(
             small,
             plan,
-            lambda network: self._sense(clone(network, running_dtype()), plan, silent),
+            lambda network: self._sense(running(network), plan, silent),
             lambda network: self._healed(network, plan, time.pop() if time else 0.0),
-            lambda network: kl_of(clone(network, running_dtype()), held, reference),
+            lambda network: kl_of(running(network), held, reference),
             steps,
             tell=partial(self.tell, "prune"),
         )
@@ -101,7 +101,7 @@ class Surgery:
         latents = self.fitted(network, replace(plan, grids={}), few, lambda share, note: None)
         if seconds > 0 and self.said is not None:
             training = replace(self.training, seconds=seconds)
-            distil_(clone(network, running_dtype()), latents, None, self.said, self.validation, training, plan.seed)
+            distil_(running(network), latents, None, self.said, self.validation, training, plan.seed)
         put_(network, latents)
         return network
 

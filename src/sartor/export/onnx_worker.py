@@ -25,7 +25,7 @@ def load(file: str, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if PAIRED not in Path(file).read_bytes():
+    if not _holds(file, PAIRED):
         # without instructions for eight bits (VNNI) an x86 processor adds products in sixteen bits, which overflow unnoticed: exactly instead, where that is so
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:
@@ -33,6 +33,17 @@ def load(file: str, threads: int) -> Any:
     except Exception as error:
         said = " ".join(str(error).replace(file, Path(file).name).split())
         raise SystemExit(f"it cannot be loaded: {said[:200]}") from error
+
+
+def _holds(file: str, word: bytes) -> bool:
+    """Whether the word stands in the file, read in parts: all of it at once would count as the runtime's memory."""
+    before = b""
+    with Path(file).open("rb") as opened:
+        while part := opened.read(1 << 20):
+            if word in before + part:
+                return True
+            before = part[-len(word) :]
+    return False
 
 
 def classify(session: Any, pixels: np.ndarray) -> dict[str, np.ndarray]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 import time
 from functools import cache
+from typing import Any
 
 import torch
+
+from sartor.model.graph import Graph
+from sartor.model.network import clone
 
 TOKENS, INPUTS, OUTPUTS = 512, 576, 1536  # of the product that is timed
 TURNS = 5
@@ -21,6 +25,11 @@ def running_dtype() -> torch.dtype:
     Processors without instructions for bf16 emulate it, at a ninth of the speed of fp32 (docs/log.md): there everything runs in fp32.
     """
     return torch.bfloat16 if _seconds(torch.bfloat16) < _seconds(torch.float32) else torch.float32
+
+
+def running(model: Any) -> Any:
+    """A copy that is looked at and trained: a graph of convolutions in fp32, as these are no faster in bf16 anywhere."""
+    return clone(model, torch.float32 if isinstance(model, Graph) else running_dtype())
 
 
 def computing() -> dict[str, str]:

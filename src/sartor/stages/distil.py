@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sartor.numerics.schedule import warm_then_cosine
+from sartor.numerics.schedule import affordable_batch, warm_then_cosine
 from sartor.stages.likelihood import hidden_of, lesson_of, loss_of, loss_to_lesson
 from sartor.stages.masters import Adam, InMemory, Kept, Latents, Rows, put_, update_
 from sartor.stages.measure import score
@@ -112,15 +112,16 @@ def distil_(
     mine, others = Rows(len(own), seed), Rows(len(said.rows), seed + 1)
     bpb = lambda network: score(network, validation).bits_per_byte  # noqa: E731
     watch = Watch(model, latents, bpb, best or InMemory(), before, config.averaged)
-    seen = 0
+    seen, many, since = 0, PART, time.monotonic()
     while (share := (time.monotonic() - started) / length) < 1 and watch.bad < config.patience:
-        many = _rows_a_step(config, seen, share * length)
         n_own = _due(seen + many, share_own) - _due(seen, share_own)
         loss = _backward(model, own[mine.deal(n_own)], said, others.deal(many - n_own))
         update_(named, optimizers, config.rate * warm_then_cosine(share))
         put_(model, latents)
         watch.stepped()
         seen += many
+        speed = seen / (time.monotonic() - since)
+        many = affordable_batch(1, config.batch_rows, config.steps, speed, config.seconds)
         if share * config.checks >= len(watch.curve):
             watch.check(time.monotonic() - started)
         tell(share, f"step {watch.steps}, loss {loss:.3f}, validation {watch.best:.3f} bits per byte")
@@ -129,14 +130,6 @@ def distil_(
     watch.end_(seconds)
     model.requires_grad_(False)
     return Trained(tuple(watch.curve), seen * said.rows.shape[1], seconds)
-
-
-def _rows_a_step(config: DistilConfig, seen: int, seconds: float) -> int:
-    """As many as leave time for `config.steps`, told by the rows that so many seconds were enough for."""
-    if not seen:
-        return min(PART, config.batch_rows)
-    affordable = seen / seconds * config.seconds
-    return max(1, min(config.batch_rows, round(affordable / config.steps)))
 
 
 def _due(seen: int, share: float) -> int:

@@ -19,8 +19,9 @@ from sartor.model import graph_channels
 from sartor.model.graph import Graph
 from sartor.model.graph_channels import ended, waists
 from sartor.model.network import clone, embed, layers_of
+from sartor.model.precision import running
 from sartor.model.vision import FEATURES, Vision, cut_layers_
-from sartor.stages.recognition import BATCH, running
+from sartor.stages.recognition import BATCH
 
 STRENGTHS = (0.03, 0.3, 3.0)  # of the pull of weights towards zero, for features of variance one
 FOLDS = 4

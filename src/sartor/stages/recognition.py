@@ -9,16 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from sartor.model.graph import Graph
-from sartor.model.network import clone, embed, through
-from sartor.model.precision import running_dtype
+from sartor.model.network import embed, through
 
 BATCH = 16  # pictures a pass
-
-
-def running(model: Any) -> Any:
-    """A copy that is looked at and trained: a graph of convolutions in fp32, as these are no faster in bf16 anywhere."""
-    return clone(model, torch.float32 if isinstance(model, Graph) else running_dtype())
 
 
 @dataclass(frozen=True)

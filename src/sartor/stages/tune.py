@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from sartor.numerics.schedule import warm_then_cosine
+from sartor.numerics.schedule import affordable_batch, warm_then_cosine
 from sartor.stages.masters import Adam, InMemory, Kept, Latents, Rows, put_, update_
 from sartor.stages.recognition import recognize
 from sartor.stages.watch import Watch
 
 PART = 8  # pictures in one forward and backward pass
+FEWEST = 4  # in a step
 SMOOTH = 0.1  # of a label's probability, for all other classes
 OTHERS = 0.25  # of a batch, where a teacher speaks: pictures of everyone else
 CROP = 0.5  # of a picture's area that a view shows at least
@@ -30,15 +31,17 @@ SURE = 2.0  # standard deviations by which mirrored pictures must be named worse
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """How to train: wall-clock seconds, peak learning rate of AdamW as a share of what it moves, pictures a step, how often validation is looked at."""
+    """How to train: wall-clock seconds, peak learning rate of AdamW as a share of what it moves, pictures a step at most (fewer, down to FEWEST, where there is no time for `steps` of so many),
+    how often validation is looked at."""
 
     seconds: float = 300.0
     rate: float = 1e-3
     batch: int = 16
+    steps: int = 100
     checks: int = 6
 
     def __post_init__(self) -> None:
-        if self.seconds < 0 or self.batch < 1 or self.checks < 1:
+        if self.seconds < 0 or min(self.batch, self.steps, self.checks) < 1:
             raise ValueError(f"not a valid training: {self}")
 
 
@@ -113,16 +116,20 @@ def tune_(
     named = {n: p.requires_grad_(True) for n, p in model.named_parameters() if n in latents.masters}
     optimizers = {n: Adam(latents.masters[n], config.rate, relative=True) for n in named}
     length = max(config.seconds - before, 1e-9)
-    strange = round(OTHERS * config.batch) if lessons.teacher is not None and len(lessons.others) else 0
+    share_strange = OTHERS if lessons.teacher is not None and len(lessons.others) else 0.0
     rows, others = Rows(len(lessons.pixels), seed), Rows(len(lessons.others), seed + 1)
     generator = torch.Generator().manual_seed(seed)
-    watch, seen = Watch(model, latents, lambda network: _nats(network, validation), best or InMemory(), before), 0
+    watch = Watch(model, latents, lambda network: _nats(network, validation), best or InMemory(), before)
+    seen, many, since = 0, min(PART, config.batch), time.monotonic()
     while (share := (time.monotonic() - started) / length) < 1:
-        loss = _backward(model, lessons, rows.deal(config.batch - strange), others.deal(strange), generator)
+        strange = round(share_strange * many)
+        loss = _backward(model, lessons, rows.deal(many - strange), others.deal(strange), generator)
         update_(named, optimizers, config.rate * warm_then_cosine(share))
         put_(model, latents)
         watch.stepped()
-        seen += config.batch
+        seen += many
+        speed = seen / (time.monotonic() - since)
+        many = affordable_batch(min(FEWEST, config.batch), config.batch, config.steps, speed, config.seconds)
         if share * config.checks >= len(watch.curve):
             watch.check(time.monotonic() - started)
         tell(share, f"{seen} pictures, loss {loss:.3f}, validation {watch.best:.3f} nats a picture")

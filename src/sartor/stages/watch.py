@@ -51,7 +51,8 @@ class Watch:
     def check(self, seconds: float) -> None:
         """Judge what there is; the training goes on with the weights that it was at."""
         self._judge(self.mean.latents if self.mean else self.latents, seconds)
-        put_(self.model, self.latents)
+        if self.mean:
+            put_(self.model, self.latents)
 
     def end_(self, seconds: float) -> None:
         """Judge for the last time; model and latents are the best ones afterwards."""
