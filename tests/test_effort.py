@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from sartor.model import precision
 @pytest.mark.parametrize("levels", [EFFORTS, PICTURE_EFFORTS])
 @pytest.mark.parametrize("name", EFFORTS)
 def test_a_slow_machine_looks_at_less_and_trains_and_is_measured_as_long(levels: Any, name: str) -> None:
-    """No count grows or falls under the quick level's; seconds, rates and held-out text stay."""
+    """No count grows or falls under the quick level's; seconds and held-out text stay, and the rate at which whole weights learn."""
     usual, slow, quick = levels[name], at_pace(levels, name, 0.25), levels["quick"]
     assert at_pace(levels, name, 1.0) == usual
     counts = {k for k, v in asdict(usual).items() if isinstance(v, int)}
@@ -28,7 +28,9 @@ def test_a_slow_machine_looks_at_less_and_trains_and_is_measured_as_long(levels:
     assert "test_bytes" not in fewer
     trainings = [slow.training, usual.training] if levels is EFFORTS else [slow, usual]
     assert trainings[0].adapt == trainings[1].adapt
-    assert trainings[0].recover == trainings[1].recover
+    slower, usual_rate = trainings[0].recover, trainings[1].recover.rate
+    assert slower.rate == pytest.approx(usual_rate * (0.25 if levels is EFFORTS else 1.0))
+    assert replace(slower, rate=usual_rate) == trainings[1].recover
 
 
 def test_half_the_pace_lies_between() -> None:

@@ -159,13 +159,16 @@ def at_pace(levels: Mapping[str, Level], name: str, pace: float) -> Level:
     """A level for a machine of this pace: it looks at as many rows fewer, down to the quick level's, and trains as long.
 
     Work of fixed size would take four times as long on a machine without instructions for bf16, and most of it says the same with a quarter of the rows (docs/log.md);
-    training has its seconds, which are what makes the difference.
+    training has its seconds, which are what makes the difference. The peak rate of recovery goes with the pace: in few steps on the grid a high one loses what error
+    feedback had put right, and has no time to find it again.
     """
     level, quick, changed = levels[name], levels["quick"], dict[str, Any]()
     for field in (f.name for f in fields(level) if f.name not in KEPT):
         many, few = getattr(level, field), getattr(quick, field)
         if isinstance(many, Training):
-            changed[field] = replace(many, lessons=max(min(many.lessons, few.lessons), ceil(many.lessons * pace)))
+            gentle = replace(many.recover, rate=many.recover.rate * pace)
+            lessons = max(min(many.lessons, few.lessons), ceil(many.lessons * pace))
+            changed[field] = replace(many, recover=gentle, lessons=lessons)
         elif isinstance(many, int):
             changed[field] = max(min(many, few), ceil(many * pace))
     return replace(level, **changed)
