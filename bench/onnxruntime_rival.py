@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from artifacts import Artifact, scored
 from subject import Subject
@@ -69,6 +71,18 @@ def _build(folder: Path, out: Path, recipe: Recipe) -> None:
     if done.returncode or not (out / "model.onnx").exists():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise SartorError(f"onnxruntime-genai's builder failed: {last[:200]}")
+    _with_head_size(out / "model.onnx", json.loads((out / "genai_config.json").read_text()))
+
+
+def _with_head_size(file: Path, config: Mapping[str, Any]) -> None:
+    """Name the size of keys and values, that the builder leaves open, in the file: our worker makes room for them by it. The weights lie in another file."""
+    import onnx
+
+    model = onnx.load(file, load_external_data=False)
+    for value in model.graph.input:
+        if value.name.startswith("past_key_values."):
+            value.type.tensor_type.shape.dim[3].dim_value = config["model"]["decoder"]["head_size"]
+    file.write_bytes(model.SerializeToString())
 
 
 def read_bytes(file: Path) -> int:
