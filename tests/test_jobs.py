@@ -18,6 +18,7 @@ from sartor.cli import main
 from sartor.errors import BudgetError, InputError
 from sartor.export import gguf_file, llamacpp
 from sartor.model import network as net
+from sartor.model.precision import running
 from sartor.numerics.grids import GRIDS
 from sartor.pipeline import kept_back
 from sartor.stages import likelihood
@@ -123,7 +124,7 @@ def test_recovery_on_the_grid_goes_back_to_what_the_teacher_says(place: dict[str
     said = anchor(teacher, own)
     reference = likelihood.top_of(teacher, own)
     distance = lambda: likelihood.kl_of(student, own, reference)  # noqa: E731
-    student, latents = net.running(teacher), on_grid(teacher, "IQ4_NL")
+    student, latents = running(teacher), on_grid(teacher, "IQ4_NL")
     torch.manual_seed(0)
     for w in latents.masters.values():
         w.add_(0.3 * w.std() * torch.randn_like(w) if w.ndim > 1 else 0.0)
