@@ -50,13 +50,21 @@ def gguf_artifact(file: Path, tokenizer: Any, seconds: float, note: str = "") ->
     return Artifact(file.stat().st_size, seconds, tokenizer, "llama.cpp", scores, speed, weight_bytes(file), note)
 
 
-def scored(
-    nats_of: Callable[[list[list[int]]], list[list[float]]], tokenizer: Any, windows: HeldOut
-) -> tuple[Score, Score]:
-    """(user, generic) coding length in whatever says -log p of tokens 1, 2, ... of rows of ids."""
+Ask = Callable[
+    ..., dict[str, Any]
+]  # of a worker that holds one model: a job of `text_jobs.JOBS` by keywords, its result
+
+
+def scored(ask: Ask, tokenizer: Any, windows: HeldOut) -> tuple[Score, Score]:
+    """(user, generic) coding length in a worker."""
     user, generic = (encode_windows(w, tokenizer) for w in (windows.user, windows.generic))
-    nats = [torch.tensor(n) for n in nats_of([list(w.ids) for w in (*user, *generic)])]
+    nats = [torch.tensor(n) for n in ask(do="score", windows=[list(w.ids) for w in (*user, *generic)])["nats"]]
     return score_of(user, nats[: len(user)]), score_of(generic, nats[len(user) :])
+
+
+def timed(ask: Ask, ids: Sequence[int]) -> dict[str, float]:
+    """Tokens per second after these ids in a worker, and its peak memory."""
+    return ask(do="speed", ids=list(ids), generate=64, repeats=2)
 
 
 def weight_bytes(file: Path) -> int:

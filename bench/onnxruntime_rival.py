@@ -8,13 +8,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from artifacts import Artifact, scored
+from artifacts import Artifact, scored, timed
 from subject import Subject
 
 from sartor.errors import MissingExtra, SartorError
@@ -53,8 +53,8 @@ def built(subject: Subject, kind: str, work: Path) -> Artifact:
     _build(subject.source.folder, work, recipe)
     seconds, tokenizer, file = time.monotonic() - started, subject.dense.tokenizer, work / "model.onnx"
     size = sum(f.stat().st_size for f in work.glob("model.onnx*"))  # weights lie beside the graph
-    nats = lambda rows: run_job("onnx", file, "score", windows=rows)["nats"]  # noqa: E731
-    scores, speed = partial(scored, nats, tokenizer), partial(_speed, file)
+    ask = partial(run_job, "onnx", file)
+    scores, speed = partial(scored, ask, tokenizer), partial(timed, ask)
     return Artifact(size, seconds, tokenizer, "ONNX Runtime", scores, speed, read_bytes(file), recipe.note)
 
 
@@ -92,7 +92,3 @@ def read_bytes(file: Path) -> int:
     graph = onnx.load(file).graph
     read = {name for node in graph.node if not node.op_type.startswith("Gather") for name in node.input}
     return sum(onnx.numpy_helper.to_array(t).nbytes for t in graph.initializer if t.name in read)
-
-
-def _speed(file: Path, ids: Sequence[int]) -> dict[str, float]:
-    return run_job("onnx", file, "speed", ids=list(ids), generate=64, repeats=2)

@@ -6,12 +6,12 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from artifacts import Artifact, scored
+from artifacts import Artifact, scored, timed
 from subject import Subject
 
 from sartor.errors import MissingExtra
@@ -30,15 +30,10 @@ def weight_only(subject: Subject, kind: str, work: Path) -> Artifact:
     started, file = time.monotonic(), work / "model.safetensors"
     read = ask(do="write", file=str(file))["read"]
     seconds, tokenizer = time.monotonic() - started, subject.dense.tokenizer
-    nats = lambda rows: ask(do="score", windows=rows)["nats"]  # noqa: E731
-    scores, speed = partial(scored, nats, tokenizer), partial(_speed, ask)
+    scores, speed = partial(scored, ask, tokenizer), partial(timed, ask)
     return Artifact(file.stat().st_size, seconds, tokenizer, "PyTorch", scores, speed, read, NOTE)
 
 
 def _ask(about: Mapping[str, Any], **job: Any) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).with_name("torch_worker.py"))]
     return answered(command, {**about, **job}, f"torchao failed on {about['kind']}")
-
-
-def _speed(ask: Any, ids: Sequence[int]) -> dict[str, float]:
-    return ask(do="speed", ids=list(ids), generate=64, repeats=2)

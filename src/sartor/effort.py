@@ -139,10 +139,8 @@ PICTURE_EFFORTS: dict[str, PictureEffort] = {
 }
 
 Level = TypeVar("Level", bound=Any)
-KEPT = (
-    "test_bytes",
-    "layers_at_once",
-)  # of a level: on what figures are measured, and how finely, are no matter of time
+# of a level: on what figures are measured, and how finely, are no matter of time
+KEPT = ("test_bytes", "layers_at_once")
 
 
 def effort_of(name: str) -> Effort:

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sartor.numerics.schedule import affordable_batch, warm_then_cosine
+from sartor.numerics.schedule import warm_then_cosine
 from sartor.stages.likelihood import hidden_of, lesson_of, loss_of, loss_to_lesson
-from sartor.stages.masters import Adam, InMemory, Kept, Latents, Rows, put_, update_
+from sartor.stages.masters import Adam, Batches, InMemory, Kept, Latents, Rows, put_, update_
 from sartor.stages.measure import score
 from sartor.stages.tokens import Window
 from sartor.stages.watch import Watch
@@ -112,16 +112,14 @@ def distil_(
     mine, others = Rows(len(own), seed), Rows(len(said.rows), seed + 1)
     bpb = lambda network: score(network, validation).bits_per_byte  # noqa: E731
     watch = Watch(model, latents, bpb, best or InMemory(), before, config.averaged)
-    seen, many, since = 0, PART, time.monotonic()
+    batches = Batches(PART, 1, config.batch_rows, config.steps, config.seconds)
     while (share := (time.monotonic() - started) / length) < 1 and watch.bad < config.patience:
-        n_own = _due(seen + many, share_own) - _due(seen, share_own)
-        loss = _backward(model, own[mine.deal(n_own)], said, others.deal(many - n_own))
+        n_own = _due(batches.seen + batches.many, share_own) - _due(batches.seen, share_own)
+        loss = _backward(model, own[mine.deal(n_own)], said, others.deal(batches.many - n_own))
         update_(named, optimizers, config.rate * warm_then_cosine(share))
         put_(model, latents)
         watch.stepped()
-        seen += many
-        speed = seen / (time.monotonic() - since)
-        many = affordable_batch(1, config.batch_rows, config.steps, speed, config.seconds)
+        batches.stepped()
         if share * config.checks >= len(watch.curve):
             watch.check(time.monotonic() - started)
         tell(share, f"step {watch.steps}, loss {loss:.3f}, validation {watch.best:.3f} bits per byte")
@@ -129,7 +127,7 @@ def distil_(
     optimizers.clear()
     watch.end_(seconds)
     model.requires_grad_(False)
-    return Trained(tuple(watch.curve), seen * said.rows.shape[1], seconds)
+    return Trained(tuple(watch.curve), batches.seen * said.rows.shape[1], seconds)
 
 
 def _due(seen: int, share: float) -> int:

@@ -6,6 +6,7 @@ arXiv:1308.3432) at no extra cost in the graph. Scales stay as the quantizer cho
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sartor.numerics.grids import Grid, snap
+from sartor.numerics.schedule import affordable_batch
 
 LATER = 0.5  # power of time that weights count with in their mean
 
@@ -89,6 +91,25 @@ class Rows:
             self.order = torch.cat([self.order, torch.randperm(self.count, generator=self.generator)])
         dealt, self.order = self.order[:n], self.order[n:]
         return dealt
+
+
+class Batches:
+    """How many rows the next step takes: as many as leave time for enough steps (`affordable_batch`), at the speed since this was made.
+
+    Attributes:
+        many: rows of the step to come. seen: rows of all steps so far.
+    """
+
+    def __init__(self, first: int, least: int, most: int, steps: int, seconds: float) -> None:
+        """Args: first: rows of the step before any speed is known. least, most: rows of a step. steps, seconds: how many there shall be, in which time."""
+        self.least, self.most, self.steps, self.seconds = min(least, most), most, steps, seconds
+        self.many, self.seen, self.started = min(first, most), 0, time.monotonic()
+
+    def stepped(self) -> None:
+        """To be called after every step."""
+        self.seen += self.many
+        speed = self.seen / (time.monotonic() - self.started)
+        self.many = affordable_batch(self.least, self.most, self.steps, speed, self.seconds)
 
 
 class Kept(Protocol):

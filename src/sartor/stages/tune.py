@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from sartor.numerics.schedule import affordable_batch, warm_then_cosine
-from sartor.stages.masters import Adam, InMemory, Kept, Latents, Rows, put_, update_
+from sartor.numerics.schedule import warm_then_cosine
+from sartor.stages.masters import Adam, Batches, InMemory, Kept, Latents, Rows, put_, update_
 from sartor.stages.recognition import recognize
 from sartor.stages.watch import Watch
 
@@ -120,24 +120,22 @@ def tune_(
     rows, others = Rows(len(lessons.pixels), seed), Rows(len(lessons.others), seed + 1)
     generator = torch.Generator().manual_seed(seed)
     watch = Watch(model, latents, lambda network: _nats(network, validation), best or InMemory(), before)
-    seen, many, since = 0, min(PART, config.batch), time.monotonic()
+    batches = Batches(PART, FEWEST, config.batch, config.steps, config.seconds)
     while (share := (time.monotonic() - started) / length) < 1:
-        strange = round(share_strange * many)
-        loss = _backward(model, lessons, rows.deal(many - strange), others.deal(strange), generator)
+        strange = round(share_strange * batches.many)
+        loss = _backward(model, lessons, rows.deal(batches.many - strange), others.deal(strange), generator)
         update_(named, optimizers, config.rate * warm_then_cosine(share))
         put_(model, latents)
         watch.stepped()
-        seen += many
-        speed = seen / (time.monotonic() - since)
-        many = affordable_batch(min(FEWEST, config.batch), config.batch, config.steps, speed, config.seconds)
+        batches.stepped()
         if share * config.checks >= len(watch.curve):
             watch.check(time.monotonic() - started)
-        tell(share, f"{seen} pictures, loss {loss:.3f}, validation {watch.best:.3f} nats a picture")
+        tell(share, f"{batches.seen} pictures, loss {loss:.3f}, validation {watch.best:.3f} nats a picture")
     seconds = time.monotonic() - started
     optimizers.clear()
     watch.end_(seconds)
     model.requires_grad_(False)
-    return Course(tuple(watch.curve), seen, seconds)
+    return Course(tuple(watch.curve), batches.seen, seconds)
 
 
 def _nats(model: Any, validation: tuple[Tensor, Tensor]) -> float:
