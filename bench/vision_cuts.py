@@ -16,6 +16,7 @@ from typing import Any
 
 from vision_rivals import RIVALS, choose, macs, repair_, unit_macs
 
+from sartor.carving import free
 from sartor.effort import picture_effort_of
 from sartor.job import Job
 from sartor.model.network import BLOCK, anatomy, clone
@@ -103,7 +104,7 @@ def main() -> None:
     for seed in a.seeds:
         whole = clone(p.dense)
         lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic)
-        trained(whole, lessons, pictures, TuneConfig(a.adapt, 1e-3), seed)
+        trained(whole, free(whole), lessons, pictures, TuneConfig(a.adapt, 1e-3), seed)
         dense = recognize(running(whole), *test)
         came = recognize(running(p.dense), *test)
         print(

@@ -12,6 +12,7 @@ from gguf.quants import dequantize
 
 from sartor.numerics.allocate import Ladder, allocate
 from sartor.numerics.compensate import refit, strength
+from sartor.numerics.four import FOUR, nearest_scales, packed, row_steps
 from sartor.numerics.gptq import gptq
 from sartor.numerics.grids import GRIDS, decode_scales, encode, nearest_index, search_scales, snap, tensor_bytes
 from sartor.numerics.metrics import Score, interval
@@ -172,3 +173,36 @@ def test_the_interval_holds_the_value_and_pairing_narrows_it() -> None:
     assert low < a.bits_per_byte < high
     low, high = interval(b, a)
     assert -0.06 < low < b.bits_per_byte / a.bits_per_byte - 1 < high < -0.04
+
+
+def test_four_bits_are_eight_with_one_scale_a_row() -> None:
+    w = random(24, 96) * torch.logspace(-6, 0, 24)[:, None]  # rows far smaller than fp16 knows
+    w[3] = 0
+    scales = nearest_scales(w)
+    units, steps = row_steps(scales)
+    assert torch.equal(units[:, None] * steps, scales)
+    assert steps.abs().max() <= 15
+    codes, packed_steps, packed_units = packed(w, scales)
+    levels = np.stack([codes & 15, codes >> 4], -1).reshape(24, 3, 32).astype(np.int16) - 8
+    numbers = levels * packed_steps
+    assert np.abs(numbers).max() <= 127
+    held = torch.from_numpy(numbers.reshape(24, 96).astype(np.float32) * packed_units[:, None])
+    assert torch.equal(held, snap(w, scales, FOUR))
+    assert float((held - w).norm() / w.norm()) < 0.1
+
+
+def test_error_feedback_on_four_bits_beats_the_nearest() -> None:
+    z = random(400, 24) @ random(24, 96) + 0.3 * random(400, 96)
+    w, c = random(32, 96), z.T @ z
+    q = gptq(w, c, FOUR)
+    row_steps(q.scales)  # whole multiples of one number a row, or it raises
+    lost = [
+        float((((x - w) @ c) * (x - w)).sum())
+        for x in (snap(q.latent, q.scales, FOUR), snap(w, nearest_scales(w), FOUR))
+    ]
+    assert lost[0] < 0.6 * lost[1]
+
+
+def test_scales_that_are_no_multiples_are_refused() -> None:
+    with pytest.raises(ValueError, match="whole multiples"):
+        row_steps(torch.tensor([[1.0, 0.333]]))

@@ -13,9 +13,12 @@ import torch
 
 from sartor.errors import InputError, MissingExtra, SartorError
 from sartor.export import onnxrt
-from sartor.export.onnx_file import WEIGHTS, build, dequantized, file_bytes, rounded, write
-from sartor.model.network import anatomy, shrink_attention_, shrink_mlp_
+from sartor.export.onnx_file import WEIGHTS, build, dequantized, file_bytes, write
+from sartor.model.network import anatomy, linears_of, shrink_attention_, shrink_mlp_
 from sartor.model.vision import ACTIVATIONS, Vision, VisionConfig
+from sartor.numerics.eight import rounded
+from sartor.numerics.four import FOUR, nearest_scales
+from sartor.numerics.grids import snap
 
 PICO = VisionConfig("dinov2", 64, 4, 128, 3, 28, 7, prefix=2, classes=5)
 # rounding activations to 8 bits turns the features by a tenth of this (1 - cosine), a bias at the wrong channels by ten times as much
@@ -70,6 +73,29 @@ def test_a_rounded_file_says_what_its_dequantized_network_says(tmp_path: Path, w
     # the weights' own rounding is no part of this: what is left is the activations'
     whole = 1 - cosine(held["features"], torch_outputs(model, pictures(3))["features"])
     assert whole < {"int8": TOLERANCE, "int4": 0.1}[weights]
+
+
+def on_four_bits(model: Vision) -> Vision:
+    """Its matrices with other scales than the file would find by itself."""
+    for n, name, module in linears_of(model):
+        if module.in_features % 32 == 0:
+            scales = nearest_scales(1.3 * module.weight)
+            module.weight.data = snap(module.weight.data, scales, FOUR)
+            model.block_scales[f"model.layers.{n}.{name}.weight"] = scales
+    return model
+
+
+def test_a_network_on_four_bits_is_in_its_file_as_it_is(tmp_path: Path) -> None:
+    model = on_four_bits(network(replace(PICO, num_attention_heads=2), False))
+    held = dequantized(model, "int4")
+    for (_, _, ours), (_, _, theirs) in zip(linears_of(model), linears_of(held), strict=True):
+        assert torch.equal(ours.weight, theirs.weight)
+    assert held.block_scales.keys() == model.block_scales.keys()
+    write(tmp_path / "four.onnx", model, "int4")
+    write(tmp_path / "eight.onnx", held, "int8")
+    four, eight = (onnxrt.outputs(tmp_path / f"{n}.onnx", pictures(3))["features"] for n in ("four", "eight"))
+    assert 1 - cosine(four, torch_outputs(held, pictures(3))["features"]) < TOLERANCE
+    assert 1 - cosine(four, eight) < TOLERANCE
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

@@ -87,6 +87,7 @@ def report(folder: Path) -> dict[str, Any]:
 
 def test_the_file_keeps_its_budget_and_agrees_with_pytorch(fitted: Path) -> None:
     r = report(fitted)
+    assert r["weights"] == "int4"  # eight bits would take cuts
     assert (fitted / ARTIFACT).stat().st_size == r["bytes"]["artifact"] <= r["bytes"]["budget"]
     assert r["parity"]["cosine"] > 0.98
     model, classes, plan = sartor.load(fitted)
@@ -171,7 +172,7 @@ def test_exports_are_compared_in_one_table(
     assert main([*ask, "--out", str(tmp_path / "all")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("ONNX Runtime")]) == 3
-    assert (tmp_path / "all" / "onnx-int8.onnx").read_bytes() == (fitted / ARTIFACT).read_bytes()
+    assert (tmp_path / "all" / "onnx-int4.onnx").read_bytes() == (fitted / ARTIFACT).read_bytes()
     assert main(["export", str(fitted), "--to", "toaster", "--out", str(tmp_path / "x")]) == 2
     assert "executorch-int8" in capsys.readouterr().err
 
@@ -193,6 +194,17 @@ def test_photos_without_labels_are_fitted_to_how_alike_they_are(place: dict[str,
     assert not r["data"]["labelled"]
     assert json.loads((out / "classes.json").read_text()) == []
     assert main(["run", str(out), str(next(place["loose"].iterdir()))]) == 2
+
+
+def test_where_everything_fits_nothing_is_cut_and_all_time_is_adaptation(
+    place: dict[str, Path], tmp_path: Path
+) -> None:
+    sartor.compress(str(place["model"]), place["photos"], "70%", tmp_path / "out", controls="none")
+    r = report(tmp_path / "out")
+    assert r["weights"] == "int8"
+    assert r["pruning"] == r["recovery"] == {}
+    assert r["adaptation"]["curve"][-1][0] > TINY.adapt.seconds
+    assert r["bytes"]["artifact"] <= r["bytes"]["budget"]
 
 
 @pytest.mark.parametrize("stage", ["adapt", "recover"])

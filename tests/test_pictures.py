@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from sartor import effort, pictures
+from sartor.carving import four_damage
 from sartor.errors import BudgetError
 from sartor.model.network import anatomy, clone, embed, linear, masked, shrink_attention_, shrink_mlp_, through
 from sartor.model.precision import running
 from sartor.model.tail import Tail
 from sartor.model.vision import Vision, VisionConfig
+from sartor.numerics.four import FOUR, row_steps
+from sartor.numerics.grids import snap
 from sartor.plan import from_mask
-from sartor.stages.allot import Costs, allot
+from sartor.stages.allot import Costs, Four, allot
 from sartor.stages.fit import evidence_of, fit
 from sartor.stages.head import choose_head, clustered, fit_head, read_out, with_head
 from sartor.stages.masters import put_
@@ -193,6 +196,25 @@ def test_what_fits_as_it_is_loses_nothing(headed: Any) -> None:
     assert all(len(from_mask(m)) == a.ffn[0] for m in found.channels)
 
 
+def test_four_bits_are_taken_where_they_damage_less_than_cuts(headed: Any) -> None:
+    a = anatomy(headed)
+    eight = lambda b: 1000 + sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
+    four = lambda b: 1000 + (eight(b) - 1000) * 17 // 32  # noqa: E731
+    budget = int(0.6 * eight(a))
+    cut = allot(a, flat(a), Costs(eight, budget))
+    found = allot(a, flat(a), Costs(eight, budget, four=Four(four, 0.5 * cut.damage)))
+    assert found.four
+    assert found.damage == 0.5 * cut.damage
+    assert found.size == four(a)
+    assert allot(a, flat(a), Costs(eight, budget, four=Four(four, 2 * cut.damage))) == cut
+    assert not allot(a, flat(a), Costs(eight, eight(a), four=Four(four, -1.0))).four  # eight bits suffice
+    deep = Costs(eight, int(0.1 * eight(a)), four=Four(four, 1.0))  # that only four bits reach
+    assert allot(a, flat(a), deep).four
+    with pytest.raises(BudgetError) as told:
+        allot(a, flat(a), replace(deep, budget=1000))
+    assert allot(a, flat(a), replace(deep, budget=int(told.value.nearest or 0))).size <= int(told.value.nearest or 0)
+
+
 def test_time_that_a_kind_of_unit_does_not_take_is_sought_elsewhere(headed: Any) -> None:
     a = anatomy(headed)
     bytes_of = lambda b: sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
@@ -265,3 +287,23 @@ def test_a_vision_job_fits_its_budget_and_a_settled_plan_is_replayed(
     assert again.plan == made.plan
     assert anatomy(again.model) == anatomy(made.model)
     assert replace(plan, settled=True) != made.plan
+
+
+def test_a_job_at_four_bits_trains_and_ends_on_its_grid(
+    headed: Any, given: pictures.Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(effort.PICTURE_EFFORTS, "quick", TINY)
+    eight = lambda b: 5000 + sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
+    four = Four(lambda b: 5000 + (eight(b) - 5000) * 17 // 32, 1e-6)
+    costs = Costs(eight, int(0.5 * eight(anatomy(headed))), four=four)
+    plan = pictures.plan_pictures(headed, given, costs, "0" * 64, "quick")
+    assert set(plan.grids.values()) == {"INT4"}
+    made = pictures.fit_pictures(headed, plan, given, costs, "quick")
+    assert made.plan.grids.keys() == made.model.block_scales.keys() == plan.grids.keys()
+    for name, scales in made.model.block_scales.items():
+        weight = made.model.get_parameter(name)
+        assert torch.equal(weight, snap(weight, scales, FOUR))
+        row_steps(scales)
+    assert recognize(made.model, *drawn(90, 9)).accuracy > 0.5
+    damage = four_damage(headed, given.train[:24], given.generic[:8], given.validation, 0.3)
+    assert 0 < damage < 0.5

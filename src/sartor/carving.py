@@ -11,16 +11,19 @@ from torch import Tensor
 
 from sartor.model.graph import Graph, shapes
 from sartor.model.graph_channels import Keep, channel_groups, kept_channels, shrink
-from sartor.model.network import anatomy
+from sartor.model.network import anatomy, clone, linears_of
+from sartor.model.precision import running
 from sartor.model.vision import Vision
+from sartor.numerics.four import FOUR
 from sartor.plan import LayerPlan, Plan
 from sartor.stages.allot import Allotment, allot, refuse_impossible
 from sartor.stages.allot_maps import allot_maps, refuse_impossible_maps
 from sartor.stages.fit import evidence_of, fit
 from sartor.stages.maps import check_maps
-from sartor.stages.masters import put_
+from sartor.stages.masters import Latents, put_
 from sartor.stages.probe import Effects, Worth, check, order_units
 from sartor.stages.prune import cut_, gone
+from sartor.stages.recognition import kl_of, said_of
 from sartor.stages.refit import refit_maps, room_for, seen_of
 
 CALIBRATED = 48  # pictures that a whole network is rounded on
@@ -34,7 +37,7 @@ class Carving:
     Attributes:
         refuse: (network, costs) raises BudgetError where even the smallest is too much. check: (network, effects, pictures, masks, seed, tell), how well effects foretell random cuts.
         allot: (network, effects, costs), what stays. cut: (network, plan), the network without what goes; may change the one it is given. fit: (cut network, whole one, the user's pictures, generic
-        ones, plan, tell), what is left fitted to what the whole one says. gone: (before, after), how much went. eight: (whole network, the user's pictures), as it is written with eight bits when nothing is cut. rounds: the fit rounds too, to grids that are not kept
+        ones, plan, tell), what is left fitted to what the whole one says, and its weights as training goes on with them. gone: (before, after), how much went. eight: (whole network, the user's pictures), as it is written with eight bits when nothing is cut. rounds: the fit rounds too, to grids that are not kept
         with the weights.
     """
 
@@ -42,7 +45,7 @@ class Carving:
     check: Callable[[Any, Effects, Tensor, int, int, Told], Worth]
     allot: Callable[[Any, Effects, Any], Allotment]
     cut: Callable[[Any, Plan], Any]
-    fit: Callable[[Any, Any, Tensor, Tensor, Plan, Told], Any]
+    fit: Callable[[Any, Any, Tensor, Tensor, Plan, Told], tuple[Any, Latents]]
     gone: Callable[[Any, Any], dict[str, Any]]
     eight: Callable[[Any, Tensor], Any]
     rounds: bool
@@ -53,10 +56,42 @@ def _cut_heads(model: Any, plan: Plan) -> Any:
     return model
 
 
-def _fit_heads(small: Any, teacher: Any, own: Tensor, others: Tensor, plan: Plan, tell: Told) -> Any:
+def _fit_heads(small: Any, teacher: Any, own: Tensor, others: Tensor, plan: Plan, tell: Told) -> tuple[Vision, Latents]:
     evidence = evidence_of(teacher, own, others, plan.rho, lambda share: tell(0.4 * share, "gradients of every patch"))
-    put_(small, fit(small, teacher, evidence, {}, lambda share, note: tell(0.4 + 0.6 * share, note)))
-    return small
+    latents = fit(small, teacher, evidence, plan.grids, lambda share, note: tell(0.4 + 0.6 * share, note))
+    held_(small, latents)
+    return small, latents
+
+
+def held_(model: Any, latents: Latents) -> None:
+    """The network, in place, with these weights, on their grids."""
+    put_(model, latents)
+    if latents.scales:
+        model.block_scales = dict(latents.scales)
+
+
+def free(model: Any) -> Latents:
+    """Its weights as they are, on no grid."""
+    return Latents({n: p.data for n, p in model.named_parameters()})
+
+
+def four_grids(model: Vision) -> dict[str, str]:
+    """{parameter: grid} of all matrices of the layers that can be held at four bits."""
+    inside = ((f"model.layers.{n}.{name}.weight", module) for n, name, module in linears_of(model))
+    return {name: FOUR.name for name, module in inside if module.in_features % FOUR.block == 0}
+
+
+def four_damage(dense: Vision, own: Tensor, generic: Tensor, judged: Tensor, rho: float) -> float:
+    """KL(dense || on four bits) in nats a picture of the user's, where nothing is cut.
+
+    Args:
+        own, generic: pictures that are fitted on. judged: the user's, that are not.
+    """
+    whole = running(dense)
+    evidence = evidence_of(whole, own, generic, rho, listened=False)
+    rounded = clone(dense)
+    held_(rounded, fit(rounded, whole, evidence, four_grids(dense)))
+    return kl_of(running(rounded), judged, said_of(whole, judged))
 
 
 def keep_of(graph: Graph, layers: tuple[LayerPlan, ...]) -> Keep:
@@ -69,11 +104,14 @@ def keep_of(graph: Graph, layers: tuple[LayerPlan, ...]) -> Keep:
     return keep
 
 
-def _fit_maps(small: Graph, teacher: Graph, own: Tensor, others: Tensor, plan: Plan, tell: Told) -> Graph:
+def _fit_maps(
+    small: Graph, teacher: Graph, own: Tensor, others: Tensor, plan: Plan, tell: Told
+) -> tuple[Graph, Latents]:
     """The teacher is whole, and what the plan's masks are of."""
     outputs, _ = kept_channels(teacher, keep_of(teacher, plan.layers))
     seen = seen_of(own, others, plan.rho, room_for(teacher, shapes(teacher)))
-    return refit_maps(small, teacher, outputs, seen, tell=lambda share: tell(share, "layer by layer"))
+    fitted = refit_maps(small, teacher, outputs, seen, tell=lambda share: tell(share, "layer by layer"))
+    return fitted, free(fitted)
 
 
 def _eight_maps(whole: Graph, own: Tensor) -> Graph:

@@ -21,7 +21,7 @@ from sartor.job import Job
 from sartor.model.graph import Graph
 from sartor.model.network import anatomy
 from sartor.picture_evaluate import Originals, measure_pictures, picture_controls
-from sartor.picture_job import WEIGHTS, PreparedPictures
+from sartor.picture_job import PreparedPictures
 from sartor.picture_view import View, view_again, view_of
 from sartor.pictures import Fitted, fit_pictures, plan_pictures
 from sartor.plan import Plan
@@ -98,8 +98,9 @@ def _finish(
     started = time.monotonic()
     tell("export", 0.0, "ONNX")
     artifact = folder / ARTIFACT
-    seen.write(artifact, made.model, WEIGHTS)
-    held = seen.dequantized(made.model, WEIGHTS)
+    weights = seen.fitted_weights(made.model)
+    seen.write(artifact, made.model, weights)
+    held = seen.dequantized(made.model, weights)
     picture_storage.save(held, made.plan, p.album.classes if p.labelled else (), p.source.provenance(), folder)
     if (size := artifact.stat().st_size) > p.budget_bytes:
         raise OutputError(f"the file has {size} bytes, more than the budget of {p.budget_bytes}: please report this")
@@ -111,6 +112,7 @@ def _finish(
         report["data"]["mirrored"] = made.mirror
         report["head"]["sides"] = view.sides
         report["speed"]["asked"] = job.faster
+        report["weights"] = weights
         report |= _told(p, job, made, memory)
         _write(report, seconds, folder)
         if job.controls != "none":
@@ -195,25 +197,25 @@ def export_pictures(folder: Path, to: str, out: Path) -> Path:
     Raises:
         InputError: there is no such runtime. MissingExtra: its packages are not installed.
     """
-    name = _row_name(to)
-    row = runtimes.row_of(name)
     model, _, _ = picture_storage.load(folder)
+    name = _row_name(to, model)
+    row = runtimes.row_of(name)
     file = storage.claim_folder(out) / f"model{row.ending}"
     runtimes.write(name, file, model)
     return file
 
 
-def _row_name(to: str) -> str:
+def _row_name(to: str, model: Any) -> str:
     """onnx is what a model is fitted as."""
-    return f"onnx-{WEIGHTS}" if to == "onnx" else to
+    return f"onnx-{seen.fitted_weights(model)}" if to == "onnx" else to
 
 
 def measure_exports(folder: Path, names: Sequence[str], photos: Path, out: Path) -> list[dict[str, Any]]:
     """Write a saved artifact for these runtimes (none: for all), reopen each file in its own and compare it with PyTorch on some of the photos: `runtimes.measure_all`."""
-    names = [_row_name(name) for name in names]
+    model, _, _ = picture_storage.load(folder)
+    names = [_row_name(name, model) for name in names]
     for name in names:
         runtimes.row_of(name)
-    model, _, _ = picture_storage.load(folder)
     pixels = read_photos(photos, model.size, loose=True).pixels
     some = pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:COMPARED]]
     return runtimes.measure_all(model, storage.claim_folder(out), some, names or None)

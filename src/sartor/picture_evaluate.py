@@ -243,7 +243,7 @@ def _calibrated(
         tell("controls", 0.1 + 0.4 * n, f"same bytes, {name} calibration")
         whole, plan = clone(made.teacher, torch.float32), replace(made.plan, settled=False)
         arm = fit_pictures(whole, plan, pictures, view.costs, job.effort, training)
-        seen.write(file, arm.model, WEIGHTS)
+        seen.write(file, arm.model, seen.fitted_weights(arm.model))
         size, found = measured()
         seconds, note = time.monotonic() - started, "" if full else "before recovery"
         rows.append(

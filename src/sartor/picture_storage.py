@@ -23,6 +23,7 @@ from sartor.model.vision import Vision, VisionConfig
 from sartor.plan import Plan
 from sartor.stages.eight import round_
 
+SCALES = "scales:"  # in front of a parameter's name: those of its blocks, where it lies on a grid
 FILES = ("plan.json", "model.safetensors", "classes.json")
 
 
@@ -41,7 +42,9 @@ def _save_vision(model: Vision, folder: Path) -> None:
     from safetensors.torch import save_file
 
     part = folder / "model.part"
-    save_file({n: p.data.contiguous() for n, p in model.named_parameters()}, part, {"format": "sartor-vision-1"})
+    tensors = {n: p.data.contiguous() for n, p in model.named_parameters()}
+    tensors |= {f"{SCALES}{n}": s.contiguous() for n, s in model.block_scales.items()}
+    save_file(tensors, part, {"format": "sartor-vision-1"})
     part.replace(folder / "model.safetensors")
     (folder / "config.json").write_text(model.config.to_json())
 
@@ -83,6 +86,7 @@ def _load_vision(folder: Path, plan: Plan) -> Vision:
         for n, layer in enumerate(plan.layers):
             shrink_attention_(model, n, range(len(layer.kept_groups())))
             shrink_mlp_(model, n, torch.arange(len(layer.kept_channels())))
+        model.block_scales = {n.removeprefix(SCALES): state.pop(n) for n in list(state) if n.startswith(SCALES)}
         model.load_state_dict(state, assign=True)
     except Exception as error:
         raise SourceError(

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
+from sartor.carving import four_damage
 from sartor.effort import picture_effort_of
 from sartor.errors import BudgetError
 from sartor.export import onnx_file, onnxrt
@@ -26,12 +27,13 @@ from sartor.model.graph import Graph
 from sartor.model.network import BLOCK, Anatomy, anatomy, clone, shrink_attention_, shrink_mlp_
 from sartor.model.precision import running
 from sartor.picture_job import WEIGHTS, PreparedPictures
-from sartor.pictures import Pictures, felt_pictures
+from sartor.pictures import RHO, Pictures, felt_pictures
 from sartor.probing import Tell
-from sartor.stages.allot import Costs, allot, smallest
+from sartor.stages.allot import Costs, Four, allot, smallest
 from sartor.stages.allot_maps import MapCosts
 from sartor.stages.head import choose_head, with_head
 from sartor.stages.probe import recovered
+from sartor.stages.tokens import sample
 
 SHARES = (1.0, 0.875, 0.75)  # of the side of the original's pictures, that are tried where time is asked for
 
@@ -56,6 +58,7 @@ class View:
         told: dict[str, Any] = {"side": self.side, "limit": None if c.limit == float("inf") else c.limit}
         if isinstance(c, MapCosts):
             return told | {"prices": c.prices}
+        told["four"] = c.four.damage if c.four else None
         return told | {"block_seconds": c.block_seconds, "head_seconds": c.head_seconds}
 
     def seen(self, pixels: UInt8[Tensor, "n 3 s s"]) -> UInt8[Tensor, "n 3 r r"]:
@@ -81,8 +84,9 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
     whole: int = p.whole.size
     if isinstance(p.whole, Graph):
         return _view_of_maps(p, job, tell)
+    four = _four_damage(p, job, tell)
     if job.faster is None:
-        return View(p.dense, p.pictures, Costs(bytes_of(p.dense), p.budget_bytes), {})
+        return View(p.dense, p.pictures, _priced(p, p.dense, four), {})
     patch, views = p.whole.config.patch, list[View]()
     effects = None
     sides = [patch * round(share * whole / patch) for share in SHARES]
@@ -92,7 +96,7 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
         dense, nats = (p.dense, p.head.nats) if r == whole else _headed(p, r, job.seed)
         pictures = _smaller(p.pictures, r)
         told(f"pictures of {r} pixels a side: how long heads and channels take in the runtime")
-        costs = timed(p, dense, job.faster)
+        costs = timed(p, dense, _priced(p, dense, four), job.faster)
         if effects is None:
             told("what the photos need of heads and channels")
             user, halves, generic = felt_pictures(running(dense), pictures, picture_effort_of(job.effort), job.seed)
@@ -123,7 +127,8 @@ def view_again(p: PreparedPictures, job: Job, saved: dict[str, Any]) -> View:
         again = replace(map_costs(p.dense, p.budget_bytes), prices=tuple(saved["prices"]), limit=limit)
         return View(p.dense, p.pictures, again, {})
     dense = p.dense if side == p.whole.size else _headed(p, side, job.seed)[0]
-    costs = Costs(bytes_of(dense), p.budget_bytes, saved["block_seconds"], saved["head_seconds"], limit)
+    costs = _priced(p, dense, saved.get("four"))
+    costs = replace(costs, block_seconds=saved["block_seconds"], head_seconds=saved["head_seconds"], limit=limit)
     return View(dense, _smaller(p.pictures, side), costs, {})
 
 
@@ -150,13 +155,33 @@ def _headed(p: PreparedPictures, side: int, seed: int) -> tuple[Any, float]:
     return with_head(network, head), head.nats
 
 
-def bytes_of(dense: Any) -> Callable[[Anatomy], int]:
+def bytes_of(dense: Any, weights: str = WEIGHTS) -> Callable[[Anatomy], int]:
     """Exact bytes of the ONNX file of a model of given sizes."""
-    return lambda a: onnx_file.file_bytes(dense.config, a, WEIGHTS)
+    return lambda a: onnx_file.file_bytes(dense.config, a, weights)
 
 
-def timed(p: PreparedPictures, dense: Any, faster: float) -> Costs:
+def _priced(p: PreparedPictures, dense: Any, four: float | None) -> Costs:
+    """Costs without time; four: what four bits damage, None where they are not to be taken."""
+    told = None if four is None else Four(bytes_of(dense, "int4"), four)
+    return Costs(bytes_of(dense), p.budget_bytes, four=told)
+
+
+def _four_damage(p: PreparedPictures, job: Job, tell: Tell) -> float | None:
+    """What four bits a weight damage, measured where the bytes do not suffice for eight; else None."""
+    if bytes_of(p.dense)(anatomy(p.dense)) <= p.budget_bytes:
+        return None
+    tell("view", 0.0, "what four bits a weight damage")
+    e, generic = picture_effort_of(job.effort), p.pictures.generic
+    own, others = sample(p.pictures.train, e.felt, job.seed), sample(generic, e.felt // 2, job.seed)
+    judged = sample(p.pictures.validation, e.felt, job.seed)
+    return four_damage(p.dense, own, others, judged, RHO if len(generic) else 0.0)
+
+
+def timed(p: PreparedPictures, dense: Any, costs: Costs, faster: float) -> Costs:
     """What heads and blocks of channels cost in the runtime, measured on files of this network: whole, with few channels, with few heads; beside the original in fp32.
+
+    Args:
+        costs: without time.
 
     What they may take is the original's time by `faster`, less what the file takes beside them, and a MARGIN.
     """
@@ -172,7 +197,7 @@ def timed(p: PreparedPictures, dense: Any, faster: float) -> Costs:
     second = {name: found["seconds"] for name, found in times.items()}
     block = (second["whole"] - second["channels"]) / (sum(a.ffn) - sum(few.ffn)) * BLOCK
     head = (second["whole"] - second["heads"]) / (sum(a.groups) - sum(few.groups))
-    costs = Costs(bytes_of(dense), p.budget_bytes, max(block, 0.0), max(head, 0.0))
+    costs = replace(costs, block_seconds=max(block, 0.0), head_seconds=max(head, 0.0))
     beside = second["whole"] - costs.seconds(a)
     return replace(costs, limit=(1 - MARGIN) * second["original"] / faster - beside)
 

@@ -11,17 +11,17 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from sartor.carving import carving_of
+from sartor.carving import carving_of, four_grids, free, held_
 from sartor.clock import Clock
 from sartor.effort import PictureEffort, picture_effort_of
 from sartor.model.network import clone
 from sartor.model.precision import running
-from sartor.plan import LayerPlan, Plan
+from sartor.plan import LayerPlan, Plan, is_full
 from sartor.probing import Tell, sounded
 from sartor.stages.allot import Allotment, Costs
 from sartor.stages.allot_maps import MapCosts
 from sartor.stages.decide import diagnose
-from sartor.stages.masters import InMemory, Kept, Latents, put_
+from sartor.stages.masters import InMemory, Kept, Latents
 from sartor.stages.probe import Effects, Worth, blended, recovered
 from sartor.stages.recognition import recognize
 from sartor.stages.tokens import sample
@@ -90,7 +90,8 @@ def plan_pictures(
     worth = carving.check(dense, user, sample(pictures.validation, e.checked, seed), e.checks, seed, told)
     allotment = carving.allot(model, user, costs)
     rho = RHO if generic else 0.0
-    return _plan(model, user, generic, worth, allotment, costs.budget, sha256, rho, seed)
+    plan = _plan(model, user, generic, worth, allotment, costs.budget, sha256, rho, seed)
+    return replace(plan, grids=four_grids(model) if allotment.four else {})
 
 
 def felt_pictures(
@@ -172,27 +173,38 @@ def fit_pictures(
     small = clone(model)
     lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic)
     adapt = adapt if pictures.labelled else replace(adapt, seconds=0.0)
-    adapted = trained(small, lessons, pictures, adapt, plan.seed, partial(tell, "adapt"), kept("adapt"))
+    if (whole := keeps_all(model, plan)) and pictures.labelled:  # nothing to recover from: all time is adaptation's
+        adapt = replace(adapt, seconds=adapt.seconds + recover.seconds)
+    told = partial(tell, "adapt")
+    adapted = trained(small, free(small), lessons, pictures, adapt, plan.seed, told, kept("adapt"))
     clock.lap("adapt")
     teacher, pruning, carving = running(small), dict[str, Any](), carving_of(small)
+    if whole:
+        return Fitted(small, replace(plan, settled=True), teacher, adapted, None, mirror, clock.seconds)
     if kept("recover").load() is None or carving.rounds:
         if not plan.settled:
             plan = _settled(plan, teacher, pictures, costs, e, tell)
             settled(plan)
-        small, pruning = _cut(small, teacher, plan, pictures, e, tell, clock)
+        small, latents, pruning = _cut(small, teacher, plan, pictures, e, tell, clock)
     else:
         small = carving.cut(small, plan)
-        pruning = carving.gone(teacher, small)
+        latents, pruning = free(small), carving.gone(teacher, small)
     lessons, told = replace(lessons, teacher=teacher), partial(tell, "recover")
-    course = trained(small, lessons, pictures, recover, plan.seed, told, kept("recover"))
+    course = trained(small, latents, lessons, pictures, recover, plan.seed, told, kept("recover"))
     clock.lap("recover")
     return Fitted(small, plan, teacher, adapted, course, mirror, clock.seconds, pruning)
 
 
+def keeps_all(model: Any, plan: Plan) -> bool:
+    """Whether the network stays as it is, but for eight bits that are nearly free."""
+    masks = (mask for layer in plan.layers for mask in (layer.groups, layer.channels))
+    return all(map(is_full, masks)) and not plan.grids and not carving_of(model).rounds
+
+
 def _cut(
     small: Any, teacher: Any, plan: Plan, pictures: Pictures, e: PictureEffort, tell: Tell, clock: Clock
-) -> tuple[Any, dict[str, Any]]:
-    """The plan's cuts, and what is left fitted to the whole network's stream; what validation says on the way."""
+) -> tuple[Any, Latents, dict[str, Any]]:
+    """The plan's cuts, and what is left fitted to the whole network's stream, as training goes on with it; what validation says on the way."""
     carving = carving_of(small)
     small = carving.cut(small, plan)
     pruning = carving.gone(teacher, small) | {
@@ -201,10 +213,10 @@ def _cut(
     }
     clock.lap("prune")
     own, others = sample(pictures.train, e.fitted, plan.seed), sample(pictures.generic, e.fitted // 2, plan.seed)
-    small = carving.fit(small, teacher, own, others, plan, partial(tell, "fit"))
+    small, latents = carving.fit(small, teacher, own, others, plan, partial(tell, "fit"))
     pruning["validation_fitted"] = _judged(running(small), pictures)
     clock.lap("fit")
-    return small, pruning
+    return small, latents, pruning
 
 
 def _settled(plan: Plan, whole: Any, pictures: Pictures, costs: Costs | MapCosts, e: PictureEffort, tell: Tell) -> Plan:
@@ -224,6 +236,7 @@ def _settled(plan: Plan, whole: Any, pictures: Pictures, costs: Costs | MapCosts
         predicted_damage=found.damage,
         price=found.price,
         ladders=steps,
+        grids=four_grids(whole) if found.four else {},
         settled=True,
     )
 
@@ -235,6 +248,7 @@ def _judged(model: Any, pictures: Pictures) -> dict[str, float]:
 
 def trained(
     model: Any,
+    latents: Latents,
     lessons: Lessons,
     pictures: Pictures,
     config: TuneConfig,
@@ -242,14 +256,18 @@ def trained(
     tell: Callable[[float, str], None] = lambda share, note: None,
     kept: Kept | None = None,
 ) -> Course | None:
-    """Train the fp32 network in place; what was trained before an interruption is not trained again."""
+    """Train the fp32 network in place; what was trained before an interruption is not trained again.
+
+    Args:
+        latents: its weights as they are now.
+    """
     kept = kept or InMemory()
-    latents, before = kept.load() or (Latents({n: p.data for n, p in model.named_parameters()}), 0.0)
+    latents, before = kept.load() or (latents, 0.0)
     latents.exact = True
     course = None
     if before < config.seconds:
         tell(0.0, "the first step")
         course = tune_(running(model), latents, lessons, pictures.judged, config, seed, tell, kept, before)
         kept.save(latents, config.seconds)
-    put_(model, latents)
+    held_(model, latents)
     return course

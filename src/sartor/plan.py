@@ -81,6 +81,11 @@ def from_mask(mask: str) -> list[int]:
     return [i for i, b in enumerate(bits) if b == "1"]
 
 
+def is_full(mask: str) -> bool:
+    """Whether everything is kept."""
+    return len(from_mask(mask)) == int(mask.partition(":")[0])
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """What stays of one layer: query groups and FFN channels as masks, and what was measured about it.

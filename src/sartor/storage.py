@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sartor.errors import InputError, OutputError, SourceError
 from sartor.model.network import empty_like
+from sartor.numerics.four import NAMED
 from sartor.numerics.grids import GRIDS, decode_scales, encode
 from sartor.plan import Plan
 from sartor.stages.masters import Latents
@@ -254,4 +255,4 @@ class WeightsFile:
             seconds = float(weights.metadata()["seconds"])
         masters = {n: t.float() for n, t in raw.items() if not n.startswith("scales:")}
         scales = {n.removeprefix("scales:"): t for n, t in raw.items() if n.startswith("scales:")}
-        return Latents(masters, scales, {n: GRIDS[self.grids[n]] for n in scales}), seconds
+        return Latents(masters, scales, {n: NAMED[self.grids[n]] for n in scales}), seconds

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sartor.errors import InputError
+from sartor.export.onnx_kinds import KINDS, product32, tables_of
 from sartor.export.onnx_parts import (
     CONTRIB,
     FLOAT,
     HALF,
-    INT8,
     INT64,
     UINT8,
     Part,
@@ -39,11 +38,16 @@ from sartor.export.onnx_parts import (
     save,
     store,
 )
-from sartor.model.network import Anatomy, anatomy, linears_of
+from sartor.model.network import Anatomy, anatomy, has_attention, has_mlp, linear, linears_of
 from sartor.model.vision import FEATURES, Vision, VisionConfig
-from sartor.numerics.eight import held, rounded
+from sartor.numerics.four import nearest_scales
 
-BLOCK4 = 32  # inputs that share a scale at 4 bits
+MATRICES = {  # of a layer; those of one row are stored as one
+    "a.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "a.out": ("self_attn.o_proj",),
+    "m.up": ("mlp.up_proj",),
+    "m.down": ("mlp.down_proj",),
+}
 ACTIVATIONS: dict[str, tuple[str, str, dict[str, float]]] = {
     "gelu": ("Gelu", CONTRIB, {}),
     "gelu_tanh": ("FastGelu", CONTRIB, {}),
@@ -52,74 +56,6 @@ ACTIVATIONS: dict[str, tuple[str, str, dict[str, float]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How a matrix (out, in) is stored and multiplied.
-
-    nodes: (name, input, output, out, in) -> what multiplies and adds the bias. specs: (out, in) -> what is stored, by the end of its name.
-    pack: matrix -> the arrays of `specs`. hold: matrix -> the matrix that these arrays stand for.
-    """
-
-    nodes: Callable[[str, str, str, int, int], list[Any]]
-    specs: Callable[[int, int], dict[str, Spec]]
-    pack: Callable[[Tensor], dict[str, np.ndarray]]
-    hold: Callable[[Tensor], Tensor]
-
-
-def _rounded4(weight: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor]:
-    """(whole numbers from 0 to 15 that stand for -8 to 7 (o, blocks, 32), scale (o, blocks)); the largest number of a block is -8 scales, which may be negative."""
-    weight = weight.detach().float()
-    blocks = nn.functional.pad(weight, (0, -weight.shape[1] % BLOCK4)).unflatten(1, (-1, BLOCK4))
-    largest = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))[..., 0]
-    scale = torch.where(largest == 0, torch.ones_like(largest), largest / -8)
-    return ((blocks / scale[..., None]).round() + 8).clamp(0, 15).to(torch.uint8), scale
-
-
-def _pack8(weight: Tensor) -> dict[str, np.ndarray]:
-    numbers, scale = rounded(weight)
-    return {"weight": numbers.T.numpy(), "scale": scale.numpy()}
-
-
-def _pack4(weight: Tensor) -> dict[str, np.ndarray]:
-    numbers, scale = _rounded4(weight)
-    return {"weight": (numbers[..., 0::2] | numbers[..., 1::2] << 4).numpy(), "scale": scale.flatten().numpy()}
-
-
-def _hold4(weight: Tensor) -> Tensor:
-    numbers, scale = _rounded4(weight)
-    return ((numbers.float() - 8) * scale[..., None]).flatten(1)[:, : weight.shape[1]]
-
-
-def _nodes32(name: str, x: str, y: str, o: int, i: int) -> list[Any]:
-    product = node("MatMul", [x, f"{name}.weight"], [f"{name}.product"])
-    return [product, node("Add", [f"{name}.product", f"{name}.bias"], [y])]
-
-
-def _nodes8(name: str, x: str, y: str, o: int, i: int) -> list[Any]:
-    return [node("DynamicQuantizeMatMul", [x, f"{name}.weight", f"{name}.scale", "", f"{name}.bias"], [y], CONTRIB)]
-
-
-def _nodes4(name: str, x: str, y: str, o: int, i: int) -> list[Any]:
-    sizes = {"N": o, "K": i, "bits": 4, "block_size": BLOCK4, "accuracy_level": 4}
-    inputs = [x, f"{name}.weight", f"{name}.scale", "", "", f"{name}.bias"]
-    return [node("MatMulNBits", inputs, [y], CONTRIB, **sizes)]
-
-
-KINDS = {
-    "fp32": Kind(
-        _nodes32,
-        lambda o, i: {"weight": (FLOAT, (i, o))},
-        lambda w: {"weight": w.detach().float().T.numpy()},
-        lambda w: w.detach().float(),
-    ),
-    "int8": Kind(_nodes8, lambda o, i: {"weight": (INT8, (i, o)), "scale": (FLOAT, (o,))}, _pack8, held),
-    "int4": Kind(
-        _nodes4,
-        lambda o, i: {"weight": (UINT8, (o, -(-i // BLOCK4), BLOCK4 // 2)), "scale": (FLOAT, (o * -(-i // BLOCK4),))},
-        _pack4,
-        _hold4,
-    ),
-}
 WEIGHTS = {"fp32": ("fp32", "fp32"), "int8": ("int8", "int8"), "int4": ("int4", "int8")}  # layers; patches and head
 
 
@@ -151,7 +87,7 @@ def _patches(c: VisionConfig, kind: str) -> Part:
         node("Reshape", ["turned", "patches.rows"], ["rows"]),
     ]
     if kind == "fp32":
-        nodes += [node("Cast", ["rows"], ["whole"], to=FLOAT), *_nodes32("patches", "whole", "patches", w, inside)]
+        nodes += [node("Cast", ["rows"], ["whole"], to=FLOAT), *product32("patches", "whole", "patches", w, inside)]
     else:  # pixels are whole numbers already
         inputs = ["rows", "patches.weight", "one", "patches.scale", "", "", "patches.bias"]
         nodes += [node("MatMulIntegerToFloat", inputs, ["patches"], CONTRIB)]
@@ -220,6 +156,7 @@ def _end(c: VisionConfig, kind: str, x: str, classes: int) -> Part:
 
 
 PARTS: dict[str, Callable[[VisionConfig, str, str, str, int], Part]] = {
+    "tables": lambda c, kind, name, x, size: ([], tables_of(kind)),
     "patches": lambda c, kind, name, x, size: _patches(c, kind),
     "attention": _attention,
     "mlp": _mlp,
@@ -236,6 +173,7 @@ def _row(weights: str) -> tuple[str, str]:
 def _plan(a: Anatomy, weights: str) -> Iterator[tuple[str, str, str, int]]:
     """(row of PARTS, kind, name, size) of every part. All names are equally long, so that equal parts take equal bytes."""
     layers, rest = _row(weights)
+    yield "tables", layers, "tables", 0
     yield "patches", rest, "000.e", 0
     for n in range(a.layers):
         if a.groups[n]:
@@ -256,23 +194,20 @@ def _arrays(model: Vision, weights: str) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the file by name."""
     layers, rest = _row(weights)
     body = model.model
-    yield from _fixed(model.config).items()
+    yield from (_fixed(model.config) | dict(KINDS[layers].tables)).items()
     yield from _read_patches(model, rest)
     yield from _two("first_norm", body.first_norm) if model.config.first_norm else ()
     for n, layer in enumerate(body.layers):
         block: Any = layer
         yield from _two(f"{n:03d}.a.norm", block.input_layernorm)
         yield from _two(f"{n:03d}.m.norm", block.post_attention_layernorm)
-        attention, mlp = block.self_attn, block.mlp
-        if hasattr(attention, "o_proj"):
-            yield from _matrix(layers, f"{n:03d}.a.qkv", attention.q_proj, attention.k_proj, attention.v_proj)
-            yield from _matrix(layers, f"{n:03d}.a.out", attention.o_proj)
-        if hasattr(mlp, "up_proj"):
-            yield from _matrix(layers, f"{n:03d}.m.up", mlp.up_proj)
-            yield from _matrix(layers, f"{n:03d}.m.down", mlp.down_proj)
+        for end, names in MATRICES.items():
+            if has_attention(model, n) if end.startswith("a") else has_mlp(model, n):
+                scales = [model.block_scales.get(f"model.layers.{n}.{name}.weight") for name in names]
+                yield from _matrix(layers, f"{n:03d}.{end}", [linear(model, n, name) for name in names], scales)
     yield from _two("norm", body.norm)
     if model.head is not None:
-        yield from _matrix(rest, "head", model.head)
+        yield from _matrix(rest, "head", [model.head], [None])
 
 
 def _fixed(c: VisionConfig) -> dict[str, np.ndarray]:
@@ -287,10 +222,14 @@ def _two(name: str, module: Any) -> Iterator[tuple[str, np.ndarray]]:
     yield from ((f"{name}.{end}", getattr(module, end).detach().float().numpy()) for end in ("weight", "bias"))
 
 
-def _matrix(kind: str, name: str, *linears: nn.Linear) -> Iterator[tuple[str, np.ndarray]]:
+def _matrix(
+    kind: str, name: str, linears: Sequence[nn.Linear], scales: Sequence[Tensor | None]
+) -> Iterator[tuple[str, np.ndarray]]:
     """One matrix of these, one below the other."""
     weight, bias = torch.cat([p.weight for p in linears]), torch.cat([p.bias for p in linears])
-    yield from ((f"{name}.{end}", array) for end, array in KINDS[kind].pack(weight).items())
+    known = [s for s in scales if s is not None]
+    packed = KINDS[kind].pack(weight, torch.cat(known) if len(known) == len(linears) else None)
+    yield from ((f"{name}.{end}", array) for end, array in packed.items())
     yield f"{name}.bias", bias.detach().float().numpy()
 
 
@@ -303,8 +242,8 @@ def _folded(model: Vision) -> Float[Tensor, "w i"]:
 def _read_patches(model: Vision, kind: str) -> Iterator[tuple[str, np.ndarray]]:
     """Patches, position and prefix; the bias is of the rounded weights, so that a grey picture stays grey."""
     folded, shift = _folded(model), -255 * torch.tensor(model.config.mean, dtype=torch.float64)
-    stored = KINDS[kind].hold(folded).double().unflatten(1, (3, -1)).sum(2)
-    yield from ((f"patches.{end}", array) for end, array in KINDS[kind].pack(folded).items())
+    stored = KINDS[kind].hold(folded, None).double().unflatten(1, (3, -1)).sum(2)
+    yield from ((f"patches.{end}", array) for end, array in KINDS[kind].pack(folded, None).items())
     yield "patches.bias", (stored @ shift).float().numpy()
     table = torch.float32 if kind == "fp32" else torch.float16
     yield "position", model.model.position.detach().to(table).numpy()
@@ -337,13 +276,20 @@ def dequantized(model: Vision, weights: str) -> Vision:
     """A copy whose weights, in fp32, are those that the file stands for."""
     layers, rest = _row(weights)
     new = copy.deepcopy(model).float()
-    for _, _, module in linears_of(new):
-        module.weight.data = KINDS[layers].hold(module.weight)
+    known, new.block_scales = new.block_scales, {}
+    for n, name, module in linears_of(new):
+        parameter = f"model.layers.{n}.{name}.weight"
+        scales = known.get(parameter)
+        if layers == "int4":
+            scales = new.block_scales[parameter] = nearest_scales(module.weight) if scales is None else scales
+        module.weight.data = KINDS[layers].hold(module.weight, scales)
     if new.head is not None:
-        new.head.weight.data = KINDS[rest].hold(new.head.weight)
+        new.head.weight.data = KINDS[rest].hold(new.head.weight, None)
     if rest != "fp32":
         scale: Any = new.scale
-        new.model.patches.weight.data = KINDS[rest].hold(_folded(new)).reshape(new.model.patches.weight.shape) / scale
+        new.model.patches.weight.data = (
+            KINDS[rest].hold(_folded(new), None).reshape(new.model.patches.weight.shape) / scale
+        )
         for table in (new.model.position, new.model.prefix):
             table.data = table.data.half().float()
     return new

@@ -15,6 +15,11 @@ from sartor.stages.eight import unrounded
 GRAPH_WEIGHTS = ("fp32", "int8")
 
 
+def fitted_weights(model: Any) -> str:
+    """The weights that a fitted network's file has: those of its grids."""
+    return "int4" if getattr(model, "block_scales", None) else "int8"
+
+
 def write(path: Path, model: Any, weights: str) -> None:
     """Write the ONNX file.
 

@@ -142,13 +142,17 @@ class Body(nn.Module):
 
 
 class Vision(nn.Module):
-    """A vision transformer, with a head where it has classes."""
+    """A vision transformer, with a head where it has classes.
+
+    block_scales: {parameter: scales of its blocks (out, blocks)} of matrices that lie on the grid of four bits (`numerics/four.py`); none before they are rounded.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Body(config)
         self.head = nn.Linear(FEATURES * config.hidden_size, config.classes) if config.classes else None
+        self.block_scales: dict[str, Tensor] = {}
         self.fill_pixels_()
 
     @property

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sartor.numerics.grids import Grid, nearest_level, search_scales
+from sartor.numerics.grids import Grid, nearest_level, row_units, search_scales
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,14 @@ def gptq(
     out, inn = w.shape
     upper = inverse_cholesky(c, damp)
     importance = c.diagonal()
+    units = row_units(w, grid) if grid.per_row else None
     w = w.T.contiguous()  # inputs first: the sweep goes through one after the other
     latent = torch.empty_like(w)
     scales = torch.empty(out, inn // grid.block)
     for start in range(0, inn, grid.weights):
         end = start + grid.weights
         block, local = w[start:end], upper[start:end, start:end]
-        found = search_scales(block.T.contiguous(), importance[start:end], grid, candidates=8)
+        found = search_scales(block.T.contiguous(), importance[start:end], grid, 8, units)
         scales[:, start // grid.block : end // grid.block] = found
         scale = found.T.contiguous()
         safe = torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -33,6 +33,7 @@ class Grid:
         pack: levels' indices (rows, blocks, weights) and scales (rows, blocks, scales) -> bytes (rows, blocks, block_bytes).
         unpack_scales: such bytes -> scales (rows, blocks, scales).
         block: weights that share a scale. scales: how many scales one block in the file holds.
+        per_row: scales are whole multiples, up to so many either way, of one number a row; 0: they are free.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Grid:
     unpack_scales: Callable[[np.ndarray], np.ndarray]
     block: int = 32
     scales: int = 1
+    per_row: int = 0
 
     @property
     def weights(self) -> int:
@@ -209,6 +211,7 @@ def search_scales(
     weights: Float[Tensor, " inn"] | None,
     grid: Grid,
     candidates: int = 12,
+    units: Float[Tensor, " out"] | None = None,
 ) -> Float[Tensor, "out blocks"]:
     """Scale of every block that least hurts sum_j weights_j (w_j - d level_j)^2.
 
@@ -218,6 +221,7 @@ def search_scales(
 
     Args:
         w: weights. weights: importance of each input, or None for equal. candidates: shrink factors tried per sign.
+        units: `row_units` of the whole rows, where w is some of their blocks on a grid that has such.
     Returns:
         scales as the file can hold them.
     """
@@ -238,8 +242,30 @@ def search_scales(
             explained = said * said / size  # of sum_j weights_j w_j^2, by these levels at their best scale
             best = torch.where(explained > most, said / size, best)
             most = torch.maximum(explained, most)
+    if grid.per_row:
+        return _whole_steps(x, h, best, row_units(w, grid) if units is None else units, grid)
     best = _half(best)
     return best if grid.scales == 1 else _share(best, grid)
+
+
+def row_units(w: Float[Tensor, "out inn"], grid: Grid) -> Float[Tensor, " out"]:
+    """The number of each row that its scales are multiples of. With the bits of bf16, scales and weights are its multiples exactly in fp32, however small a row is."""
+    return (w.abs().amax(1) / (-grid.levels[0] * grid.per_row)).to(torch.bfloat16).to(torch.float32)
+
+
+def _whole_steps(
+    x: Float[Tensor, "out blocks n"], h: Tensor, scales: Float[Tensor, "out blocks"], units: Tensor, grid: Grid
+) -> Float[Tensor, "out blocks"]:
+    """Of the multiples of the row's unit around each scale, the one that least hurts; none is zero, as that would lose the block."""
+    unit = torch.where(units == 0, torch.ones_like(units), units)[:, None]
+    near = (scales.abs() / unit).round_()
+    best, least = torch.zeros_like(scales), torch.full_like(scales, torch.inf)
+    for step in (near, near - 1, near + 1):
+        d = step.clamp(1, grid.per_row).mul_(unit).mul_(scales.sign())
+        said = nearest_level(x / torch.where(d == 0, torch.ones_like(d), d)[..., None], grid) * d[..., None]
+        error = (h * (x - said).square()).sum(-1)
+        best, least = torch.where(error < least, d, best), torch.minimum(error, least)
+    return best
 
 
 def _share(scales: Float[Tensor, "out blocks"], grid: Grid) -> Float[Tensor, "out blocks"]:

@@ -145,7 +145,7 @@ def inspection(r: dict[str, Any]) -> str:
         *layer_lines(r["layers"], "heads", "pictures, nats a picture"),
         "",
         _read_at(r["head"]),
-        f"cut: {_went(r)}; {'; '.join(f'{name} {_judged(x)}' for name, x in _buffer(cut))}",
+        f"cut: {_went(r)}; {_bits(r)}; {'; '.join(f'{name} {_judged(x)}' for name, x in _buffer(cut))}",
         f"predicted damage {p['predicted_damage']:.3f} nats a picture before recovery; price {p['price'] * 1e6:.4f} nats per MB",
     ]
     return "\n".join(lines)
@@ -155,6 +155,11 @@ def _went(r: dict[str, Any]) -> str:
     """How much of each part was cut."""
     heads = f"{r['pruning'].get('groups', 0)} heads and " if "groups" in r["layers"][0] else ""
     return f"{heads}{r['pruning'].get('channels', 0)} channels"
+
+
+def _bits(r: dict[str, Any]) -> str:
+    """How the matrices of the layers are held."""
+    return {"int4": "4 bits a weight in the file, 8 in the machine"}.get(r.get("weights", ""), "8 bits a weight")
 
 
 def _read_at(head: dict[str, Any]) -> str:
@@ -314,7 +319,7 @@ def _cuts(r: dict[str, Any]) -> str:
     bars = [(name, x["accuracy"], None, svg.GOOD) for name, x in stops]
     nats = ", ".join(f"{x['nats']:.3f} {name}" for name, x in stops)
     return (
-        f"<h2>What the cuts did</h2><p>{_went(r)} went. Validation pictures {_answers(r['data']['labelled'])}, before recovery "
+        f"<h2>What the cuts did</h2><p>{_went(r)} went; {_bits(r)}. Validation pictures {_answers(r['data']['labelled'])}, before recovery "
         f"(nats a picture: {nats}):</p>{svg.bars(bars, '', 'validation, step by step', lambda x, _: f'{x:.1%}')}"
     )
 

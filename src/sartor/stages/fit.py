@@ -23,8 +23,9 @@ from sartor.model.hooks import removed_after
 from sartor.model.network import anatomy, clone, embed, has_attention, has_mlp, layers_of, linear
 from sartor.model.tail import arguments_of
 from sartor.numerics.compensate import LAMBDA, refit, strength
+from sartor.numerics.four import NAMED
 from sartor.numerics.gptq import gptq
-from sartor.numerics.grids import GRIDS, snap
+from sartor.numerics.grids import snap
 from sartor.stages.calibrate import Heard, Site, heard, unheard
 from sartor.stages.masters import Latents
 
@@ -149,9 +150,10 @@ class _Fitting:
         return ours, ends
 
     def readers(self, n: int, names: Sequence[str], read: list[Tensor], site: Site) -> None:
-        """Matrices that read the stream: onto their grids."""
-        if any(_parameter(n, name) in self.grids for name in names):
-            self.round_([_parameter(n, name) for name in names], self.moments(read, site))
+        """Matrices that read the stream: onto their grids; a network that sees has no gate."""
+        there = [parameter for name in names if (parameter := _parameter(n, name)) in self.parameters]
+        if any(parameter in self.grids for parameter in there):
+            self.round_(there, self.moments(read, site))
 
     def writer(
         self, n: int, name: str, read: list[Tensor], stream: list[Tensor], wanted: list[Tensor], site: Site
@@ -203,12 +205,12 @@ class _Fitting:
         weights = weights or {n: self.parameters[n].data.float() for n in names}
         for grid in {self.grids[n] for n in names if n in self.grids}:
             some = [n for n in names if self.grids.get(n) == grid]
-            q = gptq(torch.cat([weights[n] for n in some]), c, GRIDS[grid])
+            q = gptq(torch.cat([weights[n] for n in some]), c, NAMED[grid])
             sizes = [len(weights[n]) for n in some]
             for name, latent, scales in zip(some, q.latent.split(sizes), q.scales.split(sizes), strict=True):
-                self.put_(name, snap(latent, scales, GRIDS[grid]))
+                self.put_(name, snap(latent, scales, NAMED[grid]))
                 self.latents.masters[name], self.latents.scales[name] = latent.clone(), scales.clone()
-                self.latents.grids[name] = GRIDS[grid]
+                self.latents.grids[name] = NAMED[grid]
 
 
 def _parameter(n: int, name: str, kind: str = "weight") -> str:

@@ -1,0 +1,121 @@
+"""How a matrix (out, in) of a network that sees is stored in an ONNX file and multiplied.
+
+At four bits nothing is multiplied by four bits: what is stored is unfolded to eight when ONNX Runtime loads the file (all of it is constant, so it is computed once), and runs as a file of eight bits does.
+
+    codes (out, blocks, 16) --look up--> levels (out, blocks, 32) --times steps (out, blocks, 1)--> whole numbers (out, in) --turned--> weight int8 (in, out), a scale a row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from sartor.export.onnx_parts import CONTRIB, FLOAT, INT8, INT32, INT64, UINT8, Spec, node
+from sartor.numerics.eight import held, rounded
+from sartor.numerics.four import BLOCK, FOUR, nearest_scales, packed, padded
+from sartor.numerics.grids import snap
+
+Scales = Float[Tensor, "o blocks"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way.
+
+    nodes: (name, input, output, out, in) -> what multiplies and adds the bias. specs: (out, in) -> what is stored, by the end of its name.
+    pack: (matrix, scales of its blocks where they are known) -> the arrays of `specs`. hold: the same -> the matrix that these arrays stand for. tables: what the nodes of all matrices read, by name.
+    """
+
+    nodes: Callable[[str, str, str, int, int], list[Any]]
+    specs: Callable[[int, int], dict[str, Spec]]
+    pack: Callable[[Tensor, Scales | None], dict[str, np.ndarray]]
+    hold: Callable[[Tensor, Scales | None], Tensor]
+    tables: Mapping[str, np.ndarray]
+
+
+def product32(name: str, x: str, y: str, o: int, i: int) -> list[Any]:
+    product = node("MatMul", [x, f"{name}.weight"], [f"{name}.product"])
+    return [product, node("Add", [f"{name}.product", f"{name}.bias"], [y])]
+
+
+def _product8(name: str, x: str, y: str, o: int, i: int) -> list[Any]:
+    return [node("DynamicQuantizeMatMul", [x, f"{name}.weight", f"{name}.scale", "", f"{name}.bias"], [y], CONTRIB)]
+
+
+def _product4(name: str, x: str, y: str, o: int, i: int) -> list[Any]:
+    whole = f"{name}.whole"
+    unfolded = [
+        node("Cast", [f"{name}.codes"], [f"{name}.numbers"], to=INT32),
+        node("Gather", ["four.levels", f"{name}.numbers"], [f"{name}.pairs"], axis=0),
+        node("Reshape", [f"{name}.pairs", "four.blocks"], [f"{name}.levels"]),
+        node("Cast", [f"{name}.steps"], [f"{name}.times"], to=FLOAT),
+        node("Mul", [f"{name}.levels", f"{name}.times"], [f"{name}.products"]),
+        node("Reshape", [f"{name}.products", "four.rows"], [whole]),
+    ]
+    if i % BLOCK:
+        unfolded.append(node("Slice", [whole, "four.first", f"{name}.inputs", "four.axis"], [f"{name}.filled"]))
+        whole = f"{name}.filled"
+    return [
+        *unfolded,
+        node("Transpose", [whole], [f"{name}.turned"], perm=[1, 0]),
+        node("Cast", [f"{name}.turned"], [f"{name}.weight"], to=INT8),
+        *_product8(name, x, y, o, i),
+    ]
+
+
+def _specs4(o: int, i: int) -> dict[str, Spec]:
+    blocks = -(-i // BLOCK)
+    stored: dict[str, Spec] = {"codes": (UINT8, (o, blocks, BLOCK // 2)), "steps": (INT8, (o, blocks, 1))}
+    return stored | {"scale": (FLOAT, (o,))} | ({"inputs": (INT64, (1,))} if i % BLOCK else {})
+
+
+def _pack8(weight: Tensor, scales: Scales | None) -> dict[str, np.ndarray]:
+    numbers, scale = rounded(weight)
+    return {"weight": numbers.T.numpy(), "scale": scale.numpy()}
+
+
+def _pack4(weight: Tensor, scales: Scales | None) -> dict[str, np.ndarray]:
+    codes, steps, units = packed(weight, nearest_scales(weight) if scales is None else scales)
+    return {"codes": codes, "steps": steps, "scale": units, "inputs": np.array([weight.shape[1]])}
+
+
+def _hold4(weight: Tensor, scales: Scales | None) -> Tensor:
+    return snap(padded(weight), nearest_scales(weight) if scales is None else scales, FOUR)[:, : weight.shape[1]]
+
+
+LEVELS = np.array(FOUR.levels, np.float32)
+TABLES4 = {
+    "four.levels": LEVELS[np.stack([np.arange(256) & 15, np.arange(256) >> 4], -1)],  # of the two codes of a byte
+    "four.blocks": np.array([0, 0, BLOCK]),
+    "four.rows": np.array([0, -1]),
+    "four.first": np.array([0]),
+    "four.axis": np.array([1]),
+}
+KINDS = {
+    "fp32": Kind(
+        product32,
+        lambda o, i: {"weight": (FLOAT, (i, o))},
+        lambda w, scales: {"weight": w.detach().float().T.numpy()},
+        lambda w, scales: w.detach().float(),
+        {},
+    ),
+    "int8": Kind(
+        _product8,
+        lambda o, i: {"weight": (INT8, (i, o)), "scale": (FLOAT, (o,))},
+        _pack8,
+        lambda w, scales: held(w),
+        {},
+    ),
+    "int4": Kind(_product4, _specs4, _pack4, _hold4, TABLES4),
+}
+
+
+def tables_of(kind: str) -> dict[str, Spec]:
+    """What all matrices of a kind read, to be stored once."""
+    types = {"float32": FLOAT, "int64": INT64}
+    return {name: (types[str(array.dtype)], array.shape) for name, array in KINDS[kind].tables.items()}
