@@ -79,7 +79,7 @@ def arms(whole: Any, pictures: Pictures, share: float) -> dict[str, tuple[Kept, 
 
 def tuned(small: Any, whole: Any, pictures: Pictures, mirror: bool, seconds: float, seed: int) -> None:
     lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic, running(whole))
-    trained(small, lessons, pictures, TuneConfig(seconds, 2e-3, checks=3), seed)
+    trained(small, free(small), lessons, pictures, TuneConfig(seconds, 2e-3, checks=3), seed)
 
 
 def told(found: Recognized, dense: Recognized) -> str:

@@ -30,6 +30,7 @@ LEAST = {
     "litert-int4": 0.97,
     "coreml-fp16": 1 - 1e-5,
     "coreml-int8": 0.999,
+    "coreml-int4": 0.97,
 }
 PHONES = ("executorch", "litert", "coreml")
 MARK = "anna-marker"  # in the name of the folder that everything is written to

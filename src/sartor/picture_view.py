@@ -172,8 +172,8 @@ def _four_damage(p: PreparedPictures, job: Job, tell: Tell) -> float | None:
         return None
     tell("view", 0.0, "what four bits a weight damage")
     e, generic = picture_effort_of(job.effort), p.pictures.generic
-    own, others = sample(p.pictures.train, e.felt, job.seed), sample(generic, e.felt // 2, job.seed)
-    judged = sample(p.pictures.validation, e.felt, job.seed)
+    own, others = sample(p.pictures.train, e.felt // 2, job.seed), sample(generic, e.felt // 4, job.seed)
+    judged = sample(p.pictures.validation, e.checked, job.seed)
     return four_damage(p.dense, own, others, judged, RHO if len(generic) else 0.0)
 
 
