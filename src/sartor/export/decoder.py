@@ -35,8 +35,20 @@ def lookup(table: Tensor, at: Tensor) -> Tensor:
     return functional.embedding(at, table)
 
 
+def read_in_eight(x: Float[Tensor, "1 n i"]) -> Float[Tensor, "1 n i"]:
+    """What is left of x in eight bits, a scale and a zero point a token."""
+    scale, zero = rounding.choose_qparams_per_token_asymmetric(x, torch.int8)
+    whole = rounding.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
+    return rounding.dequantize_per_token(whole, scale, zero, -128, 127, torch.int8, torch.float32)
+
+
 class Matrix(nn.Module):
     """x times a matrix held in whole numbers, plus its bias where it has one."""
+
+    levels: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bias: Tensor | None
 
     def __init__(self, held: Held, bias: Tensor | None) -> None:
         super().__init__()
@@ -54,14 +66,14 @@ class Matrix(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "1 n i"]) -> Float[Tensor, "1 n o"]:
-        scale, zero = rounding.choose_qparams_per_token_asymmetric(x, torch.int8)
-        whole = rounding.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
-        read = rounding.dequantize_per_token(whole, scale, zero, -128, 127, torch.int8, torch.float32)
-        return functional.linear(read, self.weight(), self.bias)
+        return functional.linear(read_in_eight(x), self.weight(), self.bias)
 
 
 class Norm(nn.Module):
     """x over the root of its mean square, times a vector."""
+
+    scale: Tensor
+    share: Tensor
 
     def __init__(self, scale: Tensor, eps: float) -> None:
         super().__init__()
@@ -87,9 +99,12 @@ class Parts:
     def matrix(self, name: str) -> Matrix:
         return Matrix(self.hold(self.latents, name), self.vector(name.removesuffix("weight") + "bias"))
 
-    def norm(self, name: str) -> Norm | None:
-        found = self.vector(name)
-        return None if found is None else Norm(found, self.eps)
+    def norm(self, name: str) -> Norm:
+        return Norm(self.latents.masters[name].detach().float(), self.eps)
+
+    def head_norm(self, name: str) -> Norm | None:
+        """Of queries or keys, in families that have one."""
+        return self.norm(name) if name in self.latents.masters else None
 
 
 def half_turn(size: int) -> Float[Tensor, "d d"]:
@@ -101,12 +116,16 @@ def half_turn(size: int) -> Float[Tensor, "d d"]:
 class Attention(nn.Module):
     """What the attention of a layer adds to the stream."""
 
+    half_turn: Tensor
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, parts: Parts, layer: int, groups: int, heads: int, size: int, context: int) -> None:
         super().__init__()
         name = f"model.layers.{layer}.self_attn"
         self.norm = parts.norm(f"model.layers.{layer}.input_layernorm.weight")
         self.q, self.k, self.v, self.o = (parts.matrix(f"{name}.{letter}_proj.weight") for letter in "qkvo")
-        self.q_norm, self.k_norm = (parts.norm(f"{name}.{letter}_norm.weight") for letter in "qk")
+        self.q_norm, self.k_norm = (parts.head_norm(f"{name}.{letter}_norm.weight") for letter in "qk")
         self.groups, self.heads, self.size = groups, heads, size
         self.register_buffer("half_turn", half_turn(size))
         self.register_buffer("keys", torch.zeros(groups, size, context))
@@ -152,6 +171,12 @@ class Mlp(nn.Module):
 
 class Decoder(nn.Module):
     """The whole network; see above."""
+
+    table: Tensor
+    table_scales: Tensor
+    cosines: Tensor
+    sines: Tensor
+    places: Tensor
 
     def __init__(self, model: Any, latents: Latents, hold: Hold, embed: Hold, context: int) -> None:
         """Args: hold, embed: the name of a matrix -> what is held of it, and of the embedding's table (a scale a row).

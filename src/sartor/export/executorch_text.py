@@ -18,8 +18,9 @@ from torch.export import ExportedProgram
 
 from sartor.errors import SartorError
 from sartor.export import lowering
-from sartor.export.decoder import EMBEDDING, GROUP, HEAD, Decoder, Held
+from sartor.export.decoder import GROUP, Decoder, Held
 from sartor.export.gguf_file import context_length
+from sartor.export.onnx_text import EMBEDDING, HEAD
 from sartor.model.network import anatomy, clone
 from sartor.numerics.eight import rounded
 from sartor.numerics.grids import GRIDS, indices, search_scales
@@ -64,7 +65,8 @@ def _lower(prepared: tuple[ExportedProgram, dict[str, Any]], path: Path) -> None
     program, facts = prepared
     # its check would compute products of lengths with the example's length, and make that the only one
     lax = EdgeCompileConfig(_check_ir_validity=False)
-    edge = to_edge_transform_and_lower(program, [XnnpackPartitioner()], constant_methods=facts, compile_config=lax)
+    lowered = {"partitioner": [XnnpackPartitioner()], "constant_methods": facts, "compile_config": lax}
+    edge = to_edge_transform_and_lower(program, **lowered)
     in_place = ExecutorchBackendConfig(run_reinplace_pass=True)  # else all keys and values are copied for every token
     path.write_bytes(edge.to_executorch(in_place).buffer)
 
