@@ -2,7 +2,7 @@
 
 int8: every matrix has a scale a row. int4: matrices that the artifact holds in four bits or fewer have a scale for 32 weights, the others a scale a row. Those on Q4_0 are the artifact's but for the scales,
 which XNNPACK holds in bf16; all others are rounded again. The embedding's table has a scale a row and is stored beside the head, as XNNPACK keeps a form of its own of what it multiplies by.
-The file's methods get_max_context_len, get_eos_ids and so on tell ExecuTorch's own runners of language models what FACTS tells ours.
+The file's methods get_max_context_len, get_eos_ids and so on tell ExecuTorch's own runners of language models what CONFIG tells ours.
 """
 
 from __future__ import annotations
