@@ -23,16 +23,17 @@ def do_export(a: argparse.Namespace) -> None:
     from sartor.api import export
     from sartor.errors import InputError
     from sartor.export import runtimes
+    from sartor.export.text_runtimes import RUNTIMES
 
     if not a.data and len(a.to) != 1:
         raise InputError("name one runtime with --to; with --data several are compared")
     _no_bars()
     if not picture_api.is_picture_artifact(a.folder):
+        there, others = text_exports.installed()
         print(text_exports.table(text_exports.measure_text_exports(a.folder, a.to, a.data, a.out)))
-        print(
-            f"\nwritten: {', '.join(f'model.{name}' for name in a.to or text_exports.WRITERS)} in {a.out}",
-            file=sys.stderr,
-        )
+        print(f"\nwritten: {', '.join(RUNTIMES[name].file for name in a.to or there)} in {a.out}", file=sys.stderr)
+        if others and not a.to:
+            print(f"left out: {'; '.join(others)}", file=sys.stderr)
     elif a.data:
         print(runtimes.table(picture_api.measure_exports(a.folder, a.to, a.data, a.out)))
     else:
@@ -135,18 +136,19 @@ def do_probe(a: argparse.Namespace) -> None:
 def do_run(a: argparse.Namespace) -> None:
     """Generate with the artifact, or say what is on a photo."""
     from sartor.errors import InputError
-    from sartor.export.text_runtimes import run_job
+    from sartor.export.text_runtimes import RUNTIMES, run_job, runtime_of
     from sartor.picture_api import is_picture_artifact
-    from sartor.text_exports import ARTIFACT, WRITERS
+    from sartor.text_exports import ARTIFACT
 
     if is_picture_artifact(a.folder):
         return _run_on_photo(a)
-    files = [a.folder / f"model.{ending}" for ending in WRITERS] if a.folder.is_dir() else [a.folder]
-    file = next((f for f in files if f.exists() and f.suffix[1:] in WRITERS), None)
-    if file is None:
+    files = [a.folder / row.file for row in RUNTIMES.values()] if a.folder.is_dir() else [a.folder]
+    file = next((f for f in files if f.exists()), None)
+    runtime = runtime_of(file) if file else None
+    if file is None or runtime is None:
         raise InputError(f"no {ARTIFACT} in '{a.folder.name}': make one with sartor compress ... --out {a.folder}")
     asked = {"tokens": a.tokens, "temperature": a.temperature, "top_p": a.top_p, "seed": a.seed}
-    result = run_job(file.suffix[1:], file, "generate", prompt=a.prompt, **asked)
+    result = run_job(runtime, file, "generate", prompt=a.prompt, **asked)
     print(a.prompt + result["text"])
 
 

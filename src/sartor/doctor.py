@@ -22,6 +22,7 @@ EXTRAS = {
     "onnxruntime": "pip install onnxruntime==1.32.0",
     "onnx": "pip install onnx==1.23.2",
     "PIL": "pip install pillow",
+    "executorch": "pip install executorch==1.5.1 torchao==0.18.0   (optional: sartor export --to executorch)",
     "llama_cpp": 'pip install "sartor[llamacpp]"   (optional: llama.cpp\'s quantizer for the control arms; builds from source, about 7 minutes)',
 }
 

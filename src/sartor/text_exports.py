@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from torch import Tensor
 from sartor import storage
 from sartor.data.readers import read_folder
 from sartor.data.split import split
-from sartor.errors import InputError
-from sartor.export import gguf_file, llamacpp, onnx_text
+from sartor.errors import InputError, MissingExtra
+from sartor.export import executorch_text, gguf_file, llamacpp, onnx_text
 from sartor.export.runtimes import aligned
-from sartor.export.text_runtimes import RUNTIMES, run_job
+from sartor.export.text_runtimes import RUNTIMES, absent, run_job
 from sartor.model.vocabulary import separator
 from sartor.stages.masters import Latents
 from sartor.stages.measure import score_of
@@ -41,20 +42,38 @@ def write_gguf(folder: Path, model: Any, tokenizer: Any, latents: Latents) -> Pa
     return path
 
 
-WRITERS: dict[str, Callable[[Path, Any, Any, Latents], Path]] = {"gguf": write_gguf, "onnx": onnx_text.write}
+Writer = Callable[[Path, Any, Any, Latents], Path]
+ASKED = ("executorch-int4",)  # written only where it is named: what is not on Q4_0 loses much
+PHONE = {"executorch": "int8", "executorch-int4": "int4"}  # the weights of files that do not hold the artifact's own
+WRITERS: dict[str, Writer] = {
+    "gguf": write_gguf,
+    "onnx": onnx_text.write,
+    **{name: partial(executorch_text.write, weights=weights) for name, weights in PHONE.items()},
+}
+
+
+def installed() -> tuple[list[str], list[str]]:
+    """(what a model can be written as here, and what is said of the others)."""
+    said = {name: absent(name) for name in WRITERS if name not in ASKED}
+    return [name for name in said if said[name] is None], list(dict.fromkeys(filter(None, said.values())))
 
 
 def _checked(folder: Path, names: Sequence[str]) -> None:
     for name in names:
         if name not in WRITERS:
-            raise InputError(f"'{folder.name}' reads texts: it can be written as {' or '.join(WRITERS)}, not as {name}")
+            *others, last = WRITERS
+            raise InputError(
+                f"'{folder.name}' reads texts: it can be written as {', '.join(others)} or {last}, not as {name}"
+            )
+        if said := absent(name):
+            raise MissingExtra(said)
 
 
 def export_text(folder: Path, to: str, out: Path) -> Path:
-    """Write a saved artifact for a runtime, with its exact weights.
+    """Write a saved artifact for a runtime, with its exact weights where it has the grids for them.
 
     Raises:
-        InputError: there is no such runtime for language models. SourceError: not an artifact.
+        InputError: there is no such runtime for language models. SourceError: not an artifact. MissingExtra: the runtime is not installed.
     """
     _checked(folder, [to])
     model, tokenizer, plan = storage.load(folder)
@@ -63,15 +82,16 @@ def export_text(folder: Path, to: str, out: Path) -> Path:
 
 @dataclass(frozen=True)
 class Ground:
-    """What the runtimes are compared on. compared: windows whose logits PyTorch says, too. held_out: windows of the user's test text, or none."""
+    """What the runtimes are compared on. compared: windows whose logits PyTorch says, too. own: the same, {runtime: with the weights of its file}. held_out: windows of the user's test text, or none."""
 
     compared: list[Window]
     wanted: list[Tensor]
+    own: dict[str, list[Tensor]]
     held_out: list[Window]
 
 
 def measure_text_exports(folder: Path, names: Sequence[str], data: Path | None, out: Path) -> list[dict[str, Any]]:
-    """Write a saved artifact for these runtimes (none: for all), reopen each file in its own, and measure it beside llama.cpp on the GGUF file.
+    """Write a saved artifact for these runtimes (none: for all that are installed), reopen each file in its own, and measure it beside llama.cpp on the GGUF file.
 
     Args:
         data: the user's texts, split as they were when the model was made (same seed); None: what is compared is text that the artifact writes.
@@ -81,19 +101,20 @@ def measure_text_exports(folder: Path, names: Sequence[str], data: Path | None, 
     Raises:
         InputError: no such runtime, not an artifact, or no texts. ParityError: a file does not say what PyTorch says. MissingExtra: a runtime is not installed.
     """
-    names = list(names or WRITERS)
+    names = list(names or installed()[0])
     _checked(folder, names)
     model, tokenizer, plan = storage.load(folder)
     if not (folder / ARTIFACT).exists():
         raise InputError(f"'{folder.name}' holds no {ARTIFACT} to compare with: its job did not come to an end")
     held = _held_out(folder, data, tokenizer) if data else []
     storage.claim_folder(out)
-    files = {"gguf": folder / ARTIFACT}
+    files, latents = {"gguf": folder / ARTIFACT}, storage.latents_of(folder, plan)
     for name in names:
-        files[name] = WRITERS[name](out, model, tokenizer, storage.latents_of(folder, plan))
+        files[name] = WRITERS[name](out, model, tokenizer, latents)
     compared = held[:: -(-len(held) // COMPARED)] if held else _written_by(folder / ARTIFACT, tokenizer)
-    ground = Ground(compared, [_logits(model, w) for w in compared], held)
-    del model
+    own = {n: _own(model, latents, PHONE[n], compared) for n in names if n in PHONE}
+    ground = Ground(compared, [_logits(model, w) for w in compared], own, held)
+    del model, latents
     rows = {name: _measured(name, file, ground) for name, file in files.items()}
     _time_(rows, files, ground)
     return list(rows.values())
@@ -121,6 +142,12 @@ def _logits(model: Any, window: Window) -> Tensor:
     return found
 
 
+def _own(model: Any, latents: Latents, weights: str, windows: Sequence[Window]) -> list[Tensor]:
+    """Logits with the weights of an ExecuTorch file."""
+    file = executorch_text.dequantized(model, latents, weights)
+    return [_logits(file, w) for w in windows]
+
+
 def _nats(logits: Tensor, window: Window) -> Tensor:
     """-log p of tokens 1, 2, ..."""
     return -torch.log_softmax(logits[:-1].double(), -1).gather(1, torch.tensor(window.ids[1:])[:, None])[:, 0]
@@ -132,7 +159,8 @@ def _measured(runtime: str, file: Path, ground: Ground) -> dict[str, Any]:
         run_job(runtime, file, "logits", windows=[list(w.ids) for w in ground.compared], out=f"{tmp}/logits.npz")
         with np.load(f"{tmp}/logits.npz") as arrays:
             said = [torch.from_numpy(arrays[f"arr_{n}"]) for n in range(len(ground.compared))]
-    ours, theirs = ([_nats(x, w) for x, w in zip(xs, ground.compared, strict=True)] for xs in (ground.wanted, said))
+    ours = ground.own.get(runtime, ground.wanted)
+    ours, theirs = ([_nats(x, w) for x, w in zip(xs, ground.compared, strict=True)] for xs in (ours, said))
     llamacpp.parity(ours, theirs, RUNTIMES[runtime].name)
     found, wanted = torch.cat(said), torch.cat(ground.wanted)
     off = (found - wanted).abs()
@@ -182,5 +210,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         speed = [f"{row[k]:.0f}" for k in ("prompt_tokens_per_s", "generate_tokens_per_s")]
         cells = [row["runtime"], f"{row['bytes'] / 1e6:.1f}", bits, f"{row['mean']:.3f}", f"{row['largest']:.2f}"]
         body.append([*cells, f"{row['same_top1']:.1%}", *speed, f"{row['peak_rss_bytes'] / 1e6:.0f}", ""])
-    said = f"Differences are from PyTorch's logits with the file's exact weights, on {rows[0]['tokens']} tokens."
+    said = f"Differences are from PyTorch's logits with the artifact's exact weights, on {rows[0]['tokens']} tokens."
+    if any(row["runtime"].startswith(executorch_text.NAME) for row in rows):
+        said += " ExecuTorch's files hold rounded ones, and each was compared with PyTorch on those; its memory is with torch, which its Python side needs."
     return f"{aligned(body, 1)}\n\n{said}"

@@ -1,4 +1,4 @@
-"""Lowering a network that sees for a phone's runtime, in a process of its own: a job as JSON on stdin, its result as JSON on stdout.
+"""Lowering a network for a phone's runtime, in a process of its own: a job as JSON on stdin, its result as JSON on stdout.
 
     network -> program (torch.export) -> [prepare: once] -> [WEIGHTS: once a kind of weights] -> files, moved to their places once they are whole
 
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from sartor.model.network import clone
 from sartor.stages.eight import unrounded
 
 LIMIT_S = 3600.0  # a ViT-S takes one to four minutes
+FACTS = "facts.json"
 
 
 class Outputs(nn.Module):
@@ -49,9 +51,13 @@ def program(model: Any, pixels: torch.dtype) -> torch.export.ExportedProgram:
     """The network in fp32 for one picture (1, 3, s, s), pixels from 0 to 255 of this type."""
     plain = clone(model, torch.float32)
     network = Outputs(unrounded(plain) if isinstance(plain, Graph) else plain).eval().requires_grad_(False)
-    made = torch.export.export(network, (torch.zeros(1, 3, model.size, model.size, dtype=pixels),))
+    return nameless(torch.export.export(network, (torch.zeros(1, 3, model.size, model.size, dtype=pixels),)))
+
+
+def nameless(made: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program without the folders of this machine that its nodes name."""
     for node in made.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it names folders of this machine
+        node.meta.pop("stack_trace", None)
     return made
 
 
@@ -60,10 +66,22 @@ def missing(needs: Sequence[str]) -> bool:
 
 
 def lower(runtime: str, files: Mapping[str, Path], model: Any, limit_s: float = LIMIT_S) -> dict[str, dict[str, Any]]:
+    """`lower_program` of a network that sees; the runtime's file says PIXELS, too."""
+    return lower_program(runtime, files, lambda of: program(model, of.PIXELS), {}, limit_s)
+
+
+def lower_program(
+    runtime: str,
+    files: Mapping[str, Path],
+    make: Callable[[Any], torch.export.ExportedProgram],
+    facts: Mapping[str, Any],
+    limit_s: float = LIMIT_S,
+) -> dict[str, dict[str, Any]]:
     """Write a file for each kind of weights: {weights: {"seconds": of this kind, what they share counted in} or {"failed": why}}.
 
     Args:
-        runtime: a file of this folder with NEEDS, INSTALL, PIXELS, `prepare` and WEIGHTS. limit_s: seconds until the process is ended.
+        runtime: a file of this folder with NEEDS, INSTALL, `prepare` and WEIGHTS. make: that file -> the program. facts: what `prepare` reads about it, in FACTS of its folder.
+        limit_s: seconds until the process is ended.
 
     Raises:
         MissingExtra: the runtime is not installed. InputError: it has no such weights. SartorError: the process failed; its last words are in the message.
@@ -74,7 +92,8 @@ def lower(runtime: str, files: Mapping[str, Path], model: Any, limit_s: float = 
     if unknown := [w for w in files if w not in of.WEIGHTS]:
         raise InputError(f"there are no '{unknown[0]}' weights for {of.NAME}: take one of {', '.join(of.WEIGHTS)}")
     with tempfile.TemporaryDirectory(dir=next(iter(files.values())).parent, prefix=".lowering-") as folder:
-        torch.export.save(program(model, of.PIXELS), f"{folder}/program.pt2")
+        torch.export.save(make(of), f"{folder}/program.pt2")
+        (Path(folder) / FACTS).write_text(json.dumps(dict(facts)))
         parts = {weights: f"{folder}/{weights}-{file.name}" for weights, file in files.items()}
         made = _apart(of.NAME, {"runtime": runtime, "folder": folder, "files": parts}, limit_s)
         for weights, file in files.items():

@@ -147,7 +147,7 @@ def _positions(d: Draft) -> None:
     d.add("Sin", [angles], "sines")
 
 
-def _window(config: Any, layer: int) -> int | None:
+def window_of(config: Any, layer: int) -> int | None:
     """Tokens that a token of this layer looks back on, itself counted, or None for all."""
     kinds = getattr(config, "layer_types", None)
     found: int | None = getattr(config, "sliding_window", None)
@@ -172,7 +172,7 @@ def _attention(d: Draft, a: Anatomy, layer: int, cached: int, x: str) -> str:
             read[letter] = d.add("Reshape", [one, "shape.flat3"], f"{at}.{letter}.flat")
     past, present = ([f"{side}.{cached}.{end}" for end in ("key", "value")] for side in ("past_key_values", "present"))
     sizes = {"num_heads": heads, "kv_num_heads": groups, "do_rotary": 1, "rotary_interleaved": 0}
-    window = _window(d.model.config, layer)
+    window = window_of(d.model.config, layer)
     sizes |= {} if window is None else {"local_window_size": window}
     inputs = [*read.values(), *past, "lengths", "length", "cosines", "sines"]
     d.nodes.append(node("GroupQueryAttention", inputs, [f"{at}.read", *present], CONTRIB, **sizes))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from onnx_worker import load  # by path, as this file is started: the package would load torch
+from spelling import Spelling
 from text_jobs import timed
 from worker import answer, measured
 
 
-class OnnxText:
+class OnnxText(Spelling):
     """A loaded file and its cache: keys and values have room for the whole context and stay where they are, so that no token copies what came before it."""
 
     def __init__(self, path: str, threads: int, context: int) -> None:
@@ -44,25 +43,10 @@ class OnnxText:
         return logits if every else logits[-1:]
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer beside the file, loaded when text is asked for."""
-        from tokenizers import Tokenizer
-
-        if not (self.folder / "tokenizer.json").exists():
-            raise SystemExit("tokenizer.json is not beside it: copy all files that sartor export wrote")
-        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-
-    @cached_property
     def final(self) -> list[int | None]:
         """Tokens that end a text, as onnxruntime-genai reads them."""
         end = json.loads((self.folder / "genai_config.json").read_text())["model"]["eos_token_id"]
         return end if isinstance(end, list) else [end]
-
-    def tokenize(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def ends(self, token: int) -> bool:
         return token in self.final

@@ -10,23 +10,49 @@ from pathlib import Path
 from typing import Any
 
 from sartor.errors import MissingExtra
+from sartor.export import executorch as et
+from sartor.export import executorch_text
 from sartor.export.apart import answered
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A row: its name, its worker beside this file, the module that it needs, and the pip command for that."""
+    """A row: its name, the file that is written for it, its worker beside this file, the modules that it needs, and the pip command for them."""
 
     name: str
+    file: str
     worker: str
-    module: str
+    needs: tuple[str, ...]
     install: str
 
 
+def _executorch(weights: str) -> Runtime:
+    name, file = f"{et.NAME} {weights}", executorch_text.FILES[weights]
+    return Runtime(name, file, "executorch_text_worker.py", et.NEEDS, et.INSTALL)
+
+
 RUNTIMES = {
-    "gguf": Runtime("llama.cpp", "llama_worker.py", "xllamacpp", "pip install xllamacpp==2026.10.11549"),
-    "onnx": Runtime("ONNX Runtime", "onnx_text_worker.py", "onnxruntime", "pip install onnxruntime==1.32.0"),
+    "gguf": Runtime(
+        "llama.cpp", "model.gguf", "llama_worker.py", ("xllamacpp",), "pip install xllamacpp==2026.10.11549"
+    ),
+    "onnx": Runtime(
+        "ONNX Runtime", "model.onnx", "onnx_text_worker.py", ("onnxruntime",), "pip install onnxruntime==1.32.0"
+    ),
+    "executorch": _executorch("int8"),
+    "executorch-int4": _executorch("int4"),
 }
+
+
+def absent(runtime: str) -> str | None:
+    """That a runtime is not installed, with the pip command for it; None where it is."""
+    row = RUNTIMES[runtime]
+    gone = any(importlib.util.find_spec(name) is None for name in row.needs)
+    return f"{row.name} is not installed: {row.install}" if gone else None
+
+
+def runtime_of(file: Path) -> str | None:
+    """The runtime that runs such a file."""
+    return next((name for name, row in RUNTIMES.items() if Path(row.file).suffix == file.suffix), None)
 
 
 def run_job(runtime: str, file: Path, do: str, threads: int | None = None, **job: Any) -> dict[str, Any]:
@@ -38,8 +64,8 @@ def run_job(runtime: str, file: Path, do: str, threads: int | None = None, **job
         MissingExtra: the runtime is not installed. SartorError: it failed; its last words are in the message.
     """
     row = RUNTIMES[runtime]
-    if importlib.util.find_spec(row.module) is None:
-        raise MissingExtra(f"{row.name} is not installed: {row.install}")
+    if said := absent(runtime):
+        raise MissingExtra(said)
     spec = {"do": do, "file": str(file), "threads": threads or os.cpu_count() or 1, **job}
     command = [sys.executable, str(Path(__file__).with_name(row.worker))]  # by path: the package would load torch
     return answered(command, spec, f"{row.name} failed on {file.name}")
