@@ -6,7 +6,6 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +42,13 @@ def write_gguf(folder: Path, model: Any, tokenizer: Any, latents: Latents) -> Pa
 
 
 Writer = Callable[[Path, Any, Any, Latents], Path]
-ASKED = ("executorch-int4",)  # written only where it is named: what is not on Q4_0 loses much
-PHONE = {"executorch": "int8", "executorch-int4": "int4"}  # the weights of files that do not hold the artifact's own
-WRITERS: dict[str, Writer] = {
-    "gguf": write_gguf,
-    "onnx": onnx_text.write,
-    **{name: partial(executorch_text.write, weights=weights) for name, weights in PHONE.items()},
-}
+WRITERS: dict[str, Writer] = {"gguf": write_gguf, "onnx": onnx_text.write, "executorch": executorch_text.write}
+ROUNDED = {"executorch": executorch_text.dequantized}  # files that hold other weights: the network -> one with theirs
 
 
 def installed() -> tuple[list[str], list[str]]:
     """(what a model can be written as here, and what is said of the others)."""
-    said = {name: absent(name) for name in WRITERS if name not in ASKED}
+    said = {name: absent(name) for name in WRITERS}
     return [name for name in said if said[name] is None], list(dict.fromkeys(filter(None, said.values())))
 
 
@@ -112,8 +106,8 @@ def measure_text_exports(folder: Path, names: Sequence[str], data: Path | None, 
     for name in names:
         files[name] = WRITERS[name](out, model, tokenizer, latents)
     compared = held[:: -(-len(held) // COMPARED)] if held else _written_by(folder / ARTIFACT, tokenizer)
-    own = {n: _own(model, latents, PHONE[n], compared) for n in names if n in PHONE}
-    ground = Ground(compared, [_logits(model, w) for w in compared], own, held)
+    own = {n: _all_logits(ROUNDED[n](model), compared) for n in names if n in ROUNDED}
+    ground = Ground(compared, _all_logits(model, compared), own, held)
     del model, latents
     rows = {name: _measured(name, file, ground) for name, file in files.items()}
     _time_(rows, files, ground)
@@ -137,15 +131,8 @@ def _written_by(file: Path, tokenizer: Any) -> list[Window]:
 
 
 @torch.inference_mode()
-def _logits(model: Any, window: Window) -> Tensor:
-    found: Tensor = model(input_ids=torch.tensor([window.ids]), use_cache=False).logits[0]
-    return found
-
-
-def _own(model: Any, latents: Latents, weights: str, windows: Sequence[Window]) -> list[Tensor]:
-    """Logits with the weights of an ExecuTorch file."""
-    file = executorch_text.dequantized(model, latents, weights)
-    return [_logits(file, w) for w in windows]
+def _all_logits(model: Any, windows: Sequence[Window]) -> list[Tensor]:
+    return [model(input_ids=torch.tensor([w.ids]), use_cache=False).logits[0] for w in windows]
 
 
 def _nats(logits: Tensor, window: Window) -> Tensor:
@@ -211,6 +198,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [row["runtime"], f"{row['bytes'] / 1e6:.1f}", bits, f"{row['mean']:.3f}", f"{row['largest']:.2f}"]
         body.append([*cells, f"{row['same_top1']:.1%}", *speed, f"{row['peak_rss_bytes'] / 1e6:.0f}", ""])
     said = f"Differences are from PyTorch's logits with the artifact's exact weights, on {rows[0]['tokens']} tokens."
-    if any(row["runtime"].startswith(executorch_text.NAME) for row in rows):
-        said += " ExecuTorch's files hold rounded ones, and each was compared with PyTorch on those; its memory is with torch, which its Python side needs."
+    if any(row["runtime"] == executorch_text.NAME for row in rows):
+        said += " ExecuTorch's file holds rounded ones, with which it was compared with PyTorch, too; its memory is with torch, which its Python side needs."
     return f"{aligned(body, 1)}\n\n{said}"

@@ -31,6 +31,7 @@ def answered(
     except subprocess.TimeoutExpired as error:
         raise SartorError(late) from error
     if done.returncode or not done.stdout:
-        last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
+        ended = [f"it was ended by signal {-done.returncode}"] if done.returncode < 0 else []
+        last = [f"it ended with code {done.returncode}", *done.stderr.strip().splitlines(), *ended][-1]
         raise SartorError(f"{failed}: {said(last)}")
     return json.loads(done.stdout)

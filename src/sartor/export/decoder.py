@@ -3,12 +3,11 @@
     ids (1, n), start (1,) -> [embedding] -> [attention -> mlp] x layers -> [norm -> head] -> logits (1, n, vocab)
 
 Every layer has the key/value heads and the channels that it kept. Keys and values of all positions lie in buffers of a fixed length, and a mask says which of them a token sees, so that only n changes
-from call to call. Matrices are whole numbers with a scale a row or a group of a row; what they read is rounded to eight bits as the file runs.
+from call to call. Matrices are whole numbers of eight bits with a scale a row; what they read is rounded to eight bits as the file runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,14 +20,12 @@ from sartor.errors import SourceError
 from sartor.export.gguf_file import rope_base
 from sartor.export.onnx_text import EMBEDDING, HEAD, window_of
 from sartor.model.network import anatomy, layers_of
+from sartor.numerics.eight import rounded
 from sartor.stages.masters import Latents
 
 UNSEEN = -1e30  # added to what a token must not see: exp() of it is 0
 WIDE = 4.0  # root mean squares
 UNEVEN = 1.02  # ends as far apart from zero would put it between two steps, and every runtime would choose another one
-GROUP = 32  # weights that share a scale at four bits
-Held = tuple[Tensor, Tensor]  # whole numbers (out, in) as int8, and scales: (out,), or (out, in / GROUP)
-Hold = Callable[[Latents, str], Held]
 rounding: Any = torch.ops.quantized_decomposed
 
 
@@ -71,9 +68,9 @@ class Matrix(nn.Module):
     bias: Tensor | None
     both: Tensor
 
-    def __init__(self, held: Held, bias: Tensor | None) -> None:
+    def __init__(self, weight: Float[Tensor, "o i"], bias: Tensor | None) -> None:
         super().__init__()
-        levels, scales = held
+        levels, scales = rounded(weight)
         self.register_buffer("levels", levels)
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", torch.zeros_like(scales, dtype=torch.int32))
@@ -81,11 +78,7 @@ class Matrix(nn.Module):
         self.register_buffer("both", torch.ones(1, 2))
 
     def weight(self) -> Tensor:
-        if self.scales.ndim == 1:
-            return rounding.dequantize_per_channel(self.levels, self.scales, self.zeros, 0, -127, 127, torch.int8)
-        return rounding.dequantize_per_channel_group(
-            self.levels, self.scales, self.zeros, -8, 7, torch.int8, GROUP, torch.float32
-        )
+        return rounding.dequantize_per_channel(self.levels, self.scales, self.zeros, 0, -127, 127, torch.int8)
 
     def forward(self, x: Float[Tensor, "2 n i"]) -> Float[Tensor, "1 n o"]:
         rows = functional.linear(read_in_eight(x), self.weight())
@@ -113,15 +106,15 @@ class Norm(nn.Module):
 class Parts:
     """What modules are made of, by the names of the weights."""
 
-    def __init__(self, model: Any, latents: Latents, hold: Hold) -> None:
-        self.latents, self.hold, self.eps = latents, hold, float(model.config.rms_norm_eps)
+    def __init__(self, model: Any, latents: Latents) -> None:
+        self.latents, self.eps = latents, float(model.config.rms_norm_eps)
 
     def vector(self, name: str) -> Tensor | None:
         found = self.latents.masters.get(name)
         return None if found is None else found.detach().float()
 
     def matrix(self, name: str) -> Matrix:
-        return Matrix(self.hold(self.latents, name), self.vector(name.removesuffix("weight") + "bias"))
+        return Matrix(self.latents.value(name), self.vector(name.removesuffix("weight") + "bias"))
 
     def norm(self, name: str) -> Norm:
         return Norm(self.latents.masters[name].detach().float(), self.eps)
@@ -204,8 +197,8 @@ class Decoder(nn.Module):
     sines: Tensor
     places: Tensor
 
-    def __init__(self, model: Any, latents: Latents, hold: Hold, embed: Hold, context: int) -> None:
-        """Args: hold, embed: the name of a matrix -> what is held of it, and of the embedding's table (a scale a row).
+    def __init__(self, model: Any, latents: Latents, context: int) -> None:
+        """Args: context: tokens that there is room for.
 
         Raises:
             SourceError: an activation or a rotary scaling that is not known here.
@@ -216,8 +209,8 @@ class Decoder(nn.Module):
                 f"the model's activation is {model.config.hidden_act}: Sartor writes silu to ExecuTorch so far"
             )
         rope_base(model.config)  # refuses what changes with the length of the text
-        a, parts, self.context = anatomy(model), Parts(model, latents, hold), context
-        levels, scales = embed(latents, EMBEDDING)
+        a, parts, self.context = anatomy(model), Parts(model, latents), context
+        levels, scales = rounded(latents.value(EMBEDDING))
         self.register_buffer("table", levels)
         self.register_buffer("table_scales", scales[:, None])
         angles = torch.arange(context)[:, None] * model.model.rotary_emb.inv_freq.detach().float()

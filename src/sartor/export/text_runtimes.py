@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.errors import MissingExtra
-from sartor.export import executorch as et
-from sartor.export import executorch_text
+from sartor.export import executorch_text as et
 from sartor.export.apart import answered
 
 
@@ -26,11 +25,6 @@ class Runtime:
     install: str
 
 
-def _executorch(weights: str) -> Runtime:
-    name, file = f"{et.NAME} {weights}", executorch_text.FILES[weights]
-    return Runtime(name, file, "executorch_text_worker.py", et.NEEDS, et.INSTALL)
-
-
 RUNTIMES = {
     "gguf": Runtime(
         "llama.cpp", "model.gguf", "llama_worker.py", ("xllamacpp",), "pip install xllamacpp==2026.10.11549"
@@ -38,8 +32,7 @@ RUNTIMES = {
     "onnx": Runtime(
         "ONNX Runtime", "model.onnx", "onnx_text_worker.py", ("onnxruntime",), "pip install onnxruntime==1.32.0"
     ),
-    "executorch": _executorch("int8"),
-    "executorch-int4": _executorch("int4"),
+    "executorch": Runtime(et.NAME, et.FILE, "executorch_text_worker.py", et.NEEDS, et.INSTALL),
 }
 
 
