@@ -1,6 +1,6 @@
 """Sartor's cuts of a vision transformer beside published ones, at equal multiplications and equal fine-tuning.
 
-    python bench/vision_cuts.py MODEL --data DIR [--generic DIR] [--removed 0.3 0.5 0.7] [--adapt 120] [--tune 60] [--seeds 0]
+    python bench/vision_cuts.py MODEL --data DIR [--generic DIR] [--removed 0.3 0.5 0.7] [--adapt 120] [--tune 60] [--seeds 0] [--only Sartor CORP-like]
 
 The network adapts to the user once (cross entropy, `--adapt` seconds). Every arm cuts that network by the same share of multiplications (layers only) and is then tuned for
 `--tune` seconds towards what it said (KL of classes and cosine of features on random views, a quarter of them generic pictures). Accuracy on the held-out test photos in PyTorch, bf16, before and after
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,24 @@ def fitted_(small: Any, whole: Any, pictures: Pictures, generic_only: bool) -> N
     put_(small, fit(small, half, evidence, {}))
 
 
-def arms(whole: Any, pictures: Pictures, share: float) -> dict[str, tuple[Kept, str]]:
+OURS = {
+    "Sartor": (False, "stream"),
+    "Sartor, no repair": (False, "none"),
+    "Sartor, generic calibration": (True, "generic"),
+}
+
+
+def arms(whole: Any, pictures: Pictures, share: float, only: Collection[str]) -> dict[str, tuple[Kept, str]]:
     """{name: (what stays, how the rest is repaired)}."""
     a = anatomy(whole)
     found: dict[str, tuple[Kept, str]] = {}
-    for name, rival in RIVALS.items():
-        ranking = rival(whole, pictures.train, pictures.labels)
+    for name in (n for n in RIVALS if n in only):
+        ranking = RIVALS[name](whole, pictures.train, pictures.labels)
         found[name] = choose(a, ranking, share), "own" if ranking.repaired else "none"
-    mine, theirs = (ours(whole, pictures, share, g) for g in (False, True))
-    return found | {
-        "Sartor": (mine, "stream"),
-        "Sartor, no repair": (mine, "none"),
-        "Sartor, generic calibration": (theirs, "generic"),
-    }
+    for name, (generic_only, repair) in OURS.items():
+        if name in only:
+            found[name] = ours(whole, pictures, share, generic_only), repair
+    return found
 
 
 def tuned(small: Any, whole: Any, pictures: Pictures, mirror: bool, seconds: float, seed: int) -> None:
@@ -96,7 +102,10 @@ def main() -> None:
     parser.add_argument("--adapt", type=float, default=120.0)
     parser.add_argument("--tune", type=float, default=60.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", help="names of arms; all where it is left out")
     a = parser.parse_args()
+    if unknown := set(a.only or ()) - {*RIVALS, *OURS}:
+        parser.error(f"there is no arm '{unknown.pop()}': take some of {', '.join((*OURS, *RIVALS))}")
     job = Job(a.model, a.data, "50%", generic=a.generic)
     p = PreparedPictures(job, resolve(a.model), lambda *_: None)
     pictures, test = p.pictures, (p.album.test.pixels, p.labels[2])
@@ -112,7 +121,7 @@ def main() -> None:
             flush=True,
         )
         for share in a.removed:
-            for name, (kept, repair) in arms(whole, pictures, share).items():
+            for name, (kept, repair) in arms(whole, pictures, share, a.only or (*RIVALS, *OURS)).items():
                 small = clone(whole)
                 cut_(small, as_plan(whole, kept))
                 if repair == "own":
