@@ -30,6 +30,8 @@ def do_export(a: argparse.Namespace) -> None:
     _no_bars()
     if not picture_api.is_picture_artifact(a.folder):
         there, others = text_exports.installed()
+        if "executorch" in (a.to or there):
+            print("ExecuTorch's file takes minutes to lower; leave it out by naming others with --to", file=sys.stderr)
         print(text_exports.table(text_exports.measure_text_exports(a.folder, a.to, a.data, a.out)))
         print(f"\nwritten: {', '.join(RUNTIMES[name].file for name in a.to or there)} in {a.out}", file=sys.stderr)
         if others and not a.to:
