@@ -173,7 +173,7 @@ def fit_pictures(
     small = clone(model)
     lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic)
     adapt = adapt if pictures.labelled else replace(adapt, seconds=0.0)
-    if (whole := keeps_all(model, plan)) and pictures.labelled:  # nothing to recover from: all time is adaptation's
+    if (whole := keeps_all(model, plan)) and adapt.seconds:  # nothing to recover from: all time is adaptation's
         adapt = replace(adapt, seconds=adapt.seconds + recover.seconds)
     told = partial(tell, "adapt")
     adapted = trained(small, free(small), lessons, pictures, adapt, plan.seed, told, kept("adapt"))
