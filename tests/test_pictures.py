@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sartor import effort, pictures
-from sartor.carving import four_damage
+from sartor.carving import HEADS, four_damage, four_grids
 from sartor.errors import BudgetError
 from sartor.model.network import anatomy, clone, embed, linear, masked, shrink_attention_, shrink_mlp_, through
 from sartor.model.precision import running
@@ -299,11 +299,17 @@ def test_a_job_at_four_bits_trains_and_ends_on_its_grid(
     plan = pictures.plan_pictures(headed, given, costs, "0" * 64, "quick")
     assert set(plan.grids.values()) == {"INT4"}
     made = pictures.fit_pictures(headed, plan, given, costs, "quick")
-    assert made.plan.grids.keys() == made.model.block_scales.keys() == plan.grids.keys()
+    assert made.model.block_scales.keys() == four_grids(made.model).keys() <= made.plan.grids.keys()
     for name, scales in made.model.block_scales.items():
         weight = made.model.get_parameter(name)
         assert torch.equal(weight, snap(weight, scales, FOUR))
         row_steps(scales)
     assert recognize(made.model, *drawn(90, 9)).accuracy > 0.5
+    alone = replace(made.plan, layers=tuple(replace(n, groups="4:8") for n in made.plan.layers))  # of 16 inputs
+    small, latents = HEADS.fit(
+        HEADS.cut(clone(headed), alone), headed, given.train[:16], given.generic[:8], alone, lambda *_: None
+    )
+    assert not any("o_proj" in name for name in latents.scales)
+    assert any("down_proj" in name for name in small.block_scales)
     damage = four_damage(headed, given.train[:24], given.generic[:8], given.validation, 0.3)
     assert 0 < damage < 0.5

@@ -58,7 +58,8 @@ def _cut_heads(model: Any, plan: Plan) -> Any:
 
 def _fit_heads(small: Any, teacher: Any, own: Tensor, others: Tensor, plan: Plan, tell: Told) -> tuple[Vision, Latents]:
     evidence = evidence_of(teacher, own, others, plan.rho, lambda share: tell(0.4 * share, "gradients of every patch"))
-    latents = fit(small, teacher, evidence, plan.grids, lambda share, note: tell(0.4 + 0.6 * share, note))
+    grids = four_grids(small) if plan.grids else {}  # of what is left: heads that went may leave no whole blocks
+    latents = fit(small, teacher, evidence, grids, lambda share, note: tell(0.4 + 0.6 * share, note))
     held_(small, latents)
     return small, latents
 
