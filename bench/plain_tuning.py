@@ -11,7 +11,7 @@ from subject import SEED, Subject
 from sartor.effort import Training, effort_of
 from sartor.model.precision import running
 from sartor.stages.distil import Anchor, DistilConfig, Trained, distil_
-from sartor.stages.masters import Latents
+from sartor.stages.masters import free
 
 PLAIN = 2  # version
 RATE, SHORT = 2e-4, 150.0  # peak rate of a training of so many seconds: 9e-5 after twelve minutes
@@ -32,7 +32,7 @@ def tuned_(network: Any, subject: Subject) -> Trained:
     """Train a network (fp32) in place; it ends as the best on the user's validation text, as Sartor's does."""
     rows = subject.rows()
     nobody = Anchor(rows[:0], torch.empty(0, rows.shape[1], 1), torch.empty(0, rows.shape[1], 1, dtype=torch.int32))
-    latents = Latents({n: p.data for n, p in network.named_parameters()})
+    latents = free(network)
     config = plain(effort_of(subject.effort).training)
     student = running(network)
     course = distil_(student, latents, rows, nobody, subject.validation(), config, SEED)

@@ -8,9 +8,10 @@ photos, in PyTorch. Results: a table on stdout. What four bits damage when nothi
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
+
+from vision_cuts import as_plan, kept_of, parser_of
 
 from sartor.carving import four_damage, four_grids, held_
 from sartor.effort import picture_effort_of
@@ -20,9 +21,8 @@ from sartor.model.precision import running
 from sartor.picture_job import PreparedPictures
 from sartor.picture_view import bytes_of
 from sartor.pictures import RHO, felt_pictures
-from sartor.plan import LayerPlan, Plan
 from sartor.sources import resolve
-from sartor.stages.allot import Allotment, Costs, allot
+from sartor.stages.allot import Costs, allot
 from sartor.stages.fit import evidence_of, fit
 from sartor.stages.probe import recovered
 from sartor.stages.prune import cut_
@@ -32,21 +32,13 @@ from sartor.stages.tokens import sample
 WEIGHTS = ("int8", "int4")
 
 
-def as_plan(family: str, found: Allotment) -> Plan:
-    layers = tuple(LayerPlan(g, c) for g, c in zip(found.groups, found.channels, strict=True))
-    return Plan("", family, 0, 0, None, None, layers, {}, 0.0, 0.0, {}, {}, {}, RHO, 0, settled=True)
-
-
 def told(model: Any, pixels: Any, labels: Any) -> str:
     found = recognize(running(model), pixels, labels)
     return f"{found.accuracy:.1%}, {float(found.nats.mean()):.3f} nats"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--generic")
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[0.25, 0.15, 0.1], help="of the original's fp16 bytes"
     )
@@ -66,7 +58,7 @@ def main() -> None:
             size_of = bytes_of(dense, weights)
             found = allot(anatomy(dense), effects, Costs(size_of, int(share * p.original_fp16)))
             small = clone(dense)
-            cut_(small, as_plan(dense.family, found))
+            cut_(small, as_plan(dense, kept_of(found)))
             held_(small, fit(small, whole, evidence, four_grids(small) if weights == "int4" else {}))
             left, before = anatomy(small), anatomy(dense)
             sizes = f"{sum(left.ffn) / sum(before.ffn):.0%} of the channels, {sum(left.groups)} of {sum(before.groups)} heads"

@@ -17,7 +17,6 @@ from typing import Any
 
 from vision_rivals import RIVALS, choose, macs, repair_, unit_macs
 
-from sartor.carving import free
 from sartor.effort import picture_effort_of
 from sartor.job import Job
 from sartor.model.network import BLOCK, anatomy, clone
@@ -27,9 +26,9 @@ from sartor.picture_job import PreparedPictures
 from sartor.pictures import RHO, Pictures, felt_pictures, trained
 from sartor.plan import LayerPlan, Plan, from_mask, to_mask
 from sartor.sources import resolve
-from sartor.stages.allot import Costs, allot
+from sartor.stages.allot import Allotment, Costs, allot
 from sartor.stages.fit import evidence_of, fit
-from sartor.stages.masters import put_
+from sartor.stages.masters import free, put_
 from sartor.stages.probe import blended
 from sartor.stages.prune import cut_
 from sartor.stages.recognition import Recognized, recognize
@@ -45,6 +44,10 @@ def as_plan(whole: Any, kept: Kept) -> Plan:
     return Plan("", a.family, 0, 0, None, None, tuple(layers), {}, 0.0, 0.0, {}, {}, {}, RHO, 0, settled=True)
 
 
+def kept_of(found: Allotment) -> Kept:
+    return [(from_mask(g), from_mask(c)) for g, c in zip(found.groups, found.channels, strict=True)]
+
+
 def ours(whole: Any, pictures: Pictures, share: float, generic_only: bool) -> Kept:
     """The allotment on backward probes, multiplications in the place of bytes."""
     a, tokens = anatomy(whole), whole.config.tokens
@@ -53,7 +56,7 @@ def ours(whole: Any, pictures: Pictures, share: float, generic_only: bool) -> Ke
     bytes_of = lambda b: block * sum(b.ffn) // BLOCK + head * sum(b.groups)  # noqa: E731
     effects = generic if generic_only else blended(user, generic, RHO)
     found = allot(a, effects, Costs(bytes_of, int((1 - share) * macs(a, tokens))))
-    return [(from_mask(g), from_mask(c)) for g, c in zip(found.groups, found.channels, strict=True)]
+    return kept_of(found)
 
 
 def fitted_(small: Any, whole: Any, pictures: Pictures, generic_only: bool) -> None:
@@ -93,11 +96,17 @@ def told(found: Recognized, dense: Recognized) -> str:
     return f"{found.accuracy:.1%} ({found.accuracy - dense.accuracy:+.1%} [{low:+.1%}, {high:+.1%}])"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(said: str | None) -> argparse.ArgumentParser:
+    """Of a script about one network and one user's photos."""
+    parser = argparse.ArgumentParser(description=said, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
     parser.add_argument("--generic")
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
     parser.add_argument("--removed", type=float, nargs="+", default=[0.3, 0.5, 0.7])
     parser.add_argument("--adapt", type=float, default=120.0)
     parser.add_argument("--tune", type=float, default=60.0)

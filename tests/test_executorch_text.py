@@ -148,8 +148,8 @@ def test_a_file_writes_what_pytorch_writes(exported: Exported, capsys: pytest.Ca
 def test_without_executorch_the_others_are_written_and_its_pip_command_is_said(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    find = text_runtimes.importlib.util.find_spec
-    monkeypatch.setattr(text_runtimes.importlib.util, "find_spec", lambda n: None if n == "executorch" else find(n))
+    find = lowering.importlib.util.find_spec
+    monkeypatch.setattr(lowering.importlib.util, "find_spec", lambda n: None if n == "executorch" else find(n))
     for name, few in {"TURNS": 1, "GENERATE": 2, "PROMPT": 8, "TEST_BYTES": 4000}.items():
         monkeypatch.setattr(text_exports, name, few)
     artifact = make_artifact(tokenizer, tmp_path / "fitted")

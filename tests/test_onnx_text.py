@@ -16,7 +16,7 @@ import sartor
 from sartor import storage, text_exports
 from sartor.cli import main
 from sartor.errors import InputError, MissingExtra, SartorError, SourceError
-from sartor.export import onnx_parts, onnx_text, text_runtimes
+from sartor.export import lowering, onnx_parts, onnx_text, text_runtimes
 from sartor.export.onnx_grids import HELD, product, rows_of
 from sartor.model import network as net
 from sartor.model.families import FAMILIES
@@ -287,6 +287,6 @@ def test_what_cannot_be_written_is_named_with_what_can(artifact: Path, tmp_path:
     with pytest.raises(SartorError, match="ONNX Runtime failed on model.onnx: it cannot be loaded") as caught:
         text_runtimes.run_job("onnx", tmp_path / "bad" / "model.onnx", "score", windows=[[1, 2]])
     assert "bad" not in str(caught.value)
-    monkeypatch.setattr(text_runtimes.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(lowering.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match="pip install onnxruntime=="):
         text_runtimes.run_job("onnx", tmp_path / "model.onnx", "score", windows=[])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sartor.model.graph import Graph, shapes
 from sartor.model.graph_channels import Keep, channel_groups, kept_channels, shrink
-from sartor.model.network import anatomy, clone, linears_of
+from sartor.model.network import anatomy, clone, linears_of, parameter
 from sartor.model.precision import running
 from sartor.model.vision import Vision
 from sartor.numerics.four import FOUR
@@ -20,7 +20,7 @@ from sartor.stages.allot import Allotment, allot, refuse_impossible
 from sartor.stages.allot_maps import allot_maps, refuse_impossible_maps
 from sartor.stages.fit import evidence_of, fit
 from sartor.stages.maps import check_maps
-from sartor.stages.masters import Latents, put_
+from sartor.stages.masters import Latents, free, put_
 from sartor.stages.probe import Effects, Worth, check, order_units
 from sartor.stages.prune import cut_, gone
 from sartor.stages.recognition import kl_of, said_of
@@ -71,15 +71,9 @@ def held_(model: Any, latents: Latents) -> None:
         model.block_scales = dict(latents.scales)
 
 
-def free(model: Any) -> Latents:
-    """Its weights as they are, on no grid."""
-    return Latents({n: p.data for n, p in model.named_parameters()})
-
-
 def four_grids(model: Vision) -> dict[str, str]:
     """{parameter: grid} of all matrices of the layers that can be held at four bits."""
-    inside = ((f"model.layers.{n}.{name}.weight", module) for n, name, module in linears_of(model))
-    return {name: FOUR.name for name, module in inside if module.in_features % FOUR.block == 0}
+    return {parameter(n, name): FOUR.name for n, name, w in linears_of(model) if w.in_features % FOUR.block == 0}
 
 
 def four_damage(dense: Vision, own: Tensor, generic: Tensor, judged: Tensor, rho: float) -> float:

@@ -22,8 +22,8 @@ from sartor.model.network import shrink_attention_, shrink_mlp_
 from sartor.model.vision import Vision, VisionConfig
 from sartor.plan import Plan
 from sartor.stages.eight import round_
+from sartor.storage import with_scales, without_scales
 
-SCALES = "scales:"  # in front of a parameter's name: those of its blocks, where it lies on a grid
 FILES = ("plan.json", "model.safetensors", "classes.json")
 
 
@@ -42,9 +42,8 @@ def _save_vision(model: Vision, folder: Path) -> None:
     from safetensors.torch import save_file
 
     part = folder / "model.part"
-    tensors = {n: p.data.contiguous() for n, p in model.named_parameters()}
-    tensors |= {f"{SCALES}{n}": s.contiguous() for n, s in model.block_scales.items()}
-    save_file(tensors, part, {"format": "sartor-vision-1"})
+    weights = {n: p.data.contiguous() for n, p in model.named_parameters()}
+    save_file(with_scales(weights, model.block_scales), part, {"format": "sartor-vision-1"})
     part.replace(folder / "model.safetensors")
     (folder / "config.json").write_text(model.config.to_json())
 
@@ -80,13 +79,13 @@ def _load_vision(folder: Path, plan: Plan) -> Vision:
 
     try:
         config = VisionConfig.from_json((folder / "config.json").read_text())
-        state = load_file(folder / "model.safetensors")
+        state, scales = without_scales(load_file(folder / "model.safetensors"))
         with torch.device("meta"):
             model = Vision(replace(config, layers=len(plan.layers)))
         for n, layer in enumerate(plan.layers):
             shrink_attention_(model, n, range(len(layer.kept_groups())))
             shrink_mlp_(model, n, torch.arange(len(layer.kept_channels())))
-        model.block_scales = {n.removeprefix(SCALES): state.pop(n) for n in list(state) if n.startswith(SCALES)}
+        model.block_scales = scales
         model.load_state_dict(state, assign=True)
     except Exception as error:
         raise SourceError(

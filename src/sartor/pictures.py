@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from sartor.carving import carving_of, four_grids, free, held_
+from sartor.carving import carving_of, four_grids, held_
 from sartor.clock import Clock
 from sartor.effort import PictureEffort, picture_effort_of
 from sartor.model.network import clone
@@ -21,7 +21,7 @@ from sartor.probing import Tell, sounded
 from sartor.stages.allot import Allotment, Costs
 from sartor.stages.allot_maps import MapCosts
 from sartor.stages.decide import diagnose
-from sartor.stages.masters import InMemory, Kept, Latents
+from sartor.stages.masters import InMemory, Kept, Latents, free
 from sartor.stages.probe import Effects, Worth, blended, recovered
 from sartor.stages.recognition import recognize
 from sartor.stages.tokens import sample

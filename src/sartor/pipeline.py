@@ -35,7 +35,7 @@ from sartor.stages.calibrate import Moments, second_moments
 from sartor.stages.decide import Bytes, Measured, decide, smallest_bytes
 from sartor.stages.distil import Anchor, DistilConfig, Trained, anchor, distil_, joined
 from sartor.stages.likelihood import expected_use, top_of
-from sartor.stages.masters import InMemory, Kept, Latents, put_
+from sartor.stages.masters import InMemory, Kept, Latents, free, put_
 from sartor.stages.probe import Effects, Units, Worth, order_units
 from sartor.stages.prune import cut_, share_gone
 from sartor.stages.tokens import Window, cut_windows, encode_windows, sample, training_rows
@@ -310,7 +310,7 @@ def _adapt(
     school.tell("adapt", 0.0, "what the original says of generic text")
     student = running(small)
     dense_said = anchor(student, generic)
-    latents, before = school.kept("adapt").load() or (Latents({n: p.data for n, p in small.named_parameters()}), 0.0)
+    latents, before = school.kept("adapt").load() or (free(small), 0.0)
     trained = school.train("adapt", student, latents, own, dense_said, training.adapt, before)
     for name, p in small.named_parameters():
         p.data = latents.masters[name]

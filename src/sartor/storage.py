@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +229,20 @@ def planned(point: Checkpoint | None, seconds: dict[str, float], decide: Callabl
     return plan
 
 
+SCALES = "scales:"  # in front of a parameter's name: those of its blocks, where it lies on a grid
+
+
+def with_scales(weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Both as one set of named tensors, for a file."""
+    return dict(weights) | {f"{SCALES}{n}": t.contiguous() for n, t in scales.items()}
+
+
+def without_scales(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights, scales) of what `with_scales` made."""
+    scales = {n.removeprefix(SCALES): t for n, t in tensors.items() if n.startswith(SCALES)}
+    return {n: t for n, t in tensors.items() if not n.startswith(SCALES)}, scales
+
+
 class WeightsFile:
     """The latest weights of a training (`masters.Kept`), on the grids of the plan."""
 
@@ -239,7 +253,7 @@ class WeightsFile:
         """Masters, scales, and how long they have been trained; the old file stays until the new one is whole."""
         from safetensors.torch import save_file
 
-        tensors = latents.halved() | {f"scales:{n}": t for n, t in latents.scales.items()}
+        tensors = with_scales(latents.halved(), latents.scales)
         part = self.file.with_suffix(".part")
         save_file(tensors, part, {"seconds": str(seconds)})
         part.replace(self.file)
@@ -253,6 +267,6 @@ class WeightsFile:
         with safe_open(self.file, "pt") as weights:
             raw = {n: weights.get_tensor(n) for n in weights.keys()}  # noqa: SIM118 (not a dict)
             seconds = float(weights.metadata()["seconds"])
-        masters = {n: t.float() for n, t in raw.items() if not n.startswith("scales:")}
-        scales = {n.removeprefix("scales:"): t for n, t in raw.items() if n.startswith("scales:")}
+        kept, scales = without_scales(raw)
+        masters = {n: t.float() for n, t in kept.items()}
         return Latents(masters, scales, {n: NAMED[self.grids[n]] for n in scales}), seconds

@@ -39,12 +39,18 @@ def prepare(program: ExportedProgram, folder: Path) -> Any:
     )
 
 
+def _of_matrices(rule: Any) -> Any:
+    """The rule for linear layers and patches."""
+    import coremltools.optimize.coreml as cto
+
+    return cto.OptimizationConfig(op_type_configs={"linear": rule, "conv": rule})
+
+
 def _write8(model: Any, path: Path) -> None:
     import coremltools.optimize.coreml as cto
 
     rule = cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=LEAST)
-    config = cto.OptimizationConfig(op_type_configs={"linear": rule, "conv": rule})
-    cto.linear_quantize_weights(model, config).save(str(path))
+    cto.linear_quantize_weights(model, _of_matrices(rule)).save(str(path))
 
 
 def _write4(model: Any, path: Path) -> None:
@@ -53,8 +59,7 @@ def _write4(model: Any, path: Path) -> None:
     rule = cto.OpPalettizerConfig(
         mode="kmeans", nbits=4, granularity="per_grouped_channel", group_size=CLUSTERED, weight_threshold=LEAST
     )
-    config = cto.OptimizationConfig(op_type_configs={"linear": rule, "conv": rule})
-    cto.palettize_weights(model, config).save(str(path))
+    cto.palettize_weights(model, _of_matrices(rule)).save(str(path))
 
 
 WEIGHTS: dict[str, Callable[[Any, Path], None]] = {

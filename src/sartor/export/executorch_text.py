@@ -15,6 +15,7 @@ import torch
 from torch.export import ExportedProgram
 
 from sartor.errors import SartorError
+from sartor.export import executorch as et
 from sartor.export import lowering
 from sartor.export.decoder import Decoder
 from sartor.export.gguf_file import context_length
@@ -22,7 +23,7 @@ from sartor.model.network import anatomy, clone
 from sartor.numerics.eight import held
 from sartor.stages.masters import Latents
 
-NAME, NEEDS, INSTALL = "ExecuTorch", ("executorch", "torchao"), "pip install executorch==1.5.1 torchao==0.18.0"
+NAME, NEEDS, INSTALL = et.NAME, et.NEEDS, et.INSTALL
 CONFIG = "executorch.json"
 CONTEXT = 1024  # tokens that the buffers of keys and values have room for, at most
 CHUNK = 128  # tokens of one call, at most

@@ -38,7 +38,7 @@ from sartor.export.onnx_parts import (
     save,
     store,
 )
-from sartor.model.network import Anatomy, anatomy, has_attention, has_mlp, linear, linears_of
+from sartor.model.network import Anatomy, anatomy, has_attention, has_mlp, linear, linears_of, parameter
 from sartor.model.vision import FEATURES, Vision, VisionConfig
 from sartor.numerics.four import nearest_scales
 
@@ -203,7 +203,7 @@ def _arrays(model: Vision, weights: str) -> Iterator[tuple[str, np.ndarray]]:
         yield from _two(f"{n:03d}.m.norm", block.post_attention_layernorm)
         for end, names in MATRICES.items():
             if has_attention(model, n) if end.startswith("a") else has_mlp(model, n):
-                scales = [model.block_scales.get(f"model.layers.{n}.{name}.weight") for name in names]
+                scales = [model.block_scales.get(parameter(n, name)) for name in names]
                 yield from _matrix(layers, f"{n:03d}.{end}", [linear(model, n, name) for name in names], scales)
     yield from _two("norm", body.norm)
     if model.head is not None:
@@ -278,10 +278,9 @@ def dequantized(model: Vision, weights: str) -> Vision:
     new = copy.deepcopy(model).float()
     known, new.block_scales = new.block_scales, {}
     for n, name, module in linears_of(new):
-        parameter = f"model.layers.{n}.{name}.weight"
-        scales = known.get(parameter)
+        scales = known.get(parameter(n, name))
         if layers == "int4":
-            scales = new.block_scales[parameter] = nearest_scales(module.weight) if scales is None else scales
+            scales = new.block_scales[parameter(n, name)] = nearest_scales(module.weight) if scales is None else scales
         module.weight.data = KINDS[layers].hold(module.weight, scales)
     if new.head is not None:
         new.head.weight.data = KINDS[rest].hold(new.head.weight, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from sartor.errors import MissingExtra
 from sartor.export import executorch_text as et
+from sartor.export import lowering
 from sartor.export.apart import answered
 
 
@@ -39,8 +39,7 @@ RUNTIMES = {
 def absent(runtime: str) -> str | None:
     """That a runtime is not installed, with the pip command for it; None where it is."""
     row = RUNTIMES[runtime]
-    gone = any(importlib.util.find_spec(name) is None for name in row.needs)
-    return f"{row.name} is not installed: {row.install}" if gone else None
+    return f"{row.name} is not installed: {row.install}" if lowering.missing(row.needs) else None
 
 
 def runtime_of(file: Path) -> str | None:

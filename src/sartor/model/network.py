@@ -98,6 +98,11 @@ def linear(model: nn.Module, layer: int, name: str) -> nn.Linear:
     return layers_of(model)[layer].get_submodule(name)
 
 
+def parameter(layer: int, name: str, kind: str = "weight") -> str:
+    """The name that a linear's weight (or bias) has among the network's parameters."""
+    return f"model.layers.{layer}.{name}.{kind}"
+
+
 def linears_of(model: nn.Module) -> Iterator[tuple[int, str, nn.Linear]]:
     """(layer, name, module) of every linear that is there: layers may have lost their attention or MLP."""
     for layer in range(len(layers_of(model))):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sartor.model.families import LINEARS
-from sartor.model.network import Anatomy, anatomy, linears_of
+from sartor.model.network import Anatomy, anatomy, linears_of, parameter
 from sartor.numerics.gptq import gptq
 from sartor.numerics.grids import GRIDS, fits, search_scales, snap
 from sartor.stages.calibrate import Moments
@@ -28,7 +28,7 @@ def kinds_of(model: Any) -> dict[str, list[str]]:
     """{kind: parameter names}: the same linear in every layer."""
     found: dict[str, list[str]] = {k: [] for k in LINEARS}
     for layer, name, _ in linears_of(model):
-        found[name].append(f"model.layers.{layer}.{name}.weight")
+        found[name].append(parameter(layer, name))
     return found
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from sartor.errors import BudgetError
 from sartor.model.families import family_of
-from sartor.model.network import BLOCK, Anatomy, anatomy
+from sartor.model.network import BLOCK, Anatomy, anatomy, parameter
 from sartor.model.vocabulary import can_trim, closed_order, trim_tokenizer
 from sartor.numerics.allocate import Choice, Ladder, allocate
 from sartor.numerics.grids import fits, tensor_bytes
@@ -285,7 +285,7 @@ def settle(plan: Plan, a: Anatomy, effects: Effects, gone: Sequence[int] | None 
     units = order_units(effects)
     poorer = {g: np.array([np.inf if x is None else x for x in d]) for g, d in plan.poorer_damage.items()}
     mlps = _mlp_ladders(a, units, poorer, gone)
-    grids = [plan.grids.get(f"model.layers.{n}.{DOWN}.weight", BASE) for n in range(a.layers)]
+    grids = [plan.grids.get(parameter(n, DOWN), BASE) for n in range(a.layers)]
     saved = sum(
         _mlp_bytes(a, a.ffn[n], BASE) - _mlp_bytes(a, len(layer.kept_channels()), grids[n])
         for n, layer in enumerate(plan.layers)
@@ -329,7 +329,7 @@ def _chosen(a: Anatomy, mlps: MlpLadders, choice: Choice, grids: Mapping[str, st
         for n in layers:
             blocks[n] = option.blocks
             if option.saved:
-                chosen[f"model.layers.{n}.{DOWN}.weight"] = option.grid
+                chosen[parameter(n, DOWN)] = option.grid
     return blocks, chosen
 
 

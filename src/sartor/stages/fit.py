@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sartor.model.families import ATTENTION, MLP
 from sartor.model.hooks import removed_after
-from sartor.model.network import anatomy, clone, embed, has_attention, has_mlp, layers_of, linear
+from sartor.model.network import anatomy, clone, embed, has_attention, has_mlp, layers_of, linear, parameter
 from sartor.model.tail import arguments_of
 from sartor.numerics.compensate import LAMBDA, refit, strength
 from sartor.numerics.four import NAMED
@@ -151,8 +151,8 @@ class _Fitting:
 
     def readers(self, n: int, names: Sequence[str], read: list[Tensor], site: Site) -> None:
         """Matrices that read the stream: onto their grids; a network that sees has no gate."""
-        there = [parameter for name in names if (parameter := _parameter(n, name)) in self.parameters]
-        if any(parameter in self.grids for parameter in there):
+        there = [full for name in names if (full := parameter(n, name)) in self.parameters]
+        if any(full in self.grids for full in there):
             self.round_(there, self.moments(read, site))
 
     def writer(
@@ -174,10 +174,10 @@ class _Fitting:
         lam = strength(w, (a[0], b[0]), (a[1], b[1])) if b[1].any() else LAMBDA
         fitted, both = refit(w, a.sum(0), b.sum(0), lam), b.sum(0)
         if biased:
-            self.put_(_parameter(n, name, "bias"), fitted[:, -1])
+            self.put_(parameter(n, name, "bias"), fitted[:, -1])
             fitted, both = fitted[:, :-1], both[:-1, :-1]
-        self.put_(_parameter(n, name), fitted)
-        self.round_([_parameter(n, name)], both, {_parameter(n, name): fitted})
+        self.put_(parameter(n, name), fitted)
+        self.round_([parameter(n, name)], both, {parameter(n, name): fitted})
         return [x + new(z) for z, x in zip(read, stream, strict=True)]
 
     def scales(self, site: Site | None, read: list[Tensor]) -> Iterator[Tensor]:
@@ -197,8 +197,8 @@ class _Fitting:
 
     def put_(self, name: str, w: Tensor) -> None:
         self.latents.masters[name] = w
-        parameter = self.running.get_parameter(name)
-        parameter.data = w.to(parameter.dtype)
+        running = self.running.get_parameter(name)
+        running.data = w.to(running.dtype)
 
     def round_(self, names: Sequence[str], c: Tensor, weights: Mapping[str, Tensor] | None = None) -> None:
         """Matrices that read the same go onto their grids, those of one grid in one sweep: rows do not depend on each other."""
@@ -211,10 +211,6 @@ class _Fitting:
                 self.put_(name, snap(latent, scales, NAMED[grid]))
                 self.latents.masters[name], self.latents.scales[name] = latent.clone(), scales.clone()
                 self.latents.grids[name] = NAMED[grid]
-
-
-def _parameter(n: int, name: str, kind: str = "weight") -> str:
-    return f"model.layers.{n}.{name}.{kind}"
 
 
 @contextmanager

@@ -43,6 +43,11 @@ class Latents:
         return {n: t.half() if t.ndim > 1 and not self.exact else t.clone() for n, t in self.masters.items()}
 
 
+def free(model: Any) -> Latents:
+    """A network's weights as they are, on no grid."""
+    return Latents({n: p.data for n, p in model.named_parameters()})
+
+
 @torch.no_grad()
 def put_(model: Any, latents: Latents) -> None:
     """Write the snapped weights into the network, in place, in its own dtype."""
