@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from sartor.effort import EFFORTS
 from sartor.errors import InputError, SartorError
-from sartor.memory import hand_back, keep_freed
+from sartor.memory import cores, hand_back, keep_freed
 from sartor.plan import parse_budget
 from sartor.sources import resolve
 
@@ -61,7 +61,7 @@ def run(
         "sha256": source.sha256,
         "effort": effort,
         "sizes": list(sizes),
-        "cores": os.cpu_count(),
+        "cores": cores(),
     }
     found: list[scoreboard.Cell] = []
     for folder in data:
@@ -111,7 +111,7 @@ def main() -> None:
     logging.disable_progress_bar()
     keep_freed()  # as the command line does: every training gets as many steps as the product's
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(cores())
     try:
         run(a.model, a.data, a.generic, a.sizes, a.effort, a.only, a.out)
     except SartorError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from subject import Subject
 
 from sartor.errors import MissingExtra
 from sartor.export.apart import answered
+from sartor.memory import cores
 
 TYPES = ("int8", "int4")
 PIP = "pip install torchao==0.18.0"
@@ -26,7 +26,7 @@ def weight_only(subject: Subject, kind: str, work: Path) -> Artifact:
     """int8: a scale a row. int4: groups of 32 with scale and zero point, in the layout that PyTorch's CPU kernel reads."""
     if importlib.util.find_spec("torchao") is None:
         raise MissingExtra(f"torchao is not installed: {PIP}")
-    ask = partial(_ask, {"folder": str(subject.source.folder), "kind": kind, "threads": os.cpu_count() or 1})
+    ask = partial(_ask, {"folder": str(subject.source.folder), "kind": kind, "threads": cores()})
     started, file = time.monotonic(), work / "model.safetensors"
     read = ask(do="write", file=str(file))["read"]
     seconds, tokenizer = time.monotonic() - started, subject.dense.tokenizer

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sartor.model.network import BLOCK, anatomy, clone
 from sartor.model.precision import running
 from sartor.numerics.metrics import mean_interval
 from sartor.picture_job import PreparedPictures
-from sartor.pictures import RHO, Pictures, felt_pictures, trained
+from sartor.pictures import RHO, Pictures, felt_pictures, priced, trained
 from sartor.plan import LayerPlan, Plan, from_mask, to_mask
 from sartor.sources import resolve
 from sartor.stages.allot import Allotment, Costs, allot
@@ -51,12 +52,16 @@ def kept_of(found: Allotment) -> Kept:
 def ours(whole: Any, pictures: Pictures, share: float, generic_only: bool) -> Kept:
     """The allotment on backward probes, multiplications in the place of bytes."""
     a, tokens = anatomy(whole), whole.config.tokens
-    user, _, generic = felt_pictures(running(whole), pictures, picture_effort_of("standard"), 0)
+    half, e = running(whole), picture_effort_of("standard")
+    user, _, generic = felt_pictures(half, pictures, e, 0)
     block, head = unit_macs(a, tokens)
     bytes_of = lambda b: block * sum(b.ffn) // BLOCK + head * sum(b.groups)  # noqa: E731
     effects = generic if generic_only else blended(user, generic, RHO)
-    found = allot(a, effects, Costs(bytes_of, int((1 - share) * macs(a, tokens))))
-    return kept_of(found)
+    read = (
+        replace(pictures, train=pictures.generic[::2], validation=pictures.generic[1::2]) if generic_only else pictures
+    )
+    costs = priced(half, read, effects, Costs(bytes_of, int((1 - share) * macs(a, tokens))), e, 0)
+    return kept_of(allot(a, effects, costs))
 
 
 def fitted_(small: Any, whole: Any, pictures: Pictures, generic_only: bool) -> None:

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sartor.model.network import BLOCK, Anatomy, anatomy, clone, linear, linears_of
-from sartor.numerics.compensate import refit
+from sartor.model.network import BLOCK, Anatomy, anatomy, clone, linear
+from sartor.stages.curves import moments_of, refitted
 from sartor.stages.recognition import loss_of
 
 Scores = dict[int, Tensor]
-LAM = 0.1
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def isomorphic(model: Any, pixels: Tensor, labels: Tensor) -> Ranking:
 
 def corp(model: Any, pixels: Tensor, labels: Tensor) -> Ranking:
     """Activations' energy times what reads them, the same share everywhere, the rest repaired on the whole network's own activations, mean included (CORP-like)."""
-    a, energy = anatomy(model), moments(model, pixels)
+    a, energy = anatomy(model), moments_of(model, pixels)
     channel, head = Scores(), Scores()
     for n in range(a.layers):
         for name, out in (("mlp.down_proj", channel), ("self_attn.o_proj", head)):
@@ -90,28 +89,6 @@ def random(model: Any, pixels: Tensor, labels: Tensor) -> Ranking:
     a, g = anatomy(model), torch.Generator().manual_seed(0)
     draw = lambda sizes: {n: torch.rand(s, generator=g) for n, s in enumerate(sizes)}  # noqa: E731
     return Ranking(draw(a.ffn), draw(a.groups), uniform=True)
-
-
-@torch.no_grad()
-def moments(model: Any, pixels: Tensor) -> dict[tuple[int, str], Tensor]:
-    """E[z z^T] of what o_proj and down_proj read, with an input that is always one."""
-    found: dict[tuple[int, str], Tensor] = {}
-
-    def note(key: tuple[int, str]) -> Any:
-        def add(_: Any, args: tuple[Tensor, ...]) -> None:
-            z = args[0].flatten(0, 1).float()
-            z = torch.cat([z, torch.ones(len(z), 1)], 1)
-            found[key] = found.get(key, torch.zeros(())) + z.T @ z
-
-        return add
-
-    writers = ((n, k, m) for n, k, m in linears_of(model) if k in ("self_attn.o_proj", "mlp.down_proj"))
-    handles = [m.register_forward_pre_hook(note((n, k))) for n, k, m in writers]
-    for part in pixels.split(16):
-        model(part)
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 def choose(a: Anatomy, r: Ranking, share: float) -> list[tuple[list[int], list[int]]]:
@@ -133,15 +110,12 @@ def _lowest(scores: Scores, share: float, uniform: bool) -> dict[int, list[int]]
 @torch.no_grad()
 def repair_(small: Any, whole: Any, pixels: Tensor, kept: list[tuple[list[int], list[int]]]) -> None:
     """Each matrix for itself: what it said of all its inputs from those that stay, in place."""
-    a, c = anatomy(whole), moments(whole, pixels)
+    a, c = anatomy(whole), moments_of(whole, pixels)
     for n, (heads, channels) in enumerate(kept):
         columns = [h * a.head_dim + i for h in heads for i in range(a.head_dim)]
         for name, stays in (("self_attn.o_proj", columns), ("mlp.down_proj", channels)):
-            old, new = linear(whole, n, name), linear(small, n, name)
-            w = torch.cat([old.weight, old.bias[:, None]], 1).float()
-            s = torch.tensor([*stays, w.shape[1] - 1])
-            fitted = refit(w[:, s], (w @ c[n, name])[:, s], c[n, name][s][:, s], LAM)
-            new.weight.data, new.bias.data = fitted[:, :-1].contiguous(), fitted[:, -1].contiguous()
+            new = linear(small, n, name)
+            new.weight.data, new.bias.data = refitted(linear(whole, n, name), c[n, name], stays)
 
 
 RIVALS: dict[str, Callable[[Any, Tensor, Tensor], Ranking]] = {

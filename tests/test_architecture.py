@@ -13,6 +13,7 @@ ROOT = Path(sartor.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 RANK = {
     "errors": 0,
+    "files": 0,
     "memory": 0,
     "clock": 0,
     "progress": 0,

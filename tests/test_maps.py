@@ -12,7 +12,9 @@ from torch import Tensor
 
 from sartor.carving import keep_of
 from sartor.errors import BudgetError, InputError, SourceError
-from sartor.export import onnxrt, seen
+from sartor.export import lowering, onnxrt, runtimes, seen
+from sartor.export.graph_program import OnGrids
+from sartor.export.lowering import exported
 from sartor.map_view import first_units, in_eight, map_costs, timed_maps
 from sartor.model import graph_saved
 from sartor.model.graph import INPUT, Graph
@@ -154,6 +156,35 @@ def test_a_rounded_file_says_what_pytorch_says_and_repeats_itself(
     assert error(held_network, graph, pictures(8)) < 0.05
     with pytest.raises(InputError, match="fp32 or int8"):
         seen.write(tmp_path / "c.onnx", graph, "int8")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, lambda m: wide()])
+def test_a_program_on_its_grids_says_what_the_network_says(kind: Callable[[Maker], Graph]) -> None:
+    graph = kind(Maker(0))
+    small = refit_maps(graph, graph, everything(graph), seen_of(pictures(32), pictures(0), 0.0, 32))
+    program = exported(OnGrids(small), small.size, torch.uint8)
+    logits, features = program.module()(pictures(1))
+    close(features, small.features(pictures(1)))
+    close(logits, small(pictures(1)))
+    held_in = [t for n, t in program.state_dict.items() if n.endswith("codes")]
+    assert len(held_in) == len(small.layers)
+    assert all(t.dtype == torch.int8 for t in held_in)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, lambda m: wide()])
+def test_executorch_computes_on_the_grids_that_were_trained_on(kind: Callable[[Maker], Graph], tmp_path: Path) -> None:
+    row = runtimes.ROWS["executorch-int8"]
+    if lowering.missing(row.needs):
+        pytest.skip(f"{row.runtime} is an optional extra and not installed: {row.install}")
+    graph = kind(Maker(0))
+    with pytest.raises(InputError, match="take fp32"):
+        runtimes.write("executorch-int8", tmp_path / "m.pte", graph)
+    small = refit_maps(graph, graph, everything(graph), seen_of(pictures(32), pictures(0), 0.0, 32))
+    found = runtimes.measure_all(small, tmp_path, pictures(8), ["executorch-fp32", "executorch-int8"], rounds=2)
+    for measured in found:
+        assert measured["cosine"] is not None, measured["note"]
+        assert measured["cosine"] > 0.99, measured
+    assert found[1]["bytes"] < found[0]["bytes"]
 
 
 def test_a_network_that_reads_bytes_says_the_same_away_from_padding() -> None:

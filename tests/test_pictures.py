@@ -19,11 +19,13 @@ from sartor.model.vision import Vision, VisionConfig
 from sartor.numerics.four import FOUR, row_steps
 from sartor.numerics.grids import snap
 from sartor.plan import from_mask
+from sartor.probing import sounded
 from sartor.stages.allot import Costs, Four, allot
+from sartor.stages.curves import bent, measured_curves, moments_of, refitted
 from sartor.stages.fit import evidence_of, fit
 from sartor.stages.head import choose_head, clustered, fit_head, read_out, with_head
 from sartor.stages.masters import put_
-from sartor.stages.probe import Effects
+from sartor.stages.probe import Effects, order_units
 from sartor.stages.recognition import kl_of, log_p_of, recognize, said_of, signed_gradients
 from sartor.stages.sensitivity import feel
 from sartor.stages.tune import Lessons, TuneConfig, may_mirror, tune_, views
@@ -215,6 +217,53 @@ def test_four_bits_are_taken_where_they_damage_less_than_cuts(headed: Any) -> No
     assert allot(a, flat(a), replace(deep, budget=int(told.value.nearest or 0))).size <= int(told.value.nearest or 0)
 
 
+def test_a_curve_says_what_the_cut_and_fitted_part_really_damages_and_leaves_no_trace(headed: Any) -> None:
+    effects = sounded(headed, drawn(24, 1)[0], 0.9, 0, lambda share: None)[0]
+    rows, judged = drawn(48, 2)[0], drawn(32, 3)[0]
+    state = {n: p.clone() for n, p in headed.named_parameters()}
+    curves = measured_curves(headed, effects, rows, judged)
+    assert all(torch.equal(state[n], p) for n, p in headed.named_parameters())
+    assert set(curves) == {f"{kind}.{n}" for kind in ("attention", "mlp") for n in range(4)}
+    units = order_units(effects)
+    for share, ratio in curves["mlp.2"]:
+        gone = round(share * len(units.of(2, "mlp")))
+        stays = sorted(units.order[2].tolist()[gone * units.size :])
+        small = clone(headed)
+        shrink_mlp_(small, 2, torch.tensor(stays))
+        new = linear(small, 2, "mlp.down_proj")
+        new.weight.data, new.bias.data = refitted(
+            linear(headed, 2, "mlp.down_proj"), moments_of(headed, rows)[2, "mlp.down_proj"], stays
+        )
+        foretold = float(units.of(2, "mlp")[:gone].sum())
+        assert ratio * foretold == pytest.approx(kl_of(small, judged, said_of(headed, judged)), rel=1e-3)
+
+
+def test_a_curve_is_met_where_it_was_measured_and_never_falls() -> None:
+    measured = bent((0.0, 1.0, 2.0, 3.0, 4.0), [[0.5, 0.5], [0.75, 2.0]])
+    assert measured[2] == pytest.approx(1.0)
+    assert measured[3] == pytest.approx(6.0)
+    assert list(measured) == sorted(measured)
+    falling = bent((0.0, 1.0, 2.0, 3.0, 4.0), [[0.25, 10.0], [0.75, 0.1]])
+    assert list(falling) == sorted(falling)
+    assert bent((0.0, 3.0), [[1.0, 2.0], [1.0, 2.0]]) == pytest.approx((0.0, 6.0))
+
+
+def test_what_was_measured_to_cost_more_than_its_sum_is_cut_less(headed: Any) -> None:
+    a = anatomy(headed)
+    bytes_of = lambda b: 1000 + sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
+    straight = Costs(bytes_of, int(0.6 * bytes_of(a)))
+    dear = {f"{kind}.{n}": [[0.5, 1.0], [0.9, 1.0]] for kind in ("attention", "mlp") for n in range(a.layers)}
+    effects = flat(a)
+    for e in (*effects.channel.values(), *effects.group.values()):
+        e *= torch.linspace(0.5, 1.5, len(e))
+    assert allot(a, effects, replace(straight, curves=dear)) == allot(a, effects, straight)
+    dear["mlp.1"] = [[0.5, 1.0], [0.9, 8.0]]
+    found = allot(a, effects, replace(straight, curves=dear))
+    stays = [len(from_mask(m)) for m in found.channels]
+    assert stays[1] > max(stays[0], stays[2], stays[3])
+    assert found.size <= straight.budget
+
+
 def test_time_that_a_kind_of_unit_does_not_take_is_sought_elsewhere(headed: Any) -> None:
     a = anatomy(headed)
     bytes_of = lambda b: sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
@@ -281,6 +330,7 @@ def test_a_vision_job_fits_its_budget_and_a_settled_plan_is_replayed(
     assert all(torch.equal(state[n], p) for n, p in headed.named_parameters())
     assert bytes_of(anatomy(made.model)) == made.plan.predicted_bytes <= budget
     assert made.plan.settled
+    assert set(made.plan.curves) == {f"{kind}.{n}" for kind in ("attention", "mlp") for n in range(4)}
     assert recognize(made.model, *drawn(90, 9)).accuracy > 0.5
     none = TuneConfig(0.0), TuneConfig(0.0)
     again = pictures.fit_pictures(headed, made.plan, given, costs, "quick", none)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from sartor.effort import effort_of
 from sartor.errors import InputError, OutputError
 from sartor.export.worker import peak_memory
 from sartor.job import Job, Prepared
-from sartor.memory import hand_back
+from sartor.memory import cores, hand_back
 from sartor.model.kinds import kind_of
 from sartor.model.network import anatomy
 from sartor.model.precision import computing, running
@@ -92,7 +91,7 @@ def compress(
     )
     job.check()
     folder = storage.claim_folder(Path(out), resume) if out is not None else None
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     tell, memory = _watching(tell)
     source = resolve(job.model)
     kind = kind_of(source.folder)
@@ -157,7 +156,7 @@ def probe(
         InputError, SourceError: each with the way out.
     """
     job = Job(model, str(data), "50%", effort=effort, generic=str(generic) if generic else None, seed=seed)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     source = resolve(model)
     if kind_of(source.folder) == "pictures":
         raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from sartor.model.precision import running
 from sartor.model.vision import Vision
 from sartor.numerics.four import FOUR
 from sartor.plan import LayerPlan, Plan
-from sartor.stages.allot import Allotment, allot, refuse_impossible
+from sartor.stages.allot import Allotment, Costs, allot, refuse_impossible
 from sartor.stages.allot_maps import allot_maps, refuse_impossible_maps
+from sartor.stages.curves import measured_curves
 from sartor.stages.fit import evidence_of, fit
 from sartor.stages.maps import check_maps
 from sartor.stages.masters import Latents, free, put_
@@ -36,19 +37,27 @@ class Carving:
 
     Attributes:
         refuse: (network, costs) raises BudgetError where even the smallest is too much. check: (network, effects, pictures, masks, seed, tell), how well effects foretell random cuts.
-        allot: (network, effects, costs), what stays. cut: (network, plan), the network without what goes; may change the one it is given. fit: (cut network, whole one, the user's pictures, generic
+        priced: (network as it runs, effects, costs, pictures to fit on, others to judge by, tell), the costs with what cuts were measured to damage. allot: (network, effects, costs), what stays. cut: (network, plan), the network without what goes; may change the one it is given. fit: (cut network, whole one, the user's pictures, generic
         ones, plan, tell), what is left fitted to what the whole one says, and its weights as training goes on with them. gone: (before, after), how much went. eight: (whole network, the user's pictures), as it is written with eight bits when nothing is cut. rounds: the fit rounds too, to grids that are not kept
         with the weights.
     """
 
     refuse: Callable[[Any, Any], None]
     check: Callable[[Any, Effects, Tensor, int, int, Told], Worth]
+    priced: Callable[[Any, Effects, Any, Tensor, Tensor, Told], Any]
     allot: Callable[[Any, Effects, Any], Allotment]
     cut: Callable[[Any, Plan], Any]
     fit: Callable[[Any, Any, Tensor, Tensor, Plan, Told], tuple[Any, Latents]]
     gone: Callable[[Any, Any], dict[str, Any]]
     eight: Callable[[Any, Tensor], Any]
     rounds: bool
+
+
+def curved(model: Vision, effects: Effects, costs: Costs, own: Tensor, judged: Tensor, tell: Told) -> Costs:
+    """Costs with a curve for every part of the network, where anything has to go and none was measured yet."""
+    if costs.curves or allot(anatomy(model), effects, costs).whole:
+        return costs
+    return replace(costs, curves=measured_curves(model, effects, own, judged, tell))
 
 
 def _cut_heads(model: Any, plan: Plan) -> Any:
@@ -122,6 +131,7 @@ def _gone_maps(before: Graph, after: Graph) -> dict[str, Any]:
 HEADS = Carving(
     refuse=lambda model, costs: refuse_impossible(anatomy(model), costs),
     check=lambda model, effects, *rest: check(model, order_units(effects), *rest),
+    priced=curved,
     allot=lambda model, effects, costs: allot(anatomy(model), effects, costs),
     cut=_cut_heads,
     fit=_fit_heads,
@@ -132,6 +142,7 @@ HEADS = Carving(
 MAPS = Carving(
     refuse=lambda model, costs: refuse_impossible_maps(costs),
     check=check_maps,
+    priced=lambda model, effects, costs, *rest: costs,
     allot=lambda model, effects, costs: allot_maps(effects, costs),
     cut=lambda model, plan: shrink(model, keep_of(model, plan.layers)),
     fit=_fit_maps,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 from collections.abc import Iterator
 
 import torch
 
+from sartor.memory import cores
 from sartor.model.precision import pace, running_dtype
 from sartor.sources import cache_dir
 
@@ -42,4 +42,4 @@ def lines() -> Iterator[str]:
     generic = cache_dir() / "generic" / "brown"
     yield (f"{'generic text':14s} {'cached' if generic.exists() else 'missing: sartor fetch-generic'}")
     bf16 = "faster" if running_dtype() == torch.bfloat16 else "slower"
-    yield f"{'processor':14s} {os.cpu_count()} cores, bf16 {bf16} than fp32{SLOWER if pace() < 1 else ''}"
+    yield f"{'processor':14s} {cores()} cores, bf16 {bf16} than fp32{SLOWER if pace() < 1 else ''}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from sartor.errors import OutputError
 from sartor.export import gguf_file, llama_quantizer, llamacpp
+from sartor.files import whole_file
 from sartor.model.network import anatomy, load_dense
 from sartor.numerics.grids import GRIDS, search_scales, tensor_bytes
 from sartor.numerics.metrics import Score, interval
@@ -87,9 +88,8 @@ def write_plain(path: Path, model: Any, tokenizer: Any, kind: str) -> None:
     values = {n: p.detach() for n, p in model.named_parameters()}
     grids = {} if kind == "F16" else {n: kind for n, p in values.items() if p.ndim == 2}
     scales = {n: search_scales(values[n].float(), None, GRIDS[kind]) for n in grids}
-    part = path.with_suffix(".part")
-    gguf_file.write(part, model, tokenizer, values, scales, grids, "dense")
-    part.rename(path)
+    with whole_file(path) as part:
+        gguf_file.write(part, model, tokenizer, values, scales, grids, "dense")
 
 
 def in_runtime(file: Path, windows: HeldOut, tokenizer: Any) -> tuple[Score, Score]:

@@ -1,13 +1,19 @@
-"""What the C library does with the memory of freed tensors (glibc; elsewhere these do nothing)."""
+"""What of the machine a job takes: cores, and what the C library does with the memory of freed tensors (glibc; elsewhere that does nothing)."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
+
+
+def cores() -> int:
+    """Of the processor, as many as this process may run on: more threads than that wait for each other."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _glibc(name: str) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.errors import SourceError
+from sartor.files import whole_file
 from sartor.model import graph_saved
 from sartor.model.graph import Graph
 from sartor.model.network import shrink_attention_, shrink_mlp_
@@ -41,10 +42,9 @@ def save(model: Any, plan: Plan, classes: Sequence[str], provenance: dict[str, s
 def _save_vision(model: Vision, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    part = folder / "model.part"
     weights = {n: p.data.contiguous() for n, p in model.named_parameters()}
-    save_file(with_scales(weights, model.block_scales), part, {"format": "sartor-vision-1"})
-    part.replace(folder / "model.safetensors")
+    with whole_file(folder / "model.safetensors") as part:
+        save_file(with_scales(weights, model.block_scales), part, {"format": "sartor-vision-1"})
     (folder / "config.json").write_text(model.config.to_json())
 
 

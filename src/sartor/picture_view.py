@@ -27,7 +27,7 @@ from sartor.model.graph import Graph
 from sartor.model.network import BLOCK, Anatomy, anatomy, clone, shrink_attention_, shrink_mlp_
 from sartor.model.precision import running
 from sartor.picture_job import WEIGHTS, PreparedPictures
-from sartor.pictures import RHO, Pictures, felt_pictures
+from sartor.pictures import RHO, Pictures, curves_of, felt_pictures, priced
 from sartor.probing import Tell
 from sartor.stages.allot import Costs, Four, allot, smallest
 from sartor.stages.allot_maps import MapCosts
@@ -88,7 +88,7 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
     if job.faster is None:
         return View(p.dense, p.pictures, _priced(p, p.dense, four), {})
     patch, views = p.whole.config.patch, list[View]()
-    effects = None
+    effects, curves = None, dict[str, Any]()
     sides = [patch * round(share * whole / patch) for share in SHARES]
     for n, r in enumerate(sides):
         told = lambda note, n=n: tell("view", n / len(sides), note)  # noqa: E731
@@ -101,6 +101,11 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
             told("what the photos need of heads and channels")
             user, halves, generic = felt_pictures(running(dense), pictures, picture_effort_of(job.effort), job.seed)
             effects = recovered(user, halves, generic) if generic else user
+            told("what fewer heads and channels cost")
+            curves = dict(
+                curves_of(priced(running(dense), pictures, effects, costs, picture_effort_of(job.effort), job.seed))
+            )
+        costs = replace(costs, curves=curves)
         views.append(View(dense, pictures, costs, {r: [nats, _damage(dense, effects, costs)]}))
     best = min(views, key=lambda v: sum(v.sides[v.side]))
     if sum(best.sides[best.side]) == float("inf"):

@@ -20,6 +20,7 @@ from sartor.plan import LayerPlan, Plan, is_full
 from sartor.probing import Tell, sounded
 from sartor.stages.allot import Allotment, Costs
 from sartor.stages.allot_maps import MapCosts
+from sartor.stages.curves import Curves
 from sartor.stages.decide import diagnose
 from sartor.stages.masters import InMemory, Kept, Latents, free
 from sartor.stages.probe import Effects, Worth, blended, recovered
@@ -86,12 +87,37 @@ def plan_pictures(
     dense = running(model)
     user, halves, generic = felt_pictures(dense, pictures, e, seed, partial(tell, "probe"))
     user = recovered(user, halves, generic) if generic else user
-    told = lambda share, note: tell("probe", 0.8 + 0.2 * share, note)  # noqa: E731
-    worth = carving.check(dense, user, sample(pictures.validation, e.checked, seed), e.checks, seed, told)
+    judged = sample(pictures.validation, e.checked, seed)
+    worth = carving.check(dense, user, judged, e.checks, seed, partial(_inside, tell, 0.8, 0.1))
+    costs = priced(dense, pictures, user, costs, e, seed, partial(_inside, tell, 0.9, 0.1))
     allotment = carving.allot(model, user, costs)
     rho = RHO if generic else 0.0
     plan = _plan(model, user, generic, worth, allotment, costs.budget, sha256, rho, seed)
-    return replace(plan, grids=four_grids(model) if allotment.four else {})
+    curves = {name: [list(point) for point in curve] for name, curve in curves_of(costs).items()}
+    return replace(plan, grids=four_grids(model) if allotment.four else {}, curves=curves)
+
+
+def _inside(tell: Tell, start: float, width: float, share: float, note: str) -> None:
+    tell("probe", start + width * share, note)
+
+
+def priced(
+    model: Any,
+    pictures: Pictures,
+    effects: Effects,
+    costs: Costs | MapCosts,
+    e: PictureEffort,
+    seed: int,
+    tell: Callable[[float, str], None] = lambda share, note: None,
+) -> Any:
+    """The costs with what cuts were measured to damage (`curves.py`): a third as many pictures are fitted on as felt, half as many judged by as masks are checked on."""
+    own, judged = sample(pictures.train, e.felt // 3, seed), sample(pictures.validation, e.checked // 2, seed)
+    return carving_of(model).priced(model, effects, costs, own, judged, tell)
+
+
+def curves_of(costs: Costs | MapCosts) -> Curves:
+    """Convolutional networks' damage is the sum of effects."""
+    return {} if isinstance(costs, MapCosts) else costs.curves
 
 
 def felt_pictures(
@@ -223,7 +249,8 @@ def _settled(plan: Plan, whole: Any, pictures: Pictures, costs: Costs | MapCosts
     """The plan with its cuts chosen anew, within the same costs, by what the network needs now that it has adapted."""
     told = lambda share, note: tell("prune", share, f"the adapted network's {note}")  # noqa: E731
     user, _, generic = felt_pictures(whole, pictures, e, plan.seed, told)
-    found = carving_of(whole).allot(whole, blended(user, generic, plan.rho) if generic else user, costs)
+    measured: Any = replace(costs, curves=plan.curves) if isinstance(costs, Costs) else costs
+    found = carving_of(whole).allot(whole, blended(user, generic, plan.rho) if generic else user, measured)
     layers = (
         replace(layer, groups=g, channels=c)
         for layer, g, c in zip(plan.layers, found.groups, found.channels, strict=True)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sartor.errors import InputError, OutputError, SourceError
+from sartor.files import whole_file
 from sartor.model.network import empty_like
 from sartor.numerics.four import NAMED
 from sartor.numerics.grids import GRIDS, decode_scales, encode
@@ -75,16 +76,15 @@ def remembered(
                 pass  # half-written or damaged: measured again
         measured = compute()
         folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(about | {"measured": measured}))
-        part.replace(file)
+        with whole_file(file) as part:
+            part.write_text(json.dumps(about | {"measured": measured}))
         return measured
 
     return recall
 
 
 def save_weights(path: Path, latents: Latents) -> None:
-    """The artifact's exact weights; written beside and renamed, so that a crash leaves the old file."""
+    """The artifact's exact weights."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -93,9 +93,8 @@ def save_weights(path: Path, latents: Latents) -> None:
             tensors[name] = torch.from_numpy(encode(master, latents.scales[name], latents.grids[name]))
         else:
             tensors[name] = master.float().contiguous()
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"format": "sartor-1"})
-    part.replace(path)
+    with whole_file(path) as part:
+        save_file(tensors, part, metadata={"format": "sartor-1"})
 
 
 def save(model: Any, tokenizer: Any, latents: Latents, plan: Plan, provenance: dict[str, str], folder: Path) -> None:
@@ -254,9 +253,8 @@ class WeightsFile:
         from safetensors.torch import save_file
 
         tensors = with_scales(latents.halved(), latents.scales)
-        part = self.file.with_suffix(".part")
-        save_file(tensors, part, {"seconds": str(seconds)})
-        part.replace(self.file)
+        with whole_file(self.file) as part:
+            save_file(tensors, part, {"seconds": str(seconds)})
 
     def load(self) -> tuple[Latents, float] | None:
         """What was saved last."""

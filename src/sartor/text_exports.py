@@ -20,6 +20,7 @@ from sartor.errors import InputError, MissingExtra
 from sartor.export import executorch_text, gguf_file, llamacpp, onnx_text
 from sartor.export.runtimes import aligned
 from sartor.export.text_runtimes import RUNTIMES, absent, run_job
+from sartor.files import whole_file
 from sartor.model.vocabulary import separator
 from sartor.stages.masters import Latents
 from sartor.stages.measure import score_of
@@ -34,11 +35,10 @@ PROMPT, GENERATE, TURNS = 256, 64, 3  # tokens that are timed, and how often, th
 
 
 def write_gguf(folder: Path, model: Any, tokenizer: Any, latents: Latents) -> Path:
-    """The artifact's GGUF file; beside its place first, so that what is there is whole."""
-    path, part = folder / ARTIFACT, folder / f"{ARTIFACT}.part"
-    gguf_file.write_latents(part, model, tokenizer, latents, "sartor")
-    part.replace(path)
-    return path
+    """The artifact's GGUF file."""
+    with whole_file(folder / ARTIFACT) as part:
+        gguf_file.write_latents(part, model, tokenizer, latents, "sartor")
+    return folder / ARTIFACT
 
 
 Writer = Callable[[Path, Any, Any, Latents], Path]

@@ -29,6 +29,7 @@ def _named(found: list[np.ndarray]) -> dict[str, np.ndarray]:
 def load_executorch(file: str, threads: int) -> Run:
     """The runtime's Python side takes torch's tensors, so torch is in memory too."""
     try:
+        import executorch.kernels.quantized  # noqa: F401  operators on whole numbers that XNNPACK leaves
         import torch
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
         from executorch.runtime import Runtime

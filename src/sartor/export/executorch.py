@@ -1,7 +1,7 @@
 """Vision transformers as ExecuTorch programs (.pte) whose matrices, products and activations XNNPACK computes; layer norms and copies are ExecuTorch's own.
 
 Whole pixels (uint8) are read as they are. At eight bits the linear layers have a scale a row, and their inputs are rounded as the file runs. The patches stay in fp32: XNNPACK takes
-their convolution at eight bits when it is lowered, and fails when it runs (1.5.1: "Propagating input shapes failed").
+their convolution at eight bits when it is lowered, and fails when it runs (1.5.1: "Propagating input shapes failed"). A convolutional network is lowered with the grids that it has (`graph_program.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from sartor.export.lowering import lower
+from sartor.errors import InputError
+from sartor.export.graph_program import OnGrids
+from sartor.export.lowering import exported, lower, lower_program
+from sartor.model.graph import Graph
 
 NAME, NEEDS, INSTALL = "ExecuTorch", ("executorch", "torchao"), "pip install executorch==1.5.1 torchao==0.18.0"
 PIXELS = torch.uint8
@@ -24,6 +27,7 @@ def prepare(program: ExportedProgram, folder: Path) -> ExportedProgram:
 
 
 def _write32(program: ExportedProgram, path: Path) -> None:
+    import executorch.kernels.quantized  # noqa: F401  what XNNPACK leaves of whole numbers is ExecuTorch's own
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
@@ -32,6 +36,9 @@ def _write32(program: ExportedProgram, path: Path) -> None:
 
 
 def _write8(program: ExportedProgram, path: Path) -> None:
+    """A program that is on grids already is lowered as it is."""
+    if any("quantized_decomposed" in str(node.target) for node in program.graph.nodes):
+        return _write32(program, path)
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
@@ -48,5 +55,17 @@ WEIGHTS: dict[str, Callable[[ExportedProgram, Path], None]] = {"fp32": _write32,
 
 
 def write(files: Mapping[str, Path], model: Any) -> dict[str, dict[str, Any]]:
-    """Write a .pte for each kind of WEIGHTS in `files`; returns and raises as `lowering.lower`."""
-    return lower("executorch", files, model)
+    """Write a .pte for each kind of WEIGHTS in `files`; returns and raises as `lowering.lower`.
+
+    Raises:
+        InputError: a convolutional network has eight bits once it was fitted to them.
+    """
+    if not isinstance(model, Graph) or "int8" not in files:
+        return lower("executorch", files, model)
+    if model.rounding is None:
+        raise InputError("a convolutional network has int8 once it was fitted to it: take fp32")
+    others = {weights: file for weights, file in files.items() if weights != "int8"}
+    made = lower_program(
+        "executorch", {"int8": files["int8"]}, lambda of: exported(OnGrids(model), model.size, of.PIXELS), {}
+    )
+    return made | (lower("executorch", others, model) if others else {})

@@ -50,8 +50,13 @@ class Outputs(nn.Module):
 def program(model: Any, pixels: torch.dtype) -> torch.export.ExportedProgram:
     """The network in fp32 for one picture (1, 3, s, s), pixels from 0 to 255 of this type."""
     plain = clone(model, torch.float32)
-    network = Outputs(unrounded(plain) if isinstance(plain, Graph) else plain).eval().requires_grad_(False)
-    return nameless(torch.export.export(network, (torch.zeros(1, 3, model.size, model.size, dtype=pixels),)))
+    return exported(Outputs(unrounded(plain) if isinstance(plain, Graph) else plain), model.size, pixels)
+
+
+def exported(network: nn.Module, size: int, pixels: torch.dtype) -> torch.export.ExportedProgram:
+    """The program of whatever reads one picture of this side."""
+    network = network.eval().requires_grad_(False)
+    return nameless(torch.export.export(network, (torch.zeros(1, 3, size, size, dtype=pixels),)))
 
 
 def nameless(made: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -2,7 +2,9 @@
 
 At four bits nothing is multiplied by four bits: what is stored is unfolded to eight when ONNX Runtime loads the file (all of it is constant, so it is computed once), and runs as a file of eight bits does.
 
-    codes (out, blocks, 16) --look up--> levels (out, blocks, 32) --times steps (out, blocks, 1)--> whole numbers (out, in) --turned--> weight int8 (in, out), a scale a row
+    codes (out, blocks, 16) + 256 x steps (out, blocks, 1) --look up two weights each--> int8 (out, in) --turned--> weight int8 (in, out), a scale a row
+
+ONNX Runtime holds all that is computed while it loads, of all matrices, until it has done with them: so no number on the way is wider than it must be (docs/log.md).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from sartor.export.onnx_parts import CONTRIB, FLOAT, INT8, INT32, INT64, UINT8, Spec, node
 from sartor.numerics.eight import held, rounded
-from sartor.numerics.four import BLOCK, FOUR, nearest_scales, packed, padded
+from sartor.numerics.four import BLOCK, FOUR, MOST, nearest_scales, packed, padded
 from sartor.numerics.grids import snap
 
 Scales = Float[Tensor, "o blocks"]
@@ -50,20 +52,19 @@ def _product8(name: str, x: str, y: str, o: int, i: int) -> list[Any]:
 def _product4(name: str, x: str, y: str, o: int, i: int) -> list[Any]:
     whole = f"{name}.whole"
     unfolded = [
-        node("Cast", [f"{name}.codes"], [f"{name}.numbers"], to=INT32),
-        node("Gather", ["four.levels", f"{name}.numbers"], [f"{name}.pairs"], axis=0),
-        node("Reshape", [f"{name}.pairs", "four.blocks"], [f"{name}.levels"]),
-        node("Cast", [f"{name}.steps"], [f"{name}.times"], to=FLOAT),
-        node("Mul", [f"{name}.levels", f"{name}.times"], [f"{name}.products"]),
-        node("Reshape", [f"{name}.products", "four.rows"], [whole]),
+        node("Cast", [f"{name}.codes"], [f"{name}.bytes"], to=INT32),
+        node("Cast", [f"{name}.steps"], [f"{name}.numbers"], to=INT32),
+        node("Mul", [f"{name}.numbers", "four.bytes"], [f"{name}.begins"]),
+        node("Add", [f"{name}.begins", f"{name}.bytes"], [f"{name}.places"]),
+        node("Gather", ["four.products", f"{name}.places"], [f"{name}.pairs"], axis=0),
+        node("Reshape", [f"{name}.pairs", "four.rows"], [whole]),
     ]
     if i % BLOCK:
         unfolded.append(node("Slice", [whole, "four.first", f"{name}.inputs", "four.axis"], [f"{name}.filled"]))
         whole = f"{name}.filled"
     return [
         *unfolded,
-        node("Transpose", [whole], [f"{name}.turned"], perm=[1, 0]),
-        node("Cast", [f"{name}.turned"], [f"{name}.weight"], to=INT8),
+        node("Transpose", [whole], [f"{name}.weight"], perm=[1, 0]),
         *_product8(name, x, y, o, i),
     ]
 
@@ -88,10 +89,17 @@ def _hold4(weight: Tensor, scales: Scales | None) -> Tensor:
     return snap(padded(weight), nearest_scales(weight) if scales is None else scales, FOUR)[:, : weight.shape[1]]
 
 
-LEVELS = np.array(FOUR.levels, np.float32)
+def _products() -> np.ndarray:
+    """(31 * 256, 2): the two weights of every byte of codes at every step of a block: 0 to 15, then -15 to -1, which ONNX counts from the end."""
+    codes = np.arange(256)
+    levels = np.array(FOUR.levels)[np.stack([codes & 15, codes >> 4], -1)]
+    steps = np.concatenate([np.arange(MOST + 1), np.arange(-MOST, 0)])
+    return (steps[:, None, None] * levels).reshape(-1, 2).astype(np.int8)
+
+
 TABLES4 = {
-    "four.levels": LEVELS[np.stack([np.arange(256) & 15, np.arange(256) >> 4], -1)],  # of the two codes of a byte
-    "four.blocks": np.array([0, 0, BLOCK]),
+    "four.products": _products(),
+    "four.bytes": np.array(256, np.int32),
     "four.rows": np.array([0, -1]),
     "four.first": np.array([0]),
     "four.axis": np.array([1]),
@@ -117,5 +125,5 @@ KINDS = {
 
 def tables_of(kind: str) -> dict[str, Spec]:
     """What all matrices of a kind read, to be stored once."""
-    types = {"float32": FLOAT, "int64": INT64}
+    types = {"float32": FLOAT, "int64": INT64, "int32": INT32, "int8": INT8}
     return {name: (types[str(array.dtype)], array.shape) for name, array in KINDS[kind].tables.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sartor.errors import MissingExtra, OutputError
+from sartor.files import whole_file
 
 OPSET, IR, CONTRIB = 17, 8, "com.microsoft"
 FLOAT, UINT8, INT8, UINT16, INT32, INT64, HALF = (
@@ -58,7 +59,7 @@ def store(file: Any, name: str, array: np.ndarray, spec: Spec) -> None:
 
 
 def save(path: Path, file: Any) -> None:
-    """Write the file, beside its place first: what is there is whole.
+    """Write the file.
 
     Raises:
         OutputError: it would be larger than a single ONNX file can be.
@@ -66,6 +67,5 @@ def save(path: Path, file: Any) -> None:
     size = sum(len(t.raw_data) for t in file.graph.initializer)
     if size > LARGEST:
         raise OutputError(f"the weights take {size / 1e9:.1f} GB, more than the 2.1 GB of one ONNX file: take gguf")
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_bytes(file.SerializeToString(deterministic=True))
-    beside.replace(path)
+    with whole_file(path) as part:
+        part.write_bytes(file.SerializeToString(deterministic=True))

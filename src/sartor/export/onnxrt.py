@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from sartor.errors import MissingExtra
 from sartor.export.apart import answered
+from sartor.memory import cores
 
 BATCH = 1  # as it is used: activations are quantized by what they share a batch with
 
@@ -38,7 +38,7 @@ def run_job(do: str, files: dict[str, Path], pixels: UInt8[np.ndarray, "n 3 s s"
         np.save(Path(folder) / "pixels.npy", pixels)
         paths = {"pixels": f"{folder}/pixels.npy", "out": f"{folder}/out.npz"}
         named = {name: str(file) for name, file in files.items()}
-        spec = {"do": do, "files": named, "file": next(iter(named.values())), "threads": os.cpu_count() or 1}
+        spec = {"do": do, "files": named, "file": next(iter(named.values())), "threads": cores()}
         failed = f"ONNX Runtime failed on {', '.join(f.name for f in files.values())}"
         result = answered(command, spec | paths | job, failed)
         if Path(paths["out"]).exists():

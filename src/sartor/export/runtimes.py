@@ -130,7 +130,7 @@ ROWS: dict[str, Row] = {
     },
     **{
         f"executorch-{w}": Row(
-            et.NAME, ".pte", w, et.NEEDS, et.INSTALL, et.write, partial(_run, "executorch"), TORCH_TOO, w == "fp32"
+            et.NAME, ".pte", w, et.NEEDS, et.INSTALL, et.write, partial(_run, "executorch"), TORCH_TOO
         )
         for w in et.WEIGHTS
     },

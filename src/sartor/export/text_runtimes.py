@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from sartor.errors import MissingExtra
 from sartor.export import executorch_text as et
 from sartor.export import lowering
 from sartor.export.apart import answered
+from sartor.memory import cores
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,6 @@ def run_job(runtime: str, file: Path, do: str, threads: int | None = None, **job
     row = RUNTIMES[runtime]
     if said := absent(runtime):
         raise MissingExtra(said)
-    spec = {"do": do, "file": str(file), "threads": threads or os.cpu_count() or 1, **job}
+    spec = {"do": do, "file": str(file), "threads": threads or cores(), **job}
     command = [sys.executable, str(Path(__file__).with_name(row.worker))]  # by path: the package would load torch
     return answered(command, spec, f"{row.name} failed on {file.name}")

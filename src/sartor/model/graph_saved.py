@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sartor.errors import SourceError
+from sartor.files import whole_file
 from sartor.model.graph import INPUT, LAYERS, OPS, Graph, Node, conv_of, linear_of
 
 FILE = "graph.json"
@@ -46,9 +47,8 @@ def save(graph: Graph, folder: Path) -> None:
     """Write what `load` reads."""
     from safetensors.torch import save_file
 
-    part = folder / "model.part"
-    save_file(_tensors(graph), part, {"format": "sartor-graph-1"})
-    part.replace(folder / "model.safetensors")
+    with whole_file(folder / "model.safetensors") as part:
+        save_file(_tensors(graph), part, {"format": "sartor-graph-1"})
     (folder / FILE).write_text(_described(graph))
 
 

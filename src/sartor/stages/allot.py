@@ -8,7 +8,7 @@ too, what both cost is weighed so that the damage is least.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from sartor.errors import BudgetError
 from sartor.model.network import BLOCK, Anatomy
 from sartor.numerics.allocate import Choice, Ladder, allocate
 from sartor.plan import to_mask
+from sartor.stages.curves import Curves, bent
 from sartor.stages.decide import kept_groups
 from sartor.stages.probe import Effects, Units, order_units
 
@@ -40,7 +41,7 @@ class Costs:
 
     Attributes:
         bytes_of: exact bytes of a file of given sizes at eight bits; four: the same at four, where that may be taken. budget: bytes it may have. block_seconds, head_seconds: of a picture's time, that a block of channels and a head take, as
-        measured in the runtime; limit: seconds that all of them together may take.
+        measured in the runtime; limit: seconds that all of them together may take. curves: how the damage of each part runs beside the sum of effects (`curves.measured_curves`); none: as the sum.
     """
 
     bytes_of: Bytes
@@ -49,6 +50,7 @@ class Costs:
     head_seconds: float = 0.0
     limit: float = float("inf")
     four: Four | None = None
+    curves: Curves = field(default_factory=dict)
 
     def seconds(self, a: Anatomy) -> float:
         return self.head_seconds * sum(a.groups) + self.block_seconds * sum(a.ffn) / BLOCK
@@ -69,6 +71,11 @@ class Allotment:
     price: float
     steps: Mapping[str, int]
     four: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything stays."""
+        return not any(self.steps.values())
 
 
 def smallest(a: Anatomy) -> Anatomy:
@@ -148,7 +155,9 @@ def _ladders(a: Anatomy, units: Units, costs: Costs, mix: float) -> list[Ladder]
             effects = units.of(n, kind)
             ordered = effects if kind == "mlp" else np.sort(effects)
             damage = (0.0, *np.cumsum(np.maximum(ordered, 0)).tolist())
-            found.append(Ladder(f"{kind}.{n}", tuple(share * i for i in range(len(damage))), damage))
+            if (name := f"{kind}.{n}") in costs.curves:
+                damage = bent(damage, costs.curves[name])
+            found.append(Ladder(name, tuple(share * i for i in range(len(damage))), damage))
     return found
 
 
