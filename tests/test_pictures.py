@@ -251,7 +251,7 @@ def test_a_curve_is_met_where_it_was_measured_and_never_falls() -> None:
 def test_what_was_measured_to_cost_more_than_its_sum_is_cut_less(headed: Any) -> None:
     a = anatomy(headed)
     bytes_of = lambda b: 1000 + sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
-    straight = Costs(bytes_of, int(0.6 * bytes_of(a)))
+    straight = Costs(bytes_of, int(0.35 * bytes_of(a)))
     dear = {f"{kind}.{n}": [[0.5, 1.0], [0.9, 1.0]] for kind in ("attention", "mlp") for n in range(a.layers)}
     effects = flat(a)
     for e in (*effects.channel.values(), *effects.group.values()):
