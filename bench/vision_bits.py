@@ -20,7 +20,7 @@ from sartor.model.network import anatomy, clone
 from sartor.model.precision import running
 from sartor.picture_job import PreparedPictures
 from sartor.picture_view import bytes_of
-from sartor.pictures import RHO, felt_pictures
+from sartor.pictures import RHO, felt_pictures, priced
 from sartor.sources import resolve
 from sartor.stages.allot import Costs, allot
 from sartor.stages.fit import evidence_of, fit
@@ -52,11 +52,13 @@ def main() -> None:
     print(f"{Path(a.data).name}: {told(dense, *test)}; four bits alone damage {damage:.4f} nats a picture", flush=True)
     user, halves, generic = felt_pictures(whole, pictures, e, a.seed)
     effects = recovered(user, halves, generic) if generic else user
-    evidence = evidence_of(whole, own, others, rho)
+    evidence, curves = evidence_of(whole, own, others, rho), dict[str, Any]()
     for share in a.shares:
         for weights in WEIGHTS:
             size_of = bytes_of(dense, weights)
-            found = allot(anatomy(dense), effects, Costs(size_of, int(share * p.original_fp16)))
+            costs = Costs(size_of, int(share * p.original_fp16), curves=curves)
+            costs = priced(whole, pictures, effects, costs, e, a.seed)
+            curves, found = costs.curves, allot(anatomy(dense), effects, costs)
             small = clone(dense)
             cut_(small, as_plan(dense, kept_of(found)))
             held_(small, fit(small, whole, evidence, four_grids(small) if weights == "int4" else {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mailbox
+import os
 from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from sartor.data.readers import html_to_text, own_words, read_folder
 from sartor.data.split import split
 from sartor.errors import BudgetError, DataError, OutputError, SourceError
+from sartor.files import whole_file
+from sartor.memory import cores
 from sartor.plan import Budget, from_mask, parse_budget, to_mask
 from sartor.sources import resolve
 from sartor.storage import claim_folder
@@ -229,3 +232,34 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 def test_masks_come_back() -> None:
     for kept in ([], [0], [3, 4, 9], list(range(10))):
         assert from_mask(to_mask(kept, 10)) == kept
+
+
+def test_a_file_is_whole_or_as_it_was_also_where_two_jobs_write_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "kept.json"
+    file.write_text("old")
+
+    def broken_off() -> None:
+        with whole_file(file) as part:
+            part.write_text("ha")
+            raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"):
+        broken_off()
+    assert file.read_text() == "old"
+    with whole_file(file) as mine:
+        mine.write_text("mine")
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with whole_file(file) as theirs:
+            theirs.write_text("theirs")
+        assert file.read_text() == "theirs"
+    assert file.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_threads_are_as_many_as_the_cores_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda of: {3}, raising=False)
+    assert cores() == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cores() == (os.cpu_count() or 1)

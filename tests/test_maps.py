@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sartor.carving import keep_of
-from sartor.errors import BudgetError, InputError, SourceError
+from sartor.errors import BudgetError, InputError, SartorError, SourceError
 from sartor.export import lowering, onnxrt, runtimes, seen
 from sartor.export.graph_program import OnGrids
 from sartor.export.lowering import exported
@@ -28,7 +28,7 @@ from sartor.stages.maps import PART, block_of, check_maps, feel_maps, map_effect
 from sartor.stages.probe import Effects
 from sartor.stages.refit import refit_maps, seen_of
 
-from .test_graph import KINDS, Maker, close, pictures, plain
+from .test_graph import KINDS, Maker, close, fire, grouped, inverted, pictures, plain, residual
 
 
 def wide(seed: int = 0) -> Graph:
@@ -171,20 +171,36 @@ def test_a_program_on_its_grids_says_what_the_network_says(kind: Callable[[Maker
     assert all(t.dtype == torch.int8 for t in held_in)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, lambda m: wide()])
-def test_executorch_computes_on_the_grids_that_were_trained_on(kind: Callable[[Maker], Graph], tmp_path: Path) -> None:
+def needs_executorch() -> None:
     row = runtimes.ROWS["executorch-int8"]
     if lowering.missing(row.needs):
         pytest.skip(f"{row.runtime} is an optional extra and not installed: {row.install}")
+
+
+@pytest.mark.parametrize("kind", [plain, residual, inverted, lambda m: wide()])
+def test_executorch_computes_on_the_grids_that_were_trained_on(kind: Callable[[Maker], Graph], tmp_path: Path) -> None:
+    needs_executorch()
     graph = kind(Maker(0))
-    with pytest.raises(InputError, match="take fp32"):
-        runtimes.write("executorch-int8", tmp_path / "m.pte", graph)
     small = refit_maps(graph, graph, everything(graph), seen_of(pictures(32), pictures(0), 0.0, 32))
     found = runtimes.measure_all(small, tmp_path, pictures(8), ["executorch-fp32", "executorch-int8"], rounds=2)
     for measured in found:
         assert measured["cosine"] is not None, measured["note"]
         assert measured["cosine"] > 0.99, measured
-    assert found[1]["bytes"] < found[0]["bytes"]
+
+
+@pytest.mark.parametrize("kind", [fire, grouped])
+def test_what_executorch_does_not_load_at_eight_bits_is_refused_and_written_in_fp32(
+    kind: Callable[[Maker], Graph], tmp_path: Path
+) -> None:
+    needs_executorch()
+    graph = kind(Maker(0))
+    with pytest.raises(SartorError, match="has int8 once it was fitted to it: take fp32"):
+        runtimes.write("executorch-int8", tmp_path / "m.pte", graph)
+    small = refit_maps(graph, graph, everything(graph), seen_of(pictures(32), pictures(0), 0.0, 32))
+    found = runtimes.measure_all(small, tmp_path, pictures(2), ["executorch-fp32", "executorch-int8"], rounds=0)
+    assert found[0]["cosine"] is not None, found[0]["note"]
+    assert found[1]["cosine"] is None
+    assert "take fp32" in found[1]["note"]
 
 
 def test_a_network_that_reads_bytes_says_the_same_away_from_padding() -> None:

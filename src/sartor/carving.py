@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sartor.errors import BudgetError
 from sartor.model.graph import Graph, shapes
 from sartor.model.graph_channels import Keep, channel_groups, kept_channels, shrink
 from sartor.model.network import anatomy, clone, linears_of, parameter
@@ -55,9 +56,16 @@ class Carving:
 
 def curved(model: Vision, effects: Effects, costs: Costs, own: Tensor, judged: Tensor, tell: Told) -> Costs:
     """Costs with a curve for every part of the network, where anything has to go and none was measured yet."""
-    if costs.curves or allot(anatomy(model), effects, costs).whole:
+    if costs.curves or _nothing_goes(model, effects, costs):
         return costs
     return replace(costs, curves=measured_curves(model, effects, own, judged, tell))
+
+
+def _nothing_goes(model: Vision, effects: Effects, costs: Costs) -> bool:
+    try:
+        return allot(anatomy(model), effects, costs).whole
+    except BudgetError:  # out of reach with these pictures, perhaps not with smaller ones
+        return False
 
 
 def _cut_heads(model: Any, plan: Plan) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from sartor.errors import InputError
 from sartor.export.graph_program import OnGrids
 from sartor.export.lowering import exported, lower, lower_program
 from sartor.model.graph import Graph
@@ -55,17 +54,24 @@ WEIGHTS: dict[str, Callable[[ExportedProgram, Path], None]] = {"fp32": _write32,
 
 
 def write(files: Mapping[str, Path], model: Any) -> dict[str, dict[str, Any]]:
-    """Write a .pte for each kind of WEIGHTS in `files`; returns and raises as `lowering.lower`.
-
-    Raises:
-        InputError: a convolutional network has eight bits once it was fitted to them.
-    """
+    """Write a .pte for each kind of WEIGHTS in `files`; returns and raises as `lowering.lower`."""
     if not isinstance(model, Graph) or "int8" not in files:
         return lower("executorch", files, model)
-    if model.rounding is None:
-        raise InputError("a convolutional network has int8 once it was fitted to it: take fp32")
     others = {weights: file for weights, file in files.items() if weights != "int8"}
-    made = lower_program(
-        "executorch", {"int8": files["int8"]}, lambda of: exported(OnGrids(model), model.size, of.PIXELS), {}
-    )
-    return made | (lower("executorch", others, model) if others else {})
+    made = lower("executorch", others, model) if others else {}
+    if why := _unable(model):
+        return {"int8": {"failed": why}} | made
+    program = lambda of: exported(OnGrids(model), model.size, of.PIXELS)  # noqa: E731
+    return lower_program("executorch", {"int8": files["int8"]}, program, {}) | made
+
+
+def _unable(graph: Graph) -> str | None:
+    """Why a network of convolutions cannot be had at eight bits, if so."""
+    if graph.rounding is None:
+        return "a convolutional network has int8 once it was fitted to it: take fp32"
+    convs = [m for m in graph.modules() if isinstance(m, torch.nn.Conv2d)]
+    if any(node.op == "concat" for node in graph.nodes) or any(1 < m.groups < m.in_channels for m in convs):
+        return (
+            "its int8 program of grouped convolutions or concatenations is lowered and does not load (1.5.1): take fp32"
+        )
+    return None
