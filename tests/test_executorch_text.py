@@ -107,7 +107,7 @@ def exported(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Export
     with pytest.MonkeyPatch.context() as patch:
         for name, few in {"TURNS": 1, "GENERATE": 4, "PROMPT": 16, "TEST_BYTES": 4000}.items():
             patch.setattr(text_exports, name, few)
-        patch.setattr(text_runtimes.os, "cpu_count", lambda: 1)
+        patch.setattr(text_runtimes, "cores", lambda: 1)
         rows = text_exports.measure_text_exports(artifact, ["executorch"], root / "texts", root / "phone")
     return Exported(artifact, root / "phone", rows)
 

@@ -248,7 +248,7 @@ def test_both_runtimes_say_what_pytorch_says_and_stand_in_one_table(
 ) -> None:
     for name, few in {"TURNS": 1, "GENERATE": 4, "PROMPT": 16, "SEEDS": range(1), "TEST_BYTES": 4000}.items():
         monkeypatch.setattr(text_exports, name, few)
-    monkeypatch.setattr(text_runtimes.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(text_runtimes, "cores", lambda: 1)
     data = tmp_path / "texts"
     data.mkdir()
     for n, text in enumerate(texts("cook", 80, 4)):

@@ -156,7 +156,7 @@ def _end(c: VisionConfig, kind: str, x: str, classes: int) -> Part:
 
 
 PARTS: dict[str, Callable[[VisionConfig, str, str, str, int], Part]] = {
-    "tables": lambda c, kind, name, x, size: ([], tables_of(kind)),
+    "tables": lambda c, kind, name, x, size: tables_of(kind),
     "patches": lambda c, kind, name, x, size: _patches(c, kind),
     "attention": _attention,
     "mlp": _mlp,

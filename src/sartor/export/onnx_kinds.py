@@ -30,7 +30,8 @@ class Kind:
     """One way.
 
     nodes: (name, input, output, out, in) -> what multiplies and adds the bias. specs: (out, in) -> what is stored, by the end of its name.
-    pack: (matrix, scales of its blocks where they are known) -> the arrays of `specs`. hold: the same -> the matrix that these arrays stand for. tables: what the nodes of all matrices read, by name.
+    pack: (matrix, scales of its blocks where they are known) -> the arrays of `specs`. hold: the same -> the matrix that these arrays stand for. tables: what the nodes of all matrices read, by name;
+    made: nodes that make more of it.
     """
 
     nodes: Callable[[str, str, str, int, int], list[Any]]
@@ -38,6 +39,7 @@ class Kind:
     pack: Callable[[Tensor, Scales | None], dict[str, np.ndarray]]
     hold: Callable[[Tensor, Scales | None], Tensor]
     tables: Mapping[str, np.ndarray]
+    made: Callable[[], list[Any]] = list
 
 
 def product32(name: str, x: str, y: str, o: int, i: int) -> list[Any]:
@@ -89,21 +91,28 @@ def _hold4(weight: Tensor, scales: Scales | None) -> Tensor:
     return snap(padded(weight), nearest_scales(weight) if scales is None else scales, FOUR)[:, : weight.shape[1]]
 
 
-def _products() -> np.ndarray:
-    """(31 * 256, 2): the two weights of every byte of codes at every step of a block: 0 to 15, then -15 to -1, which ONNX counts from the end."""
-    codes = np.arange(256)
-    levels = np.array(FOUR.levels)[np.stack([codes & 15, codes >> 4], -1)]
-    steps = np.concatenate([np.arange(MOST + 1), np.arange(-MOST, 0)])
-    return (steps[:, None, None] * levels).reshape(-1, 2).astype(np.int8)
-
-
-TABLES4 = {
-    "four.products": _products(),
+CODES = np.arange(256)
+TABLES4: dict[str, np.ndarray] = {
+    "four.levels": np.array(FOUR.levels, np.int8)[np.stack([CODES & 15, CODES >> 4], -1)],  # of the two codes of a byte
+    "four.steps": np.concatenate([np.arange(MOST + 1), np.arange(-MOST, 0)]).astype(np.int32)[:, None, None],
+    "four.pair": np.array([-1, 2]),
     "four.bytes": np.array(256, np.int32),
     "four.rows": np.array([0, -1]),
     "four.first": np.array([0]),
     "four.axis": np.array([1]),
 }
+
+
+def _products() -> list[Any]:
+    """(31 * 256, 2): the two weights of every byte of codes at every step of a block: 0 to 15, then -15 to -1, which ONNX counts from the end."""
+    return [
+        node("Cast", ["four.levels"], ["four.wide"], to=INT32),
+        node("Mul", ["four.steps", "four.wide"], ["four.weights"]),
+        node("Reshape", ["four.weights", "four.pair"], ["four.pairs"]),
+        node("Cast", ["four.pairs"], ["four.products"], to=INT8),
+    ]
+
+
 KINDS = {
     "fp32": Kind(
         product32,
@@ -119,11 +128,12 @@ KINDS = {
         lambda w, scales: held(w),
         {},
     ),
-    "int4": Kind(_product4, _specs4, _pack4, _hold4, TABLES4),
+    "int4": Kind(_product4, _specs4, _pack4, _hold4, TABLES4, _products),
 }
 
 
-def tables_of(kind: str) -> dict[str, Spec]:
-    """What all matrices of a kind read, to be stored once."""
+def tables_of(kind: str) -> tuple[list[Any], dict[str, Spec]]:
+    """(nodes, what is stored once) that all matrices of a kind read."""
     types = {"float32": FLOAT, "int64": INT64, "int32": INT32, "int8": INT8}
-    return {name: (types[str(array.dtype)], array.shape) for name, array in KINDS[kind].tables.items()}
+    stored = {name: (types[str(array.dtype)], array.shape) for name, array in KINDS[kind].tables.items()}
+    return KINDS[kind].made(), stored
