@@ -27,10 +27,11 @@ from sartor.model.graph import Graph
 from sartor.model.network import BLOCK, Anatomy, anatomy, clone, shrink_attention_, shrink_mlp_
 from sartor.model.precision import running
 from sartor.picture_job import WEIGHTS, PreparedPictures
-from sartor.pictures import RHO, Pictures, curves_of, felt_pictures, priced
+from sartor.pictures import RHO, Pictures, felt_pictures, priced
 from sartor.probing import Tell
 from sartor.stages.allot import Costs, Four, allot, smallest
 from sartor.stages.allot_maps import MapCosts
+from sartor.stages.curves import Curves
 from sartor.stages.head import choose_head, with_head
 from sartor.stages.probe import recovered
 from sartor.stages.tokens import sample
@@ -88,7 +89,7 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
     if job.faster is None:
         return View(p.dense, p.pictures, _priced(p, p.dense, four), {})
     patch, views = p.whole.config.patch, list[View]()
-    effects, curves = None, dict[str, Any]()
+    effects, curves, e = None, Curves(), picture_effort_of(job.effort)
     sides = [patch * round(share * whole / patch) for share in SHARES]
     for n, r in enumerate(sides):
         told = lambda note, n=n: tell("view", n / len(sides), note)  # noqa: E731
@@ -99,12 +100,11 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
         costs = timed(p, dense, _priced(p, dense, four), job.faster)
         if effects is None:
             told("what the photos need of heads and channels")
-            user, halves, generic = felt_pictures(running(dense), pictures, picture_effort_of(job.effort), job.seed)
+            half = running(dense)
+            user, halves, generic = felt_pictures(half, pictures, e, job.seed)
             effects = recovered(user, halves, generic) if generic else user
             told("what fewer heads and channels cost")
-            curves = dict(
-                curves_of(priced(running(dense), pictures, effects, costs, picture_effort_of(job.effort), job.seed))
-            )
+            curves = priced(half, pictures, effects, costs, e, job.seed).curves
         costs = replace(costs, curves=curves)
         views.append(View(dense, pictures, costs, {r: [nats, _damage(dense, effects, costs)]}))
     best = min(views, key=lambda v: sum(v.sides[v.side]))

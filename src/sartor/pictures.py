@@ -20,7 +20,6 @@ from sartor.plan import LayerPlan, Plan, is_full
 from sartor.probing import Tell, sounded
 from sartor.stages.allot import Allotment, Costs
 from sartor.stages.allot_maps import MapCosts
-from sartor.stages.curves import Curves
 from sartor.stages.decide import diagnose
 from sartor.stages.masters import InMemory, Kept, Latents, free
 from sartor.stages.probe import Effects, Worth, blended, recovered
@@ -93,7 +92,7 @@ def plan_pictures(
     allotment = carving.allot(model, user, costs)
     rho = RHO if generic else 0.0
     plan = _plan(model, user, generic, worth, allotment, costs.budget, sha256, rho, seed)
-    curves = {name: [list(point) for point in curve] for name, curve in curves_of(costs).items()}
+    curves = costs.curves if isinstance(costs, Costs) else {}  # convolutional networks' damage is the sum of effects
     return replace(plan, grids=four_grids(model) if allotment.four else {}, curves=curves)
 
 
@@ -113,11 +112,6 @@ def priced(
     """The costs with what cuts were measured to damage (`curves.py`): a third as many pictures are fitted on as felt, half as many judged by as masks are checked on."""
     own, judged = sample(pictures.train, e.felt // 3, seed), sample(pictures.validation, e.checked // 2, seed)
     return carving_of(model).priced(model, effects, costs, own, judged, tell)
-
-
-def curves_of(costs: Costs | MapCosts) -> Curves:
-    """Convolutional networks' damage is the sum of effects."""
-    return {} if isinstance(costs, MapCosts) else costs.curves
 
 
 def felt_pictures(

@@ -16,7 +16,7 @@ from sartor.errors import BudgetError
 from sartor.model.network import BLOCK, Anatomy
 from sartor.numerics.allocate import Choice, Ladder, allocate
 from sartor.plan import to_mask
-from sartor.stages.curves import Curves, bent
+from sartor.stages.curves import Curves, bent, summed
 from sartor.stages.decide import kept_groups
 from sartor.stages.probe import Effects, Units, order_units
 
@@ -152,9 +152,7 @@ def _ladders(a: Anatomy, units: Units, costs: Costs, mix: float) -> list[Ladder]
     found = []
     for n in range(a.layers):
         for kind, share in zip(("mlp", "attention"), shares, strict=True):
-            effects = units.of(n, kind)
-            ordered = effects if kind == "mlp" else np.sort(effects)
-            damage = (0.0, *np.cumsum(np.maximum(ordered, 0)).tolist())
+            damage = summed(units, n, kind)
             if (name := f"{kind}.{n}") in costs.curves:
                 damage = bent(damage, costs.curves[name])
             found.append(Ladder(name, tuple(share * i for i in range(len(damage))), damage))

@@ -1,13 +1,13 @@
 """What it costs to cut a part of a layer once the rest is fitted, measured, beside what the sum of its units' effects foretells.
 
 An effect is of one unit with all others there. Of many units of one part the first go for less than their sum, since what stays says nearly the same; the last for far more, since nothing is left to
-say it. How much less and how much more differs from layer to layer, and between heads and channels, up to thirty times (docs/log.md). So every part is cut alone, to two depths, the matrix that
+say it. How much less and how much more differs from layer to layer, and between heads and channels, up to forty times (docs/log.md). So every part is cut alone, to two depths, the matrix that
 reads it is fitted in closed form to what it said, and KL(whole || cut) is measured on other rows; in between, and beyond, the ratio of the damage to the sum is taken to grow exponentially in the share that is gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,21 +16,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sartor.model.families import ATTENTION, MLP
 from sartor.model.hooks import removed_after
 from sartor.model.network import anatomy, linear, linears_of
 from sartor.model.tail import Tail
 from sartor.numerics.compensate import refit
 from sartor.stages.decide import kept_groups
-from sartor.stages.probe import Effects, order_units
+from sartor.stages.probe import Effects, Units, order_units
 
-WRITERS = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+WRITERS = {"attention": ATTENTION[-1], "mlp": MLP[-1]}
 MODERATE, DEEP = 0.5, 0.92  # of a part's units, gone
 LAM = 0.1
 PASS = 16  # rows
 MOST = 20.0  # that damage is over or under its sum at most, where the line goes on beyond what was measured
 Moments = dict[tuple[int, str], Float[Tensor, "f f"]]
-Curve = Sequence[Sequence[float]]  # (share of the units gone, damage beside their sum), twice
-Curves = Mapping[str, Curve]  # by the name of a part's ladder
+Curve = list[list[float]]  # (share of the units gone, damage beside their sum), twice
+Curves = dict[str, Curve]  # by the name of a part's ladder
+
+
+def summed(units: Units, layer: int, kind: str) -> tuple[float, ...]:
+    """The damage of a part's first 0, 1, 2, ... units, the least important first, as the sum of their effects."""
+    alone = units.of(layer, kind)
+    ordered = alone if kind == "mlp" else np.sort(alone)  # blocks of channels are in order
+    return (0.0, *np.cumsum(np.maximum(ordered, 0)).tolist())
 
 
 def bent(damage: Sequence[float], curve: Curve) -> tuple[float, ...]:
@@ -49,26 +57,25 @@ def measured_curves(
     rows: Tensor,
     judged: Tensor,
     tell: Callable[[float, str], None] = lambda share, note: None,
-) -> dict[str, list[list[float]]]:
+) -> Curves:
     """A curve for every part of a network that sees, by the name of its ladder ("mlp.3").
 
     Args:
         model: in the precision to run in; as it was afterwards. rows: what is left is fitted on them. judged: others, damage is measured on them.
     """
     a, units, moments = anatomy(model), order_units(effects), moments_of(model, rows)
-    tail, found = Tail(model, judged), dict[str, list[list[float]]]()
+    tail, found = Tail(model, judged), Curves()
     said = _log_p(model, tail.dense)
     parts = [(n, kind) for n in range(a.layers) for kind in WRITERS if (a.ffn if kind == "mlp" else a.groups)[n]]
     for i, (n, kind) in enumerate(parts):
-        alone = units.of(n, kind)
-        sums = np.cumsum(np.maximum(alone if kind == "mlp" else np.sort(alone), 0))
-        points = list[list[float]]()
-        for gone in sorted({_depth(len(alone), share) for share in (MODERATE, DEEP)}):
+        sums, points = summed(units, n, kind), Curve()
+        many = len(sums) - 1
+        for gone in sorted({_depth(many, share) for share in (MODERATE, DEEP)}):
             stays = _stays(units, a.head_dim, n, kind, gone)
             with narrowed(linear(model, n, WRITERS[kind]), moments[n, WRITERS[kind]], stays):
                 log_p = _log_p(model, tail.hidden_from(n))
             kl = float((said.exp() * (said - log_p)).sum(-1).mean())
-            points.append([gone / len(alone), kl / max(float(sums[gone - 1]), 1e-12)])
+            points.append([gone / many, kl / max(sums[gone], 1e-12)])
         found[f"{kind}.{n}"] = points * (3 - len(points))  # a part of two units has one depth
         tell((i + 1) / len(parts), f"layer {n}: what fewer {'channels' if kind == 'mlp' else 'heads'} cost")
     return found
@@ -79,7 +86,7 @@ def _depth(units: int, share: float) -> int:
     return min(max(1, round(share * units)), max(1, units - 1))
 
 
-def _stays(units: Any, head_dim: int, n: int, kind: str, gone: int) -> list[int]:
+def _stays(units: Units, head_dim: int, n: int, kind: str, gone: int) -> list[int]:
     """Inputs of the part's writer that are left when so many units are gone, the least important first."""
     if kind == "mlp":
         left: list[int] = sorted(units.order[n].tolist()[gone * units.size :])
