@@ -1,16 +1,15 @@
 """Sartor's cuts of a vision transformer beside published ones, at equal multiplications and equal fine-tuning.
 
-    python bench/vision_cuts.py MODEL --data DIR [--generic DIR] [--removed 0.3 0.5 0.7] [--adapt 120] [--tune 60] [--seeds 0] [--only Sartor CORP-like]
+    python bench/vision_cuts.py MODEL --data DIR [--generic DIR] [--removed 0.3 0.5 0.7] [--adapt 120] [--tune 60] [--side 112] [--seeds 0] [--only Sartor CORP-like]
 
 The network adapts to the user once (cross entropy, `--adapt` seconds). Every arm cuts that network by the same share of multiplications (layers only) and is then tuned for
-`--tune` seconds towards what it said (KL of classes and cosine of features on random views, a quarter of them generic pictures). Accuracy on the held-out test photos in PyTorch, bf16, before and after
-tuning. Results: a table on stdout.
+`--tune` seconds towards what it said (KL of classes and cosine of features on random views, a quarter of them generic pictures); more than one number tunes as often, each from the cut network. Accuracy and nats on the
+held-out test photos in PyTorch, before and after tuning. With `--side` all of it on smaller pictures. Results: a table on stdout.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from sartor.model.network import BLOCK, anatomy, clone
 from sartor.model.precision import running
 from sartor.numerics.metrics import mean_interval
 from sartor.picture_job import PreparedPictures
+from sartor.picture_view import headed, shrunk, smaller
 from sartor.pictures import RHO, Pictures, felt_pictures, priced, trained
 from sartor.plan import LayerPlan, Plan, from_mask, to_mask
 from sartor.sources import resolve
@@ -98,7 +98,11 @@ def tuned(small: Any, whole: Any, pictures: Pictures, mirror: bool, seconds: flo
 
 def told(found: Recognized, dense: Recognized) -> str:
     low, high = mean_interval(found.right.double().numpy() - dense.right.double().numpy())
-    return f"{found.accuracy:.1%} ({found.accuracy - dense.accuracy:+.1%} [{low:+.1%}, {high:+.1%}])"
+    return f"{said(found)} ({found.accuracy - dense.accuracy:+.1%} [{low:+.1%}, {high:+.1%}])"
+
+
+def said(found: Recognized) -> str:
+    return f"{found.accuracy:.1%}, {float(found.nats.mean()):.3f} nats"
 
 
 def parser_of(said: str | None) -> argparse.ArgumentParser:
@@ -114,7 +118,10 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--removed", type=float, nargs="+", default=[0.3, 0.5, 0.7])
     parser.add_argument("--adapt", type=float, default=120.0)
-    parser.add_argument("--tune", type=float, default=60.0)
+    parser.add_argument("--tune", type=float, nargs="+", default=[60.0])
+    parser.add_argument(
+        "--side", type=int, help="of the pictures, in pixels; as the model wants them where it is left out"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="names of arms; all where it is left out")
     a = parser.parse_args()
@@ -122,18 +129,18 @@ def main() -> None:
         parser.error(f"there is no arm '{unknown.pop()}': take some of {', '.join((*OURS, *RIVALS))}")
     job = Job(a.model, a.data, "50%", generic=a.generic)
     p = PreparedPictures(job, resolve(a.model), lambda *_: None)
-    pictures, test = p.pictures, (p.album.test.pixels, p.labels[2])
-    mirror = may_mirror(p.dense, *pictures.judged)
+    came_with, pictures, test = p.dense, p.pictures, (p.album.test.pixels, p.labels[2])
+    if a.side:
+        came_with, pictures = headed(p, a.side, 0)[0], shrunk(pictures, a.side)
+        test = smaller(test[0], a.side), test[1]
+    mirror = may_mirror(came_with, *pictures.judged)
     for seed in a.seeds:
-        whole = clone(p.dense)
+        whole = clone(came_with)
         lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic)
         trained(whole, free(whole), lessons, pictures, TuneConfig(a.adapt, 1e-3), seed)
         dense = recognize(running(whole), *test)
-        came = recognize(running(p.dense), *test)
-        print(
-            f"{Path(a.data).name}, seed {seed}: as it came {came.accuracy:.1%}, adapted {dense.accuracy:.1%}",
-            flush=True,
-        )
+        came = said(recognize(running(came_with), *test))
+        print(f"{Path(a.data).name}, seed {seed}: as it came {came}; adapted {said(dense)}", flush=True)
         for share in a.removed:
             for name, (kept, repair) in arms(whole, pictures, share, a.only or (*RIVALS, *OURS)).items():
                 small = clone(whole)
@@ -142,14 +149,14 @@ def main() -> None:
                     repair_(small, whole, pictures.train, kept)
                 elif repair != "none":
                     fitted_(small, whole, pictures, repair == "generic")
-                before = recognize(running(small), *test)
-                tuned(small, whole, pictures, mirror, a.tune, seed)
-                after = recognize(running(small), *test)
                 left = macs(anatomy(small), whole.config.tokens) / macs(anatomy(whole), whole.config.tokens)
-                print(
-                    f"{1 - left:.0%} gone: {name:28s} cut {before.accuracy:.1%}, tuned {told(after, dense)}", flush=True
-                )
-                print(f"{name} done", file=sys.stderr, flush=True)
+                before = told(recognize(running(small), *test), dense)
+                print(f"{1 - left:.0%} gone: {name:28s} cut {before}", flush=True)
+                for seconds in a.tune:
+                    network = clone(small)
+                    tuned(network, whole, pictures, mirror, seconds, seed)
+                    after = told(recognize(running(network), *test), dense)
+                    print(f"{1 - left:.0%} gone: {name:28s} tuned {seconds:g} s {after}", flush=True)
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
     for n, r in enumerate(sides):
         told = lambda note, n=n: tell("view", n / len(sides), note)  # noqa: E731
         told(f"pictures of {r} pixels a side: what the head says of them")
-        dense, nats = (p.dense, p.head.nats) if r == whole else _headed(p, r, job.seed)
-        pictures = _smaller(p.pictures, r)
+        dense, nats = (p.dense, p.head.nats) if r == whole else headed(p, r, job.seed)
+        pictures = shrunk(p.pictures, r)
         told(f"pictures of {r} pixels a side: how long heads and channels take in the runtime")
         costs = timed(p, dense, _priced(p, dense, four), job.faster)
         if effects is None:
@@ -131,13 +131,14 @@ def view_again(p: PreparedPictures, job: Job, saved: dict[str, Any]) -> View:
     if isinstance(p.whole, Graph):
         again = replace(map_costs(p.dense, p.budget_bytes), prices=tuple(saved["prices"]), limit=limit)
         return View(p.dense, p.pictures, again, {})
-    dense = p.dense if side == p.whole.size else _headed(p, side, job.seed)[0]
+    dense = p.dense if side == p.whole.size else headed(p, side, job.seed)[0]
     costs = _priced(p, dense, saved.get("four"))
     costs = replace(costs, block_seconds=saved["block_seconds"], head_seconds=saved["head_seconds"], limit=limit)
-    return View(dense, _smaller(p.pictures, side), costs, {})
+    return View(dense, shrunk(p.pictures, side), costs, {})
 
 
-def _smaller(pictures: Pictures, side: int) -> Pictures:
+def shrunk(pictures: Pictures, side: int) -> Pictures:
+    """The same pictures, smaller."""
     parts: dict[str, Any] = {k: smaller(getattr(pictures, k), side) for k in ("train", "validation", "generic")}
     return replace(pictures, **parts)
 
@@ -152,7 +153,7 @@ def _damage(dense: Any, effects: Any, costs: Costs) -> float:
         return float("inf")
 
 
-def _headed(p: PreparedPictures, side: int, seed: int) -> tuple[Any, float]:
+def headed(p: PreparedPictures, side: int, seed: int) -> tuple[Any, float]:
     """The network for smaller pictures, read behind the same layer, and the nats of its head."""
     network = load_vision(p.source.folder, side)
     train, depth = smaller(p.album.train.pixels, side), p.head.depth
