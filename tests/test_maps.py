@@ -67,6 +67,10 @@ def test_eight_bits_are_within_half_a_step_and_hold_what_they_held() -> None:
     numbers, scales = rounded(w)
     assert ((held(w) - w).abs() <= 0.501 * scales[:, None, None, None]).all()
     assert torch.equal(rounded(held(w))[0], numbers)
+    rows = torch.randn(40_000, 8, generator=torch.Generator().manual_seed(2))
+    first = rounded(rows)
+    for again in (held(rows), held(rows) / 3 * 3):  # pixels' mean and deviation are divided out and multiplied in
+        assert all(torch.equal(a, b) for a, b in zip(rounded(again), first, strict=True))
 
 
 def test_a_grid_gives_up_one_outlier_for_all_others() -> None:

@@ -7,15 +7,22 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 STEPS = 255  # of a grid
+DIGITS = 16  # of a scale of weights
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the widest range that are tried for an activation
 
 
 def rounded(weight: Float[Tensor, "o ..."]) -> tuple[Int8[Tensor, "o ..."], Float[Tensor, " o"]]:
     """(whole numbers from -127 to 127, scale of every row): their product is what an int8 file holds of `weight`. What it holds stays as it is when rounded again."""
     weight = weight.detach().float()
-    scale = weight.abs().flatten(1).amax(1) / 127
+    scale = _short(weight.abs().flatten(1).amax(1) / 127)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (weight / _rows(scale, weight)).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def _short(scale: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
+    """The nearest numbers of DIGITS binary digits: 127 of them, and any fewer, are exact in fp32, so that rounding again finds the same scale, also of weights that were divided and multiplied in between."""
+    digits, power = torch.frexp(scale)
+    return torch.ldexp((digits * 2**DIGITS).round() / 2**DIGITS, power)
 
 
 def held(weight: Float[Tensor, "o ..."]) -> Float[Tensor, "o ..."]:
