@@ -337,6 +337,13 @@ def test_a_vision_job_fits_its_budget_and_a_settled_plan_is_replayed(
     assert again.plan == made.plan
     assert anatomy(again.model) == anatomy(made.model)
     assert replace(plan, settled=True) != made.plan
+    fitted = pictures.fit_pictures(clone(made.teacher), replace(made.plan, settled=False), given, costs, "quick", none)
+    for (
+        name,
+        weight,
+    ) in made.unrecovered.named_parameters():  # what a control arm that starts from the adapted network would find
+        assert torch.allclose(weight, fitted.model.get_parameter(name), atol=1e-6)
+        assert weight.data_ptr() != made.model.get_parameter(name).data_ptr()  # recovery left it alone
 
 
 def test_a_job_at_four_bits_trains_and_ends_on_its_grid(

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,14 @@ def picture_controls(
     ours = answers(artifact, view.seen(test), labels)
     with tempfile.TemporaryDirectory() as tmp:
         file = Path(tmp) / "control.onnx"
-        measured = lambda pixels: (file.stat().st_size, answers(file, pixels, labels))  # noqa: E731
+
+        def measured(pixels: Tensor) -> tuple[int, Answers]:
+            return file.stat().st_size, answers(file, pixels, labels)
+
+        def measured_arm(network: Any) -> tuple[int, Answers]:
+            seen.write(file, network, seen.fitted_weights(network))
+            return measured(view.seen(test))
+
         tell("controls", 0.0, "the original at eight bits, and adapted")
         file.write_bytes(originals.whole.read_bytes())
         rows = [_row("the original with a head at its end, fp32", *measured(test), ours)]
@@ -224,33 +232,49 @@ def picture_controls(
         name = "the original adapted to your photos, 8 bits, nothing cut"
         rows.append(_row(name, *measured(view.seen(test)), ours))
         if len(p.generic.train):
-            rows += _calibrated(view, job, made, file, lambda: measured(view.seen(test)), tell)
+            shipped = artifact.stat().st_size, ours
+            rows += _calibrated(view, job, made, shipped, measured_arm, tell)
     return rows
 
 
 def _calibrated(
-    view: View, job: Job, made: Fitted, file: Path, measured: Callable[[], tuple[int, Answers]], tell: Tell
+    view: View,
+    job: Job,
+    made: Fitted,
+    shipped: tuple[int, Answers],
+    measured: Callable[[Any], tuple[int, Answers]],
+    tell: Tell,
 ) -> list[dict[str, Any]]:
-    """The same bytes from the same adapted network, cuts and fit once on the user's pictures and once on generic ones."""
-    generic = view.pictures.generic
+    """The same bytes from the same adapted network, cuts and fit once on the user's pictures, which is what the job did, and once on generic ones; with recovery where all controls are wanted.
+
+    Args:
+        shipped, measured: (bytes, answers) of the artifact, and of a network's file.
+    """
+    full, generic = job.controls == "full", view.pictures.generic
     theirs = Pictures(generic, torch.zeros(len(generic), dtype=torch.long), *view.pictures.judged, generic)
-    full = job.controls == "full"
-    training = NONE[0], picture_effort_of(job.effort).recover if full else NONE[1]
+    fitted = partial(_fitted_anew, view, job, made, full)
+    arms: dict[str, Callable[[], tuple[int, Answers]]] = {
+        "personal": lambda: shipped if full else measured(made.unrecovered or fitted(view.pictures)),
+        "generic": lambda: measured(fitted(theirs)),
+    }
     rows: list[dict[str, Any]] = []
     compared: Answers | None = None
-    for n, (name, pictures) in enumerate((("personal", view.pictures), ("generic", theirs))):
-        started = time.monotonic()
-        tell("controls", 0.1 + 0.4 * n, f"same bytes, {name} calibration")
-        whole, plan = clone(made.teacher, torch.float32), replace(made.plan, settled=False)
-        arm = fit_pictures(whole, plan, pictures, view.costs, job.effort, training)
-        seen.write(file, arm.model, seen.fitted_weights(arm.model))
-        size, found = measured()
-        seconds, note = time.monotonic() - started, "" if full else "before recovery"
-        rows.append(
-            _row(f"same bytes, {name} calibration", size, found, compared, seconds, note) | {"against": "personal"}
-        )
+    for n, (name, arm) in enumerate(arms.items()):
+        started, title = time.monotonic(), f"same bytes, {name} calibration"
+        tell("controls", 0.1 + 0.4 * n, title)
+        size, found = arm()
+        seconds = None if name == "personal" else time.monotonic() - started  # that one the job made anyway
+        note = "" if full else "before recovery"
+        rows.append(_row(title, size, found, compared, seconds, note) | {"against": "personal"})
         compared = found
     return rows
+
+
+def _fitted_anew(view: View, job: Job, made: Fitted, full: bool, pictures: Pictures) -> Any:
+    """The adapted network settled, cut and fitted on these pictures, and recovered where `full`."""
+    training = NONE[0], picture_effort_of(job.effort).recover if full else NONE[1]
+    whole, plan = clone(made.teacher, torch.float32), replace(made.plan, settled=False)
+    return fit_pictures(whole, plan, pictures, view.costs, job.effort, training).model
 
 
 def _row(

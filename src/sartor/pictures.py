@@ -52,7 +52,7 @@ class Fitted:
 
     Attributes:
         model: in fp32. plan: what was done. adapted, trained: courses of adaptation and recovery, or None. teacher: the whole network as it adapted. mirror: it learnt from mirrored pictures too.
-        seconds: by stage. pruning: what was cut, and validation before and after.
+        seconds: by stage. pruning: what was cut, and validation before and after. unrecovered: the network as it was cut and fitted, before recovery; None where an earlier run did that, or nothing went.
     """
 
     model: Any
@@ -63,6 +63,7 @@ class Fitted:
     mirror: bool
     seconds: dict[str, float] = field(default_factory=dict)
     pruning: dict[str, Any] = field(default_factory=dict)
+    unrecovered: Any = None
 
 
 def plan_pictures(
@@ -201,18 +202,20 @@ def fit_pictures(
     teacher, pruning, carving = running(small), dict[str, Any](), carving_of(small)
     if whole:
         return Fitted(small, replace(plan, settled=True), teacher, adapted, None, mirror, clock.seconds)
+    unrecovered = None
     if kept("recover").load() is None or carving.rounds:
         if not plan.settled:
             plan = _settled(plan, teacher, pictures, costs, e, tell)
             settled(plan)
         small, latents, pruning = _cut(small, teacher, plan, pictures, e, tell, clock)
+        unrecovered = clone(small)
     else:
         small = carving.cut(small, plan)
         latents, pruning = free(small), carving.gone(teacher, small)
     lessons, told = replace(lessons, teacher=teacher), partial(tell, "recover")
     course = trained(small, latents, lessons, pictures, recover, plan.seed, told, kept("recover"))
     clock.lap("recover")
-    return Fitted(small, plan, teacher, adapted, course, mirror, clock.seconds, pruning)
+    return Fitted(small, plan, teacher, adapted, course, mirror, clock.seconds, pruning, unrecovered)
 
 
 def keeps_all(model: Any, plan: Plan) -> bool:
