@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 
+from sartor import sources
+from sartor.data import readers
+from sartor.data.generic import generic_corpus
 from sartor.data.readers import html_to_text, own_words, read_folder
 from sartor.data.split import split
 from sartor.errors import BudgetError, DataError, OutputError, SourceError
-from sartor.files import whole_file
+from sartor.files import whole_file, whole_folder
 from sartor.memory import cores
 from sartor.plan import Budget, from_mask, parse_budget, to_mask
 from sartor.sources import resolve
-from sartor.storage import claim_folder
+from sartor.storage import Checkpoint, claim_folder, give_up
 from tests.conftest import texts
 
 
@@ -227,6 +230,136 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         claim_folder(tmp_path)
     one_line(e, "not empty", "--out")
     assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_only_an_unfinished_job_of_ours_is_resumed_and_only_what_is_ours_removed(tmp_path: Path) -> None:
+    theirs = tmp_path / "training" / "checkpoint"
+    theirs.mkdir(parents=True)
+    for name, content in (("step-1000.bin", "precious"), ("job.json", '{"name": "another program\'s"}')):
+        (theirs / name).write_text(content)
+    for resume in (False, True):
+        with pytest.raises(OutputError) as e:
+            claim_folder(theirs.parent, resume)
+        one_line(e, "overwrites nothing", "another --out")
+        assert "--resume" not in str(e.value)
+    job = {"model": "m", "data": "d", "size": "25%", "seed": 0}
+    point = Checkpoint(claim_folder(tmp_path / "ours"), job)
+    with pytest.raises(OutputError) as e:
+        claim_folder(tmp_path / "ours")
+    one_line(e, "--resume")
+    (point.folder / "note.txt").write_text("precious")
+    Checkpoint(claim_folder(tmp_path / "ours", resume=True), job).clear()
+    assert [f.name for f in point.folder.iterdir()] == ["note.txt"]
+    with pytest.raises(OutputError) as e:
+        Checkpoint(claim_folder(tmp_path / "other"), job) and Checkpoint(tmp_path / "other", job | {"seed": 1})
+    one_line(e, "other options")
+    assert claim_folder(tmp_path / "new", resume=True).is_dir()
+    give_up(tmp_path / "new")
+    give_up(tmp_path / "ours")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["other", "ours", "training"]
+
+
+def test_a_folder_of_two_jobs_is_the_first_ones_unless_it_lacks_something(tmp_path: Path) -> None:
+    place = tmp_path / "models" / "m"
+    with whole_folder(place) as mine, whole_folder(place) as theirs:
+        (mine / "a").write_text("mine")
+        (theirs / "a").write_text("theirs")
+    assert (place / "a").read_text() == "theirs"  # the inner one was there first
+    with whole_folder(place) as more:
+        (more / "a").write_text("more")
+        (more / "b").write_text("more")
+    assert (place / "a").read_text() == "more"
+
+    def broken_off() -> None:
+        with whole_folder(place) as part:
+            (part / "a").write_text("broken")
+            raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"):
+        broken_off()
+    assert (place / "a").read_text() == "more"
+    assert list(place.parent.iterdir()) == [place]
+
+
+def test_whatsapp_messages_are_whole_and_in_one_order_of_days(tmp_path: Path) -> None:
+    text = """1/2/24, 9:00 AM - Messages and calls are end-to-end encrypted
+1/2/24, 9:01 AM - Anna: Shopping list:
+- milk
+- bread: dark
+1/2/24, 9:05 AM - Ben: I omitted the eggs
+1/14/24, 9:06 AM - Anna: <Media omitted>
+1/14/24, 9:07 AM - Ben: thanks
+"""
+    file = tmp_path / "chat.txt"
+    file.write_text(text)
+    first, second = read_folder(file).documents
+    assert first.text == "Anna: Shopping list:\n- milk\n- bread: dark\nBen: I omitted the eggs"
+    assert second.text == "Ben: thanks"
+    assert first.when is not None
+    assert second.when is not None
+    assert round((second.when - first.when) / 86400) == 12
+    file.write_text(text.replace("1/14/24", "14/1/24"))
+    first, second = read_folder(file).documents
+    assert (first.when or 0) > (second.when or 0)  # the first of February, said out of order
+    file.write_text(text.replace("1/14/24", "2/2/24"))
+    first, second = read_folder(file).documents
+    assert round(((second.when or 0) - (first.when or 0)) / 86400) in (1, 31)
+
+
+def test_mail_in_folders_with_a_dot_and_large_boxes_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("Mail/cur", "Mail/.Sent/cur", "Mail/.Sent/tmp", "Mail/.hidden"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1").write_text(f"Subject: {folder}\n\nfrom {folder}\n")
+    assert [d.text for d in read_folder(tmp_path / "Mail").documents] == [
+        "Mail/.Sent/cur\n\nfrom Mail/.Sent/cur",
+        "Mail/cur\n\nfrom Mail/cur",
+    ]
+    monkeypatch.setattr(readers, "MAX_FILE_BYTES", 10)
+    box = mailbox.mbox(str(tmp_path / "all.mbox"))
+    box.add("Subject: long\n\nlonger than ten bytes\n")
+    box.flush()
+    assert [d.text for d in read_folder(tmp_path / "all.mbox").documents] == ["long\n\nlonger than ten bytes"]
+
+
+def test_what_cannot_be_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("words of mine")
+    read = Path.read_bytes
+
+    def refused(file: Path) -> bytes:
+        if file.name == "a.txt":
+            raise PermissionError(13, "Permission denied")
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    found = read_folder(tmp_path)
+    assert len(found.documents) == 1
+    assert found.dropped == {"unreadable files": 1}
+
+
+def test_a_name_of_a_file_is_never_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(sources, "_from_hub", lambda spec: asked.append(spec))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for spec in ("nowhere/model.gguf", "nowhere/net.onnx", "models/mine", "./a", "~/a"):
+        with pytest.raises(SourceError) as e:
+            resolve(spec)
+        one_line(e, "no model at")
+    assert not asked
+    resolve("org/Model-2.5")
+    assert asked == ["org/Model-2.5"]
+
+
+def test_a_generic_folder_that_is_too_small_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("hello there")
+    with pytest.raises(DataError) as e:
+        generic_corpus(tmp_path, may_fetch=False)
+    one_line(e, "--generic: the data hold 2 words")
+    monkeypatch.setenv("SARTOR_GENERIC", str(tmp_path))
+    with pytest.raises(DataError) as e:
+        generic_corpus(None, may_fetch=False)
+    one_line(e, "$SARTOR_GENERIC: ")
 
 
 def test_masks_come_back() -> None:

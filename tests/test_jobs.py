@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import sartor
 from sartor import api, cli, storage
 from sartor.cli import main
-from sartor.errors import BudgetError, InputError
-from sartor.export import gguf_file, llamacpp
+from sartor.errors import BudgetError, InputError, SartorError
+from sartor.export import gguf_file, llamacpp, text_jobs
 from sartor.model import network as net
 from sartor.model.precision import running
 from sartor.numerics.grids import GRIDS
@@ -181,8 +183,53 @@ def test_the_commands_speak_json_and_text(
     assert again["user"]["artifact"] == pytest.approx(
         json.loads((fitted / "report.json").read_text())["user"]["artifact"], rel=1e-3
     )
+    other = fitted.parent / "changed"
+    shutil.copytree(place["user"], other)
+    next(f for f in sorted(other.rglob("*")) if f.is_file()).write_text("a longer note of another day\n" * 200)
+    for command, more in (("eval", []), ("export", ["--to", "onnx", "--out", str(fitted.parent / "no")])):
+        assert main([command, str(fitted), "--data", str(other), *more]) == 2
+        assert "not those this artifact was fitted to" in capsys.readouterr().err
     assert main(["doctor"]) == 0
     assert "xllamacpp" in capsys.readouterr().out
+
+
+def test_what_is_said_ends_where_the_context_is_full(
+    fitted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["run", str(fitted), ""]) == 2
+    assert "the prompt is empty" in capsys.readouterr().err
+    asked = {"prompt": "butter and salt " * 200, "tokens": 4, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    said = llamacpp.run_job(fitted / "model.gguf", "generate", **asked)  # over 2048 bytes: there is room for it all
+    assert len(said["ids"]) > 512
+    asked = {**asked, "prompt": "butter and salt " * 3000}
+    with pytest.raises(SartorError, match=r"tokens and at most 8191 fit: give a shorter one"):
+        llamacpp.run_job(fitted / "model.gguf", "generate", **asked)
+
+
+def test_a_generation_stops_at_the_last_place() -> None:
+    class Echo:
+        room = 8
+
+        def decode(self, ids: list[int], start: int, every: bool) -> np.ndarray:
+            assert start + len(ids) <= self.room
+            return np.eye(5, dtype=np.float32)[[(ids[-1] + 1) % 5]]
+
+        def tokenize(self, text: str) -> list[int]:
+            return list(range(len(text)))
+
+        def text(self, ids: list[int]) -> str:
+            return "".join(map(str, ids))
+
+        def ends(self, token: int) -> bool:
+            return False
+
+        def clear(self) -> None: ...
+
+    job = {"prompt": "abcde", "tokens": 9, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    assert text_jobs.job_generate(Echo(), job)["text"] == "012"
+    assert text_jobs.job_generate(Echo(), job | {"tokens": 2})["text"] == "01"
+    with pytest.raises(SystemExit, match="8 tokens and at most 7 fit"):
+        text_jobs.job_generate(Echo(), job | {"prompt": "abcdefgh"})
 
 
 def test_probing_tells_draws_and_is_remembered(
@@ -304,7 +351,7 @@ def test_a_share_that_is_none_is_refused(place: dict[str, Path]) -> None:
 def test_what_cannot_be_reached_names_the_nearest(place: dict[str, Path], tiny: None, tmp_path: Path) -> None:
     with pytest.raises(BudgetError) as e:
         sartor.compress(str(place["model"]), place["user"], "6%", tmp_path / "o", generic=place["generic"])
-    assert not any((tmp_path / "o").iterdir())
+    assert not (tmp_path / "o").exists()
     assert e.value.nearest
     assert f"{e.value.nearest:,}" in str(e.value)
     with pytest.raises(InputError, match="gguf"):

@@ -234,7 +234,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
         (
             (["--size", "35%", "--to", "gguf"], "--to onnx"),
             (["--size", "1%"], "ask for"),
-            (["--size", "35%", "--faster", "1000"], "--faster"),
+            (["--size", "35%", "--faster", "1000"], "times as fast, with pictures of"),
             (["--size", "35%", "--faster", "0.5"], "above 1"),
             (["--size", "35%", "--steps", "3"], "leave them out"),
         )
@@ -243,6 +243,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
         told = capsys.readouterr().err.strip().splitlines()[-1]
         assert way_out in told
         assert "secret" not in told
+        assert not (tmp_path / str(i)).exists()
     assert main(["probe", str(place["model"]), "--data", str(place["photos"])]) == 2
     assert "texts so far" in capsys.readouterr().err
     (tmp_path / "texts").mkdir()

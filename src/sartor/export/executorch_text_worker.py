@@ -28,7 +28,7 @@ class ExecutorchText(Spelling):
         if not (self.folder / FACTS).exists():
             raise SystemExit(f"{FACTS} is not beside it: copy all files that sartor export wrote")
         facts = json.loads((self.folder / FACTS).read_text())
-        self.context, self.chunk, self.final = facts["context_length"], facts["most_tokens"], facts["eos_token_ids"]
+        self.room, self.chunk, self.final = facts["context_length"], facts["most_tokens"], facts["eos_token_ids"]
         _unsafe_reset_threadpool(threads)
         try:
             self.program = Runtime.get().load_program(path)
@@ -43,9 +43,9 @@ class ExecutorchText(Spelling):
     def decode(self, ids: list[int], start: int, every: bool) -> np.ndarray:
         import torch
 
-        if start + len(ids) > self.context:
+        if start + len(ids) > self.room:
             raise SystemExit(
-                f"{start + len(ids)} tokens are more than the {self.context} that it was made for: give a shorter text or generate fewer tokens"
+                f"{start + len(ids)} tokens are more than the {self.room} that it was made for: give a shorter text or generate fewer tokens"
             )
         found = []
         for n in range(0, len(ids), self.chunk):

@@ -22,7 +22,7 @@ FTYPES = {
     **{"IQ4_XS": 30, "IQ4_NL": 25, "Q4_0": 2, "Q4_1": 3, "Q4_K_S": 14, "Q4_K_M": 15},
     **{"Q5_0": 8, "Q5_1": 9, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "Q8_0": 7},
 }
-PIP = 'pip install "sartor[llamacpp]" (builds llama-cpp-python from source, about 7 minutes on two cores)'
+PIP = "pip install llama-cpp-python==0.3.36 (builds from source, about 7 minutes on two cores)"
 
 
 def available() -> bool:

@@ -83,7 +83,7 @@ class Llama:
     """One loaded model and one context."""
 
     def __init__(self, path: str, threads: int, context: int = 2048) -> None:
-        self.lib = library()
+        self.lib, self.room = library(), context
         self.lines: list[str] = []
         self._log = LOG(lambda level, text, _: self.lines.append(text.decode(errors="replace")) if level >= 3 else None)
         self.lib.llama_log_set(self._log, None)

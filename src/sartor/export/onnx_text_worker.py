@@ -19,7 +19,7 @@ class OnnxText(Spelling):
     def __init__(self, path: str, threads: int, context: int) -> None:
         import onnxruntime as ort
 
-        self.folder, self.session = Path(path).parent, load(path, threads)
+        self.folder, self.session, self.room = Path(path).parent, load(path, threads), context
         self.binding, self.cache = self.session.io_binding(), {}
         for given in self.session.get_inputs():
             if given.name.startswith("past_key_values."):

@@ -11,9 +11,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+LONGEST = 8192  # tokens of context
+
 
 class Runner(Protocol):
-    """A loaded model with a context that grows as it decodes."""
+    """A loaded model with a context that grows as it decodes. room: tokens that it can hold."""
+
+    room: int
 
     def clear(self) -> None:
         """Forget what was decoded."""
@@ -79,9 +83,13 @@ def job_generate(runner: Runner, job: dict[str, Any]) -> dict[str, Any]:
     ids = runner.tokenize(job["prompt"])
     if job.get("before") is not None:
         ids = [job["before"], *ids]
+    if not ids:
+        raise SystemExit("the prompt is empty: give the beginning of a text")
+    if len(ids) >= runner.room:
+        raise SystemExit(f"the prompt has {len(ids)} tokens and at most {runner.room - 1} fit: give a shorter one")
     said: list[int] = []
     logits = runner.decode(ids, 0, False)[0]
-    while len(said) < job["tokens"]:
+    while len(said) < job["tokens"] and len(ids) + len(said) < runner.room:  # what is said when it is full is not lost
         token = _sample(logits, job["temperature"], job["top_p"], rng)
         if runner.ends(token) or token == job.get("before"):
             break
@@ -121,6 +129,7 @@ def timed(load: Callable[[str, int, int], Runner]) -> Callable[[dict[str, Any]],
 
 
 def room(job: dict[str, Any]) -> int:
-    """Tokens of context that a job takes."""
+    """Tokens of context that a job takes; of a prompt not more than it has bytes."""
     asked = [len(w) for w in job.get("windows", [])] + [len(job.get("ids", [])) + job.get("generate", 0), 512]
-    return min(8192, -(-(max(asked) + 1) // 256) * 256) if job["do"] != "generate" else 2048
+    asked.append(len(job.get("prompt", "").encode()) + 1 + job.get("tokens", 0))
+    return min(LONGEST, -(-(max(asked) + 1) // 256) * 256)
