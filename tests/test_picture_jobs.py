@@ -162,6 +162,11 @@ def test_the_same_commands_inspect_measure_and_export(
     told = capsys.readouterr().err
     assert "classes" in told
     assert "secret" not in told
+    shutil.rmtree(changed)
+    shutil.copytree(place["photos"], changed)
+    Image.new("RGB", (40, 40), "red").save(next((changed / NAMES[0]).iterdir()))  # as many photos, one of them another
+    assert main([*[str(changed) if a == str(place["photos"]) else a for a in ask], "--model", str(place["model"])]) == 2
+    assert "not those this artifact was fitted to" in capsys.readouterr().err
     assert sartor.export(fitted, "onnx", tmp_path / "copy").read_bytes() == (fitted / ARTIFACT).read_bytes()
 
 

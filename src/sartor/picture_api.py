@@ -177,7 +177,9 @@ def evaluate_pictures_again(
     job = Job(spec, str(data), f"{old['bytes']['budget']}B", effort=old["effort"], generic=told, seed=old["seed"])
     p = PreparedPictures(replace(job, labels=str(labels) if labels else None), source, tell)
     held, _, classes = picture_storage.load(folder)
-    if tuple(classes) != (p.album.classes if p.labelled else ()) or p.album.counts() != old["data"]["pictures"]:
+    was, known = old["data"], (p.album.classes if p.labelled else ())
+    same = was["sha256"] == p.photos_sha256() if "sha256" in was else p.album.counts() == was["pictures"]
+    if tuple(classes) != known or not same:
         raise InputError(
             "the photos or their classes are not those this artifact was fitted to: with others, what was held out would be mixed with what it learnt; give the same folder"
         )

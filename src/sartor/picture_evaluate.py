@@ -128,6 +128,7 @@ def measure_pictures(
             "classes": p.classes,
             "labelled": p.labelled,
             "dropped": p.album.dropped,
+            "sha256": p.photos_sha256(),
         },
         "head": {"depth": p.head.depth, "of": p.depth, "nats": p.head.nats, "side": side, "of_side": test.shape[-1]},
         "versions": versions("sartor", "torch", "onnx", "onnxruntime", "pillow") | computing(),

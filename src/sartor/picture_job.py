@@ -75,13 +75,18 @@ class PreparedPictures:
         )
 
     def fingerprint(self) -> str:
-        """sha256 over the split photos: an interrupted job may only go on with the very same data."""
+        """sha256 over all that shapes a job: an interrupted one may only go on with the very same data."""
+        digest = hashlib.sha256(self.photos_sha256().encode())
+        digest.update(self.generic.train.numpy().tobytes() + self.generic.test.numpy().tobytes())
+        return digest.hexdigest()
+
+    def photos_sha256(self) -> str:
+        """The same over the user's photos, their labels and the splits that they are in."""
         digest = hashlib.sha256()
         for part in (self.album.train, self.album.validation, self.album.test):
             digest.update(part.pixels.numpy().tobytes())
-        for labels in self.labels:
+        for labels in self.labels if self.labelled else ():  # clusters follow from the photos, but for the last digits
             digest.update(labels.numpy().tobytes())
-        digest.update(self.generic.train.numpy().tobytes() + self.generic.test.numpy().tobytes())
         return digest.hexdigest()
 
     @property
