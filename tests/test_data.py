@@ -14,7 +14,9 @@ import pytest
 from sartor import sources
 from sartor.data import readers
 from sartor.data.generic import generic_corpus
-from sartor.data.readers import html_to_text, own_words, read_folder
+from sartor.data.mails import own_words
+from sartor.data.markup import html_to_text
+from sartor.data.readers import read_folder
 from sartor.data.split import split
 from sartor.errors import BudgetError, DataError, OutputError, SourceError
 from sartor.files import whole_file, whole_folder

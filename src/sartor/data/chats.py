@@ -19,9 +19,13 @@ def read_json(text: str, path: Path) -> Iterator[Document]:
 
 
 def read_jsonl(text: str, path: Path) -> Iterator[Document]:
-    for line in text.splitlines():
-        if line.strip():
-            yield from from_json(json.loads(line))
+    for line in text.split("\n"):
+        if not line.strip():
+            continue
+        try:
+            yield from list(from_json(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            yield Document("", lacking="malformed lines")
 
 
 def from_json(value: Any) -> Iterator[Document]:
@@ -33,7 +37,7 @@ def from_json(value: Any) -> Iterator[Document]:
             yield from _telegram(chat)
     elif isinstance(value, dict) and isinstance(value.get("messages"), list):
         messages = value["messages"]
-        yield from _telegram(value) if any("date" in m for m in messages[:5]) else _roles(messages)
+        yield from _telegram(value) if any("date" in m and "text" in m for m in messages) else _roles(messages)
     elif (
         isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m and "content" in m for m in value)
     ):
@@ -112,6 +116,7 @@ WHATSAPP = re.compile(
     r"^\u200e?\[?(\d{1,4}[./-]\d{1,2}[./-]\d{2,4}),? \d{1,2}:\d{2}(?::\d{2})?(?:\s?[APap]\.?[Mm]\.?)?\]?(?: -)? (.*)$",
     re.M,
 )
+MOSTLY = 0.6  # of the dated lines
 SAID = re.compile(r"([^:\n]{1,60}): (.*)", re.S)  # without a name in front, the program itself speaks
 NOT_SAID = re.compile(
     r"\u200e.*|<[^<>\n]{1,60}>|(?:image|video|audio|sticker|gif|document|contact card|media) omitted", re.I | re.S
@@ -130,6 +135,13 @@ DAYS = (
 )
 
 
+def is_whatsapp(text: str) -> bool:
+    """Whether a file begins with dated lines most of which somebody says: a diary's are not."""
+    heads = list(itertools.islice(WHATSAPP.finditer(text[:20_000]), 50))
+    said = sum(bool(SAID.fullmatch(h[2])) for h in heads)
+    return bool(heads) and not text[: heads[0].start()].strip() and said > MOSTLY * len(heads)
+
+
 def read_whatsapp(text: str, _: Path) -> Iterator[Document]:
     """A message goes on until the next one begins."""
     heads = list(WHATSAPP.finditer(text))
@@ -139,6 +151,8 @@ def read_whatsapp(text: str, _: Path) -> Iterator[Document]:
         said = SAID.fullmatch(text[head.start(2) : end].rstrip())
         if said and not NOT_SAID.fullmatch(said[2]):
             lines.append((head[1], f"{said[1]}: {said[2]}"))
+        else:
+            yield Document("", lacking="chat lines that nobody wrote")
     times = _dates([h[1] for h in heads])
     yield from _by_day((day, line, times.get(day)) for day, line in lines)
 

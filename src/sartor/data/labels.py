@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sartor.data.readers import decode
+from sartor.data.document import decode
 from sartor.errors import DataError
 
 FILE_HEADERS = {"file", "filename", "file_name", "image", "photo", "picture", "path"}

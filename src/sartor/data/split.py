@@ -1,6 +1,6 @@
 """From documents to splits that share nothing: probe, train, validation, test.
 
-Exact and near duplicates are dropped before the split (the earliest stays), so they cannot cross it. Documents are put
+Exact and near duplicates, and what mostly stands in other documents, are dropped before the split (the earliest stays, of undated files the shorter), so they cannot cross it. Documents are put
 in order of time when most have one; otherwise whole files are shuffled with the seed. A few long files are cut into
 consecutive parts that stay in order.
 """
@@ -26,6 +26,10 @@ TRUSTED_TEST_DOCUMENTS = 30
 PART_CHARS = 6_000
 FEW_FILES = 12
 SHINGLE = 5
+LONG, CONTAINED = (
+    8,
+    0.5,
+)  # words of a run; share of a document's runs that stand in others, above which it is one of them
 BANDS, ROWS = 16, 4  # documents that share about half of their 5-word shingles meet in some band
 
 
@@ -69,8 +73,9 @@ def split(reading: Reading, seed: int = 0) -> Corpus:
             f"the data hold {words} words ({chars} characters) after duplicates are dropped, at least {LEAST_CHARS} characters "
             "(about 7,000 words) are needed to fit and to test a model: add more documents"
         )
-    documents, by_time = _in_order(documents, seed)
-    whole_files = not by_time and len(reading.documents) >= FEW_FILES
+    documents, by_time, whole_files = _in_order(documents, seed)
+    documents = drop_contained(documents, by_time or not whole_files, dropped)
+    chars = sum(len(d.text) for d in documents)
     parts = _assign_by_size(documents, chars) if whole_files else _assign_in_order(documents, chars)
     empty = [k for k, v in parts.items() if not v]
     if empty:
@@ -81,8 +86,9 @@ def split(reading: Reading, seed: int = 0) -> Corpus:
     if len(parts["test"]) < TRUSTED_TEST_DOCUMENTS:
         need = int(np.ceil(TRUSTED_TEST_DOCUMENTS / SHARES["test"]))
         warnings.append(
-            f"only {len(parts['test'])} test documents: intervals are wide, {need} documents or more would make them trustworthy"
+            f"only {len(parts['test'])} test documents: intervals speak of more text like these few, {need} documents or more would make them trustworthy"
         )
+        parts["test"] = [p.text for text in parts["test"] for p in _parts(Document(text))]  # an interval takes several
     return Corpus(
         **{k: tuple(v) for k, v in parts.items()},
         dropped=dict(dropped),
@@ -114,15 +120,18 @@ def _assign_in_order(documents: Sequence[Document], chars: int) -> dict[str, lis
     return parts
 
 
-def _in_order(documents: list[Document], seed: int) -> tuple[list[Document], bool]:
-    dated = [d for d in documents if d.when is not None]
+def _in_order(documents: list[Document], seed: int) -> tuple[list[Document], bool, bool]:
+    """(documents in order, whether that is of time, whether they are files without one). Of dated ones those without a date go into the middle, where they are trained on."""
+    dated = sorted((d for d in documents if d.when is not None), key=lambda d: d.when or 0.0)
     if len(dated) > 0.8 * len(documents):
         rest = [d for d in documents if d.when is None]
-        return rest + sorted(dated, key=lambda d: d.when or 0.0), True
+        first = np.cumsum([len(d.text) for d in dated]) <= SHARES["probe"] * sum(len(d.text) for d in documents)
+        start = int(first.sum()) + 1
+        return dated[:start] + rest + dated[start:], True, False
     if len(documents) >= FEW_FILES:
         order = np.random.default_rng(seed).permutation(len(documents))
-        return [documents[i] for i in order], False
-    return [part for d in documents for part in _parts(d)], False
+        return [documents[i] for i in order], False, True
+    return [part for d in documents for part in _parts(d)], False, False
 
 
 def _parts(d: Document) -> list[Document]:
@@ -155,6 +164,35 @@ def drop_duplicates(documents: Sequence[Document], dropped: Counter[str]) -> lis
     if not dropped["near duplicates"]:
         del dropped["near duplicates"]
     return [d for d, k in zip(unique, keep, strict=True) if k]
+
+
+def drop_contained(documents: list[Document], in_order: bool, dropped: Counter[str]) -> list[Document]:
+    """Documents without those that mostly stand in others, as a merged copy of all notes or a file's older version do, whatever their length; counts what it drops.
+
+    Args:
+        in_order: earlier ones stay; else shorter ones.
+    """
+    order = range(len(documents)) if in_order else sorted(range(len(documents)), key=lambda i: len(documents[i].text))
+    marks = [_marks(documents[i].text) for i in order]
+    of = np.repeat(np.arange(len(marks)), [len(m) for m in marks])
+    _, first, where = np.unique(np.concatenate(marks), return_index=True, return_inverse=True)
+    old = of[first][where] < of  # the same words stood in a document before this one
+    share = np.bincount(of, old, len(marks)) / np.maximum(np.bincount(of, minlength=len(marks)), 1)
+    lost = {i for i, s in zip(order, share, strict=True) if s > CONTAINED}
+    if lost:
+        dropped["documents that mostly stand in others"] += len(lost)
+    return [d for i, d in enumerate(documents) if i not in lost]
+
+
+def _marks(text: str) -> np.ndarray:
+    """A number for every run of LONG words."""
+    words = np.array([zlib.crc32(w.encode()) for w in text.lower().split()], np.uint64)
+    if len(words) < LONG:
+        return np.zeros(0, np.uint64)
+    runs = np.lib.stride_tricks.sliding_window_view(words, LONG)
+    weights = np.random.default_rng(2).integers(1, 1 << 63, LONG, dtype=np.uint64) | np.uint64(1)
+    found: np.ndarray = (runs * weights).sum(1, dtype=np.uint64)  # modulo 2^64
+    return found
 
 
 def _not_near(texts: Sequence[str]) -> list[bool]:
