@@ -168,7 +168,18 @@ def test_torchvisions_weights_are_a_source(tmp_path: Path, monkeypatch: pytest.M
         load_seer(source.folder, 96)
     save_file({"layer.weight": torch.ones(2)}, tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"not weights")
-    for name, why in (("other", "no family"), ("broken", "not a safetensors file")):
+    stem = {"conv1.weight": state["conv1.weight"][..., 2:5, 2:5].clone()}
+    for name, more in (("gated", {"layer1.0.se.conv.weight": torch.ones(2)}), ("small", stem)):
+        save_file({n: v.contiguous() for n, v in (state | more).items()}, tmp_path / f"{name}.safetensors")
+    halves = {n: v.half() if v.is_floating_point() else v for n, v in state.items()}
+    assert from_torchvision(halves)(pictures(1, SIZE)).shape == (1, CLASSES)
+    wrong = (
+        ("other", "no family"),
+        ("broken", "not a safetensors"),
+        ("gated", "se.conv.weight"),
+        ("small", "first conv"),
+    )
+    for name, why in wrong:
         with pytest.raises(SourceError, match=why):
             resolve(str(tmp_path / f"{name}.safetensors"))
 

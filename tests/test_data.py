@@ -323,6 +323,108 @@ def test_mail_in_folders_with_a_dot_and_large_boxes_is_read(tmp_path: Path, monk
     assert [d.text for d in read_folder(tmp_path / "all.mbox").documents] == ["long\n\nlonger than ten bytes"]
 
 
+def a_mail(body: bytes, charset: str, kind: str = "plain") -> bytes:
+    head = f"Subject: news\nContent-Type: text/{kind}; charset={charset}\nContent-Transfer-Encoding: 8bit\n\n"
+    return head.encode() + body
+
+
+def test_mails_are_read_in_the_code_that_they_name(tmp_path: Path) -> None:
+    wanted = "Привет, Анна! It’s fine “now”"
+    for n, (text, code, named) in enumerate(
+        (
+            (wanted, "utf-8", "utf-8"),
+            (wanted[:13], "koi8-r", "koi8-r"),
+            (wanted[15:], "cp1252", "windows-1252"),
+            (wanted[15:], "cp1252", "iso-8859-1"),
+            (wanted, "utf-8", "unheard-of"),
+        )
+    ):
+        (tmp_path / f"{n}.eml").write_bytes(a_mail(text.encode(code), named))
+        assert read_folder(tmp_path / f"{n}.eml").documents[0].text == f"news\n\n{text}"
+
+
+def test_what_a_mail_quotes_is_left_out(tmp_path: Path) -> None:
+    html = "<head><title>t</title><body><div>My answer</div><blockquote>Old words<div>and more</div></blockquote>Bye"
+    (tmp_path / "a.eml").write_bytes(a_mail(html.encode(), "utf-8", "html"))
+    plain = "My answer\n\nFrom: Anna\nSent: Monday\nTo: Ben\nSubject: news\n\nOld words\n"
+    (tmp_path / "b.eml").write_bytes(a_mail(plain.encode(), "utf-8"))
+    first, second = (d.text for d in read_folder(tmp_path).documents)
+    assert "My answer" in first
+    assert "Bye" in first
+    assert second == "news\n\nMy answer"
+    assert "Old" not in first
+    assert "and more" not in first
+    assert "Old words" in html_to_text(html)
+
+
+def test_one_broken_record_does_not_take_the_others_along(tmp_path: Path) -> None:
+    box = mailbox.mbox(str(tmp_path / "all.mbox"))
+    for body in ("first words", "last words"):
+        box.add(f"Subject: s\n\n{body}\n")
+    box.add(
+        "Subject: b\nMIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=x\n\n--x\nContent-Type: multipart/related\n\nz\n--x--\n"
+    )
+    box.flush()
+    found = read_folder(tmp_path / "all.mbox")
+    assert len(found.documents) == 2
+    assert sum(found.dropped.values()) == 1
+    lines = ['{"text": "one two"}', '{"text": "a\u2028b"}', '{"text": "half of a emoji \\ud83d"}', '{"text": "cut o']
+    (tmp_path / "n.jsonl").write_text("\n".join(lines))
+    found = read_folder(tmp_path / "n.jsonl")
+    assert [d.text for d in found.documents][0] == "one two"
+    assert found.dropped["malformed lines"] == 1
+    assert all(d.text.encode() for d in found.documents)
+    roles = [{"role": "user", "content": "hello there", "date": "2024-01-01"}]
+    (tmp_path / "c.json").write_text(json.dumps({"messages": roles}))
+    assert read_folder(tmp_path / "c.json").documents[0].text == "user: hello there"
+    diary = "Preface.\n2024-01-05 10:30 Went for a walk\n2024-01-06 11:00 Dinner with Anna: fish\nTalked long\n"
+    (tmp_path / "diary.txt").write_text(diary)
+    assert read_folder(tmp_path / "diary.txt").documents[0].text == diary
+
+
+def test_a_damaged_letter_does_not_make_a_text_latin(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(("für die schöne Müllerin, grüße " * 9).encode() + b"\xff")
+    (tmp_path / "b.txt").write_bytes("für die schöne “Müllerin”".encode("cp1252"))
+    first, second = (d.text for d in read_folder(tmp_path).documents)
+    assert first == "für die schöne Müllerin, grüße " * 9 + "\ufffd"
+    assert second == "für die schöne “Müllerin”"
+
+
+def test_a_copy_within_a_larger_document_does_not_cross_a_split(tmp_path: Path) -> None:
+    notes = texts("cook", 60, 31)
+    long = [" ".join(f"{w}{i}-{n}" for i, w in enumerate(t.split())) for n, t in enumerate(notes)]  # no two alike
+    folder = write_texts(tmp_path / "merged", [*long, *(["\n\n".join(long)])])
+    corpus = split(read_folder(folder))
+    assert corpus.dropped["documents that mostly stand in others"] == 1
+    assert_apart(corpus)
+    one = "\n\n".join(long)
+    (tmp_path / "twice").mkdir()
+    (tmp_path / "twice" / "a.txt").write_text(f"{one}\n\n{one}")
+    assert_apart(split(read_folder(tmp_path / "twice")))
+
+
+def assert_apart(corpus: Any) -> None:
+    """Hardly any eight words of the test stand in what shaped the model."""
+    runs = lambda of: {tuple(w[i : i + 8]) for t in of for w in [t.split()] for i in range(len(w) - 7)}  # noqa: E731
+    seen, test = runs([*corpus.train, *corpus.probe, *corpus.validation]), runs(corpus.test)
+    assert len(test & seen) < 0.05 * len(test)
+
+
+def test_undated_documents_are_trained_on_and_a_maildirs_own_files_are_not_read(tmp_path: Path) -> None:
+    for name in ("cur", "new", "tmp"):
+        (tmp_path / name).mkdir()
+    for i, text in enumerate(texts("cook", 60, 41)):
+        head = f"Subject: s{i}\nDate: Mon, {1 + i % 28} Jan 20{10 + i // 28} 10:00:00 +0000\n\n"
+        (tmp_path / "cur" / f"{i}").write_text(head + " ".join(f"{w}{i}" for w in text.split()))
+    (tmp_path / "dovecot-uidlist").write_text("1 :17000.M159485P1\n" * 800)
+    (tmp_path / "cur" / "undated").write_text("Subject: when\n\n" + "nobody knows when this was " * 40)
+    corpus = split(read_folder(tmp_path))
+    assert corpus.ordered_by_time
+    everything = [*corpus.probe, *corpus.train, *corpus.validation, *corpus.test]
+    assert not any("M159485P1" in t for t in everything)
+    assert any("nobody knows" in t for t in corpus.train)
+
+
 def test_what_cannot_be_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("words of mine")

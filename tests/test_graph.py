@@ -284,6 +284,7 @@ def onnx_file(path: Path, nodes: list[Any], arrays: dict[str, Any], sides: tuple
 
 
 def test_an_operator_that_is_not_read_is_named_in_one_line(tmp_path: Path) -> None:
+    from onnx import TensorProto
     from onnx.helper import make_node
 
     weight = {"w": np.ones((4, 3, 3, 3), np.float32)}
@@ -300,6 +301,18 @@ def test_an_operator_that_is_not_read_is_named_in_one_line(tmp_path: Path) -> No
             read_graph(onnx_file(tmp_path / "m.onnx", nodes, arrays))
         assert "\n" not in str(error.value)
         assert str(tmp_path) not in str(error.value)
+    bad = {
+        "training": ([make_node("BatchNormalization", ["x", *"cccc"], ["y"], training_mode=1)], {"c": np.ones(3)}),
+        "whole numbers": ([make_node("Cast", ["x"], ["y"], to=7)], {}),
+        "a map of": ([make_node("Conv", ["x", "w"], ["y"])], {"w": np.ones((2**22, 3, 1, 1), np.float32)}),
+    }
+    for why, (nodes, arrays) in bad.items():
+        with pytest.raises(SourceError, match=why):
+            read_graph(onnx_file(tmp_path / "m.onnx", nodes, arrays))
+    outside = make_node("ConstantOfShape", ["s"], ["k"], value=TensorProto(dims=[1], data_type=1, data_location=1))
+    nodes = [outside, make_node("Add", ["x", "k"], ["y"])]
+    with pytest.raises(SourceError, match="other files"):
+        read_graph(onnx_file(tmp_path / "m.onnx", nodes, {"s": np.array([1])}))
     for sides in (("n", 3, 8, 9), ("n", 1, 8, 8), ("n", 3, 10**6, 10**6)):
         with pytest.raises(SourceError, match="pictures"):
             read_graph(onnx_file(tmp_path / "m.onnx", [make_node("Relu", ["x"], ["y"])], {}, sides))
@@ -316,6 +329,26 @@ def test_padding_that_a_file_leaves_open_is_the_runtimes(tmp_path: Path, auto: s
         make_node("MaxPool", ["a"], ["y"], auto_pad=auto, kernel_shape=[2, 2]),
     ]
     file = onnx_file(tmp_path / "m.onnx", nodes, weight)
+    graph = read_graph(file)
+    x = graph.embed(pictures(2, 8))
+    said = onnxruntime.InferenceSession(str(file)).run(None, {"x": x.numpy()})[0]
+    close(graph.run(x, 0, len(graph.nodes)), torch.from_numpy(said))
+
+
+def test_a_factor_behind_an_output_or_another_reader_stays_its_own(tmp_path: Path) -> None:
+    import onnxruntime
+    from onnx.helper import make_node
+
+    arrays = {"w": np.random.default_rng(0).normal(size=(4, 192)).astype(np.float32), "two": np.array(2, np.float32)}
+    nodes = [
+        make_node("Flatten", ["x"], ["f"]),
+        make_node("Gemm", ["f", "w"], ["g"], transB=1),
+        make_node("Flatten", ["g"], ["h"]),
+        make_node("Mul", ["h", "two"], ["m"]),
+        make_node("Relu", ["g"], ["r"]),
+        make_node("Add", ["m", "r"], ["y"]),
+    ]
+    file = onnx_file(tmp_path / "m.onnx", nodes, arrays)
     graph = read_graph(file)
     x = graph.embed(pictures(2, 8))
     said = onnxruntime.InferenceSession(str(file)).run(None, {"x": x.numpy()})[0]

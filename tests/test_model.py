@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from sartor.errors import SourceError
+from sartor.export.gguf_file import pre_tokenizer
 from sartor.model import network as net
 from sartor.model import precision
 from sartor.model.attention import register
-from sartor.model.vocabulary import closed_order, count_tokens, trim_tokenizer
+from sartor.model.tokenizers import cut_as_gguf_, load_tokenizer
+from sartor.model.vocabulary import _made_of, closed_order, count_tokens, trim_tokenizer
 from sartor.stages.tokens import cut_windows, encode_windows
 from tests.conftest import make_model, texts
 
@@ -93,6 +99,55 @@ def test_used_tokens_survive_trimming(tokenizer: Any) -> None:
     needed = max(order.index(i) for i in counts) + 1
     smaller, _ = trim_tokenizer(tokenizer, order[: max(base, needed)])
     assert [len(smaller(t)["input_ids"]) for t in own] == [len(tokenizer(t)["input_ids"]) for t in own]
+
+
+def cutting_digits(tokenizer: Any) -> Any:
+    """The same vocabulary, every digit apart, as SmolLM2's."""
+    from tokenizers import pre_tokenizers
+
+    other = copy.deepcopy(tokenizer)
+    rules = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(rules)
+    return other
+
+
+def cuts(tokenizer: Any) -> list[str]:
+    """The pieces in which a text is merged."""
+    return [w for w, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("salt\n\n12 eggs  3")]
+
+
+def test_a_folders_tokenizer_cuts_texts_as_its_own_file_says(tokenizer: Any, tmp_path: Path) -> None:
+    digits = cutting_digits(tokenizer)
+    assert cuts(digits) != cuts(tokenizer)
+    digits.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    told = json.loads(file.read_text())
+    for name in (
+        told["tokenizer_class"],
+        "GPT2Tokenizer",
+        "Qwen2Tokenizer",
+    ):  # which transformers makes of vocabulary and merges
+        file.write_text(json.dumps(told | {"tokenizer_class": name}))
+        again = load_tokenizer(tmp_path)
+        assert cuts(again) == cuts(digits)
+        assert again.eos_token_id == digits.eos_token_id
+        again.save_pretrained(tmp_path / "saved")
+        assert cuts(load_tokenizer(tmp_path / "saved")) == cuts(digits)
+    assert pre_tokenizer(json.loads(again.backend_tokenizer.to_str())) == "smollm"
+
+
+def test_a_gguf_files_rules_are_its_tokenizers(tokenizer: Any) -> None:
+    for name, wanted in (("smollm", cutting_digits(tokenizer)), ("gpt-2", tokenizer), ("", tokenizer)):
+        assert cuts(cut_as_gguf_(copy.deepcopy(tokenizer), name)) == cuts(wanted)
+    with pytest.raises(SourceError, match="'chameleon'"):
+        cut_as_gguf_(tokenizer, "chameleon")
+
+
+def test_a_token_of_several_merges_is_made_of_those_that_spell_it() -> None:
+    # "abc" could be a + bc, listed first, but its letters merge to ab first, then to abc
+    merges = [("a", "b"), ("a", "bc"), ("ab", "c"), ("b", "c")]
+    assert _made_of(merges) == {"ab": ("a", "b"), "abc": ("ab", "c"), "bc": ("b", "c")}
+    assert _made_of([("x", "yz"), ("xy", "z")]) == {"xyz": ("x", "yz")}  # its letters never make it: as listed
 
 
 def test_windows_hold_the_same_text_for_every_tokenizer(tokenizer: Any) -> None:

@@ -175,6 +175,22 @@ def test_the_interval_holds_the_value_and_pairing_narrows_it() -> None:
     assert -0.06 < low < b.bits_per_byte / a.bits_per_byte - 1 < high < -0.04
 
 
+def test_the_interval_of_few_documents_is_wide() -> None:
+    rng, truth = np.random.default_rng(0), 0.9
+    for few in (3, 8, 20):
+        held = 0
+        for _ in range(200):
+            size = rng.integers(100, 900, few)
+            dense = size * rng.uniform(0.5, 1.5, few)
+            fitted = dense * truth * rng.uniform(0.8, 1.2, few)
+            low, high = interval(Score(tuple(fitted), tuple(size)), Score(tuple(dense), tuple(size)))
+            held += low <= truth - 1 <= high
+        assert held >= 174, few  # of 190 that were promised
+    one = Score((10.0,), (20,))
+    assert interval(Score((9.0,), (20,)), one) == pytest.approx((-1, 0.8))
+    assert interval(one)[0] == 0
+
+
 def test_four_bits_are_eight_with_one_scale_a_row() -> None:
     w = random(24, 96) * torch.logspace(-6, 0, 24)[:, None]  # rows far smaller than fp16 knows
     w[3] = 0

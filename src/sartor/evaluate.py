@@ -13,9 +13,10 @@ from sartor.errors import OutputError
 from sartor.export import gguf_file, llama_quantizer, llamacpp
 from sartor.files import whole_file, whole_folder
 from sartor.model.network import anatomy, load_dense
+from sartor.model.tokenizers import load_tokenizer
 from sartor.numerics.grids import GRIDS, search_scales, tensor_bytes
 from sartor.numerics.metrics import Score, interval
-from sartor.sources import Source, cache_dir
+from sartor.sources import FORMAT, Source, cache_dir
 from sartor.stages.bits import kinds_of
 from sartor.stages.calibrate import Moments
 from sartor.stages.measure import score, token_nats
@@ -72,16 +73,14 @@ def _write_reference(source: Source, model: Any, tokenizer: Any) -> None:
 
 def cached_dense(sha256: str) -> Dense | None:
     """What an earlier job left of this original, if anything."""
-    from transformers import AutoTokenizer
-
     folder = _dense_folder(sha256)
     if not (folder / "tokenizer").exists():
         return None
-    return Dense(folder / "F16.gguf", folder / "Q8_0.gguf", AutoTokenizer.from_pretrained(folder / "tokenizer"))
+    return Dense(folder / "F16.gguf", folder / "Q8_0.gguf", load_tokenizer(folder / "tokenizer"))
 
 
 def _dense_folder(sha256: str) -> Path:
-    return cache_dir() / "dense" / sha256[:16]
+    return cache_dir() / "dense" / f"{sha256[:16]}-{FORMAT}"
 
 
 def write_plain(path: Path, model: Any, tokenizer: Any, kind: str) -> None:

@@ -26,6 +26,7 @@ from sartor.files import whole_folder
 PYPI = re.compile(r"^pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!_-]+)(#(?P<inside>.+))?$")
 HUB = re.compile(r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FORMAT = 2  # of what is kept of language models: 1 cut their texts otherwise than GGUF files say
 FILES = (".gguf", ".onnx", ".safetensors", *PICKLES)  # a name that ends so is of a file, never of a model on the hub
 
 
@@ -111,7 +112,7 @@ def _from_gguf(path: Path, spec: str) -> Source:
         )
     _check_gguf(path)
     sha = sha256_of(path)
-    folder = cache_dir() / "models" / sha[:16]
+    folder = cache_dir() / "models" / f"{sha[:16]}-{FORMAT}"
     if not (folder / "source.json").exists():
         _convert_gguf(path, folder, sha)
     return Source(spec, folder, sha, _note(folder), path)
@@ -184,7 +185,7 @@ def _save_graph(graph: Any, folder: Path, sha: str, note: str) -> None:
 
 
 def _check_gguf(path: Path) -> None:
-    """Every tensor must lie inside the file; the reader itself notices only some truncations."""
+    """Every tensor must lie inside the file, the reader itself notices only some truncations; and all that shapes the network must be known here."""
     import gguf
 
     try:
@@ -194,10 +195,22 @@ def _check_gguf(path: Path) -> None:
         raise SourceError(
             f"'{path.name}' is a damaged GGUF file ({type(error).__name__} while reading its header): fetch it again"
         ) from error
+    if any(t.name == "rope_freqs.weight" for t in reader.tensors) or _said(reader, ".rope.scaling.type") not in (
+        "",
+        "none",
+    ):
+        raise SourceError(f"'{path.name}' scales its rotary positions: Sartor reads plain ones so far")
+    if _said(reader, "split.count") not in ("", "0", "1"):
+        raise SourceError(f"'{path.name}' is one part of a model: join the parts with llama-gguf-split --merge")
     if end > path.stat().st_size:
         raise SourceError(
             f"'{path.name}' is truncated: its header promises {end} bytes, the file has {path.stat().st_size}: fetch it again"
         )
+
+
+def _said(reader: Any, key: str) -> str:
+    """The value of the first field whose name ends so, as text; "" where there is none."""
+    return next((str(f.contents()) for name, f in reader.fields.items() if name.endswith(key)), "")
 
 
 def _convert_gguf(path: Path, folder: Path, sha: str) -> None:
@@ -205,11 +218,27 @@ def _convert_gguf(path: Path, folder: Path, sha: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from sartor.model.network import refuse_incomplete
+    from sartor.model.tokenizers import cut_as_gguf_
+
+    name = "model.gguf"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
+        with tempfile.TemporaryDirectory() as alone:  # other files beside it would be read first
+            (Path(alone) / name).symlink_to(path.resolve())
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=name, trust_remote_code=False)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                alone,
+                gguf_file=name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        model, told = loaded
+        refuse_incomplete(model, told)
+        cut_as_gguf_(tokenizer, _said(gguf.GGUFReader(path), "tokenizer.ggml.pre"))
+    except SourceError:
+        raise
     except Exception as error:
         raise SourceError(
             f"'{path.name}' cannot be opened ({type(error).__name__}: {str(error)[:120]}): Sartor reads Llama, Qwen2, Qwen3 and Mistral GGUF files"

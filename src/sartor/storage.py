@@ -25,6 +25,7 @@ from sartor.data.split import Corpus
 from sartor.errors import InputError, OutputError, SourceError
 from sartor.files import whole_file, write_whole
 from sartor.model.network import empty_like
+from sartor.model.tokenizers import load_tokenizer
 from sartor.numerics.four import NAMED
 from sartor.numerics.grids import GRIDS, decode_scales, encode
 from sartor.plan import Plan
@@ -167,7 +168,7 @@ def load(folder: Path) -> tuple[Any, Any, Plan]:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     needed = [
         n for n in ("plan.json", "model.safetensors", "config.json", "tokenizer.json") if not (folder / n).exists()
@@ -177,7 +178,7 @@ def load(folder: Path) -> tuple[Any, Any, Plan]:
     plan = Plan.from_json((folder / "plan.json").read_text())
     try:
         config, full = (AutoConfig.from_pretrained(folder, trust_remote_code=False) for _ in range(2))
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
         raw = load_file(folder / "model.safetensors")
     except Exception as error:
         raise SourceError(

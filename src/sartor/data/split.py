@@ -66,6 +66,8 @@ def split(reading: Reading, seed: int = 0) -> Corpus:
     """
     dropped = Counter(reading.dropped)
     documents = drop_duplicates(reading.documents, dropped)
+    documents, by_time, whole_files = _in_order(documents, seed)
+    documents = drop_contained(documents, by_time or not whole_files, dropped)
     chars = sum(len(d.text) for d in documents)
     if chars < LEAST_CHARS:
         words = sum(len(d.text.split()) for d in documents)
@@ -73,9 +75,6 @@ def split(reading: Reading, seed: int = 0) -> Corpus:
             f"the data hold {words} words ({chars} characters) after duplicates are dropped, at least {LEAST_CHARS} characters "
             "(about 7,000 words) are needed to fit and to test a model: add more documents"
         )
-    documents, by_time, whole_files = _in_order(documents, seed)
-    documents = drop_contained(documents, by_time or not whole_files, dropped)
-    chars = sum(len(d.text) for d in documents)
     parts = _assign_by_size(documents, chars) if whole_files else _assign_in_order(documents, chars)
     empty = [k for k, v in parts.items() if not v]
     if empty:

@@ -98,7 +98,8 @@ def _add_tokenizer(writer: Any, tokenizer: Any, vocab: int) -> None:
         writer.add_eos_token_id(tokenizer.eos_token_id)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(False)
+    first = tokenizer("a").input_ids[:1]
+    writer.add_add_bos_token(first == [tokenizer.bos_token_id])
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 
@@ -108,13 +109,14 @@ def pre_tokenizer(spec: Mapping[str, Any]) -> str:
     pre = json.dumps(spec.get("pre_tokenizer"))
     if spec["model"]["type"] != "BPE" or "ByteLevel" not in pre:
         raise SourceError("the tokenizer is not byte-level BPE: Sartor exports only that kind so far")
-    if '"Digits"' in pre:
-        return "smollm"
+    digits, split = '"Digits"' in pre, '"Split"' in pre
+    if digits and split:
+        raise SourceError("the tokenizer sets digits apart and splits by rules of its own: Sartor does not know it")
+    if "p{Lu}" in pre:
+        return "gpt-4o" if "{1,3}" in pre else "tekken"
     if "{1,3}" in pre:
         return "llama-bpe"
-    if "p{Lu}" in pre:
-        return "tekken"
-    return "qwen2" if '"Split"' in pre else "gpt-2"
+    return "smollm" if digits else "qwen2" if split else "gpt-2"
 
 
 def header_bytes(config: Any, a: Anatomy, tokenizer: Any, name: str) -> int:

@@ -26,6 +26,18 @@ STRIDES_V2 = (1, 2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1)
 V3 = {15: ((1, 2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1), 6), 11: ((2, 2, 1, 2, 1, 1, 1, 1, 2, 1, 1), 3)}
 
 
+class _Noted(dict[str, Tensor]):
+    """Weights by name, and which of them were read."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(weights)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
 @dataclass(frozen=True)
 class _Parts:
     """Weights by name, and the draft that they go into."""
@@ -47,7 +59,8 @@ class _Parts:
         return self.draft.add(op, x, name=f"{x}_{kind}", **attributes)
 
     def linear(self, x: str, name: str) -> str:
-        return self.draft.linear(x, self.weights[f"{name}.weight"].float(), self.weights[f"{name}.bias"], name)
+        weight, bias = (self.weights[f"{name}.{end}"].float() for end in ("weight", "bias"))
+        return self.draft.linear(x, weight, bias, name)
 
     def pooled(self, x: str) -> str:
         return self.draft.add("flatten", self.draft.add("global_average_pool", x))
@@ -67,7 +80,8 @@ class _Parts:
         pads = [k // 2 if padding is None else padding for k in weight.shape[2:]]
         sizes: dict[str, Any] = {"stride": (stride, stride), "padding": pads}
         sizes["groups"] = self.draft.shape[x][0] // weight.shape[1]
-        x = self.draft.conv(x, weight.float(), self.weights.get(f"{name}.bias"), name, **sizes)
+        bias = self.weights[f"{name}.bias"].float() if f"{name}.bias" in self.weights else None
+        x = self.draft.conv(x, weight.float(), bias, name, **sizes)
         if norm:
             gamma, beta, mean, variance = (
                 self.weights[f"{norm}.{end}"].double() for end in ("weight", "bias", "running_mean", "running_var")
@@ -115,6 +129,8 @@ def _mobilenet_v3(p: _Parts) -> str:
 
 
 def _resnet(p: _Parts) -> str:
+    if (kernel := tuple(p.weights["conv1.weight"].shape[2:])) != (7, 7):
+        raise ValueError(f"a ResNet whose first convolution is {kernel}, not (7, 7) as torchvision's")
     x = p.pool(p.conv(INPUT, "conv1", "bn1", 2, "relu"), False, 1)
     for stage in range(1, 5):
         for n in p.numbers(f"layer{stage}"):
@@ -163,9 +179,12 @@ def from_torchvision(weights: Mapping[str, Tensor], size: int = SIZE) -> Graph:
             f"these {len(weights)} weights are of no family that Sartor knows: give torchvision's {', '.join(FAMILIES)}, an ONNX file, or the folder of a transformers model"
         )
     _, build, eps = rows[0]
-    draft = Draft(size, *normalization())
+    draft, noted = Draft(size, *normalization()), _Noted(weights)
     try:
-        return draft.graph(build(_Parts(weights, draft, eps)))
+        end = build(_Parts(noted, draft, eps))
+        if left := sorted(n for n in weights if n not in noted.read and not n.endswith("num_batches_tracked")):
+            raise ValueError(f"{len(left)} of them belong to nothing, as {left[0]}")
+        return draft.graph(end)
     except (LookupError, ValueError, RuntimeError) as error:
         why = str(error.args[0] if error.args else type(error).__name__).splitlines()[0][:100]
         raise SourceError(

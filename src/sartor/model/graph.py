@@ -8,6 +8,7 @@ no weights. Batch norms are folded into what they follow when a network is read 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ OPS: dict[str, Callable[..., Tensor]] = {
 }
 LAYERS = ("conv", "linear")
 MOST = 2**27  # numbers of a map
+WIDEST = 2**13  # numbers of a row that have a factor each
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,8 @@ class Draft:
         unique, count = plain, 2
         while unique in self.taken:
             unique, count = f"{plain}_{count}", count + 1
+        if (least := self._least(op, inputs, layer)) > MOST:  # before it is made
+            raise ValueError(f"a map of {least} numbers, at most {MOST} were needed")
         zeros = [torch.zeros(1).expand(1, *self.shape[i]) for i in inputs]
         made = OPS[op](attributes, *zeros) if layer is None else layer(*zeros)
         if made.numel() > MOST:
@@ -208,6 +212,15 @@ class Draft:
         if layer is not None:
             self.layers[unique] = layer
         return unique
+
+    def _least(self, op: str, inputs: Sequence[str], layer: Any) -> int:
+        """Numbers that an operator makes at least, told without running it."""
+        if op == "conv":
+            height, width = self.shape[inputs[0]][1:]
+            reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+            sides = ((n - r) // s for n, r, s in zip((height, width), reach, layer.stride, strict=True))
+            return int(layer.out_channels * math.prod(max(0, side) for side in sides))
+        return sum(math.prod(self.shape[i]) for i in inputs) if op == "concat" else 0
 
     def conv(self, x: str, weight: Tensor, bias: Tensor | None = None, name: str = "", **sizes: Any) -> str:
         return self.add("conv", x, name=name, layer=conv_of(weight, bias, **sizes))
@@ -226,6 +239,8 @@ class Draft:
             rows = a.view(-1, *[1] * (layer.weight.ndim - 1))
             layer.weight.data = (layer.weight.data.double() * rows).float()
             layer.bias.data = (layer.bias.data.double() * a + b).float()
+        elif len(shape) == 1 and len(a) > WIDEST:
+            raise ValueError(f"a factor for each of {len(a)} numbers, at most {WIDEST} were needed")
         elif len(shape) == 1:
             return self.linear(x, torch.diag(a).float(), b.float(), name)
         else:

@@ -22,7 +22,8 @@ from sartor.model.onnx_weights import _array, _parsed
 
 OPSET = 17
 SAME = ("Identity", "Dropout", "Cast")
-SIZE, UINT8 = 224, 2  # pixels of a side, where nobody says; onnx.TensorProto.DataType
+SIZE, UINT8, FLOATS = 224, 2, (1, 10, 11, 16)  # pixels of a side, where nobody says; onnx.TensorProto.DataType
+ROOM = 1 << 28  # numbers, of all constants that are made of others
 LARGEST = 2048  # pixels of a side, and numbers that shape arithmetic may make
 NEEDED = "give a network of convolutions, batch norms, ReLU and its kind, sums, products, poolings, concatenations and linear layers"
 
@@ -53,6 +54,7 @@ class _Reading:
     def __init__(self, raw: Any, values: Mapping[str, Any], file: str, size: int | None) -> None:
         self.raw, self.file, self.readers = raw, file, _readers(raw)
         self.known: dict[str, np.ndarray] = {name: _array(v) for name, v in values.items()}
+        self.room = ROOM
         inputs = [i for i in raw.input if i.name not in self.known]
         if len(inputs) != 1:
             raise ValueError(f"{len(inputs)} inputs, one was needed")
@@ -84,9 +86,14 @@ class _Reading:
         if op == "Softmax" and node.output[0] == end:  # classes are told by their logits
             self.name[end] = self.name[inputs[0]]
         elif fed and op == "Shape":
-            self.known[node.output[0]] = np.array([1, *self.shape(inputs[0])], np.int64)
+            sizes = np.array([1, *self.shape(inputs[0])], np.int64)
+            self.known[node.output[0]] = sizes[attributes.get("start", 0) : attributes.get("end")]
         elif not fed and op in FOLDED:
-            self.known[node.output[0]] = _folded(node, {i: self.known[i] for i in inputs if i})
+            made = _folded(node, {i: self.known[i] for i in inputs if i})
+            self.room -= made.size
+            if self.room < 0:
+                raise ValueError(f"constants made of constants, of more than {ROOM} numbers")
+            self.known[node.output[0]] = made
         elif fed and op in READERS:
             self.name[node.output[0]] = READERS[op](self, node, attributes, inputs)
         else:
@@ -108,12 +115,13 @@ class _Reading:
 
 
 def _readers(raw: Any) -> Counter[str]:
-    """How many nodes read a value, under any of its names."""
+    """How many nodes read a value, under any of its names; whoever reads the file's outputs is one."""
     first: dict[str, str] = {}
     for node in raw.node:
         if node.op_type in SAME:
             first[node.output[0]] = first.get(node.input[0], node.input[0])
-    counted = Counter(first.get(i, i) for n in raw.node if n.op_type not in (*SAME, "Shape") for i in n.input)
+    read = [i for n in raw.node if n.op_type not in (*SAME, "Shape") for i in n.input] + [o.name for o in raw.output]
+    counted = Counter(first.get(i, i) for i in read)
     return counted + Counter({name: counted[origin] for name, origin in first.items()})
 
 
@@ -194,7 +202,8 @@ def _flat(r: _Reading, node: Any, a: Mapping[str, Any], inputs: Sequence[str]) -
         flat = sorted(axes) == [2, 3] and shape[2:] == [1, 1]
     if not flat:
         raise ValueError(f"a {node.op_type} that does not make one row of a picture")
-    return r.name[inputs[0]] if len(shape) == 2 else r.put("flatten", node, r.name[inputs[0]])
+    same = len(shape) == 2 and r.readers[inputs[0]] == 1  # else a factor behind it would be everyone's
+    return r.name[inputs[0]] if same else r.put("flatten", node, r.name[inputs[0]])
 
 
 def _gemm(r: _Reading, node: Any, a: Mapping[str, Any], inputs: Sequence[str]) -> str:
@@ -208,6 +217,8 @@ def _gemm(r: _Reading, node: Any, a: Mapping[str, Any], inputs: Sequence[str]) -
 
 
 def _batch_norm(r: _Reading, node: Any, a: Mapping[str, Any], inputs: Sequence[str]) -> str:
+    if a.get("training_mode", 0):
+        raise ValueError("a BatchNormalization that is still training: export the network in evaluation mode")
     gamma, beta, mean, variance = (np.asarray(r.known[i], np.float64) for i in inputs[1:5])
     scale = gamma / np.sqrt(variance + a.get("epsilon", 1e-5))
     shape = (-1, *[1] * (len(r.shape(inputs[0])) - 1))
@@ -261,6 +272,12 @@ def _hard_sigmoid(r: _Reading, node: Any, a: Mapping[str, Any], inputs: Sequence
     return r.put("hard_sigmoid", node, r.name[inputs[0]], scale=a.get("alpha", 0.2), shift=a.get("beta", 0.5))
 
 
+def _same(r: _Reading, node: Any, a: Mapping[str, Any], inputs: Sequence[str]) -> str:
+    if a.get("to", 1) not in FLOATS:
+        raise ValueError("a Cast of a value to whole numbers")
+    return r.name[inputs[0]]
+
+
 # operators without attributes: what they are called here
 PLAIN = {"Relu": "relu", "Sigmoid": "sigmoid", "HardSwish": "hard_swish", "GlobalAveragePool": "global_average_pool"}
 READERS: dict[str, Callable[..., str]] = {
@@ -274,7 +291,7 @@ READERS: dict[str, Callable[..., str]] = {
     "Concat": _concat,
     "Pad": _pad,
     **dict.fromkeys(PLAIN, lambda r, node, a, inputs: r.put(PLAIN[node.op_type], node, r.name[inputs[0]])),
-    **dict.fromkeys(SAME, lambda r, node, a, inputs: r.name[inputs[0]]),
+    **dict.fromkeys(SAME, _same),
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _arithmetic),
     **dict.fromkeys(("Gemm", "MatMul"), _gemm),
     **dict.fromkeys(("Flatten", "Reshape", "Squeeze"), _flat),

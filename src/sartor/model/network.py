@@ -22,6 +22,7 @@ from sartor.errors import SourceError
 from sartor.model.attention import register
 from sartor.model.families import ATTENTION, LINEARS, family_of
 from sartor.model.hooks import removed_after
+from sartor.model.tokenizers import load_tokenizer
 from sartor.model.vision import Vision
 
 GATE = "mlp.gate_proj"
@@ -161,25 +162,62 @@ def anatomy(model: nn.Module) -> Anatomy:
     )
 
 
+def refuse_incomplete(model: Any, told: Any) -> None:
+    """Raises SourceError where weights were missing, that transformers makes up at random; told: its loading info."""
+    missing = {n for n in told["missing_keys"] if not (model.config.tie_word_embeddings and n == "lm_head.weight")}
+    if lacking := sorted(missing | {str(n) for n in told["mismatched_keys"]}):
+        raise SourceError(
+            f"{len(lacking)} weights are missing or of another size ({lacking[0]}): give all of the model's files"
+        )
+
+
+def _refuse_unknown(model: Any, tokenizer: Any) -> None:
+    """Raises SourceError for what no stage or file here would keep."""
+    config, family = model.config, family_of(model.config.model_type)
+    for name, size in (("width", config.hidden_size), ("FFN", config.intermediate_size)):
+        if size % BLOCK:
+            raise SourceError(f"the model's {name} has {size} channels: Sartor needs a multiple of {BLOCK}")
+    known = {extra for extra, _ in family.extras}
+    biases = {
+        n.split(".", 3)[3] for n, _ in model.named_parameters() if n.startswith("model.layers.") and n.endswith(".bias")
+    }
+    if other := sorted(biases - known):
+        raise SourceError(
+            f"the model's layers have biases ({other[0]}), which Sartor does not know in a {family.model_type}"
+        )
+    if getattr(config, "hidden_act", "silu") != "silu":
+        raise SourceError(f"the model's FFN has {config.hidden_act} between its matrices: Sartor knows silu so far")
+    if len(tokenizer) > config.vocab_size:
+        raise SourceError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}: they do not belong together"
+        )
+
+
 def load_dense(folder: Path) -> tuple[Any, Any]:
     """(model in fp32, tokenizer) from a transformers folder; safetensors only, no remote code."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family_of(config.model_type)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation=register()
+        tokenizer = load_tokenizer(folder)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=register(),
+            output_loading_info=True,
         )
+        model, told = loaded
+        refuse_incomplete(model, told)
     except SourceError:
         raise
     except Exception as error:
         raise SourceError(
             f"the model in '{folder.name}' cannot be opened ({type(error).__name__}: {str(error)[:160]})"
         ) from error
-    if not config.hidden_size % BLOCK == 0:
-        raise SourceError(f"the model's width is {config.hidden_size}: Sartor needs a multiple of {BLOCK}")
+    _refuse_unknown(model, tokenizer)
     return model.eval().requires_grad_(False), tokenizer  # whoever trains asks for gradients
 
 

@@ -111,7 +111,10 @@ def _parsed(path: Path) -> tuple[Any, dict[str, Any]]:
         held = [a.t for a in node.attribute if a.name == "value" and a.HasField("t")]
         if node.op_type == "Constant" and held:
             values[node.output[0]] = held[0]
-    if any(t.data_location == onnx.TensorProto.EXTERNAL or t.external_data for t in values.values()):
+    inside = [t for node in raw.node for a in node.attribute for t in (a.t, *a.tensors)]
+    sparse = [t for s in raw.sparse_initializer for t in (s.values, s.indices)]
+    held = [*values.values(), *inside, *sparse]
+    if any(t.data_location == onnx.TensorProto.EXTERNAL or t.external_data for t in held):
         raise SourceError(
             f"'{path.name}' keeps its weights in other files, which Sartor does not open: save it as one file (onnx.save_model without external data)"
         )

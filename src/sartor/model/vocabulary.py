@@ -6,6 +6,7 @@ Kept sets are closed under merges (whoever keeps a token keeps the two parts of 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,31 @@ def _merges(spec: dict[str, Any]) -> list[tuple[str, str]]:
     return [tuple(m.split(" ", 1)) if isinstance(m, str) else (m[0], m[1]) for m in spec["model"]["merges"]]  # type: ignore[misc]
 
 
+def _made_of(merges: Sequence[tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """{token: the two that it is made of}. Of several merges that make it (as in tokenizers that were converted from tiktoken's) the one that comes last when it is spelled from its bytes."""
+    rank = {pair: n for n, pair in enumerate(merges)}
+    ways = Counter(a + b for a, b in merges)
+    found: dict[str, tuple[str, str]] = {}
+    for a, b in merges:
+        if a + b not in found:
+            found[a + b] = (_last_merge(a + b, rank) if ways[a + b] > 1 else None) or (a, b)
+    return found
+
+
+def _last_merge(token: str, rank: Mapping[tuple[str, str], int]) -> tuple[str, str] | None:
+    """The pair that byte pair encoding merges last of these letters; None where it does not make one token of them."""
+    parts = list(token)
+    while len(parts) > 1:
+        pairs = [rank.get(pair, len(rank)) for pair in itertools.pairwise(parts)]
+        at = pairs.index(min(pairs))
+        if pairs[at] == len(rank):
+            return None
+        if len(parts) == 2:
+            return parts[0], parts[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return None
+
+
 def closed_order(tokenizer: Any, counts: Mapping[int, float]) -> tuple[list[int], int]:
     """Token ids such that every prefix of at least `base` ids is a closed kept set, the most useful tokens first.
 
@@ -44,9 +70,7 @@ def closed_order(tokenizer: Any, counts: Mapping[int, float]) -> tuple[list[int]
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     vocab: dict[str, int] = spec["model"]["vocab"]
-    parts: dict[int, tuple[int, int]] = {}
-    for a, b in _merges(spec):
-        parts.setdefault(vocab[a + b], (vocab[a], vocab[b]))
+    parts = {vocab[t]: (vocab[a], vocab[b]) for t, (a, b) in _made_of(_merges(spec)).items()}
     added = {t["id"] for t in spec["added_tokens"]}
     order = sorted(added | {i for i in vocab.values() if i not in parts})
     base, kept = len(order), set(order)
@@ -89,7 +113,7 @@ def trim_tokenizer(tokenizer: Any, keep: Sequence[int]) -> tuple[Any, Tensor]:
     for token in spec["added_tokens"]:
         token["id"] = new_of[token["id"]]
     _renumber(spec.get("post_processor"), new_of)
-    new = type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), **_settings(tokenizer))
+    new = type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), **settings(tokenizer))
     new.chat_template = tokenizer.chat_template
     return new, torch.tensor(sorted(keep))
 
@@ -105,7 +129,8 @@ def _renumber(processor: Any, new_of: dict[int, int]) -> None:
             special["ids"] = [new_of[i] for i in special["ids"]]
 
 
-def _settings(tokenizer: Any) -> dict[str, Any]:
+def settings(tokenizer: Any) -> dict[str, Any]:
+    """What a tokenizer made of another one's rules needs beside them."""
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     return {n: getattr(tokenizer, n) for n in names if getattr(tokenizer, n, None) is not None} | {
         "model_max_length": tokenizer.model_max_length,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +26,11 @@ def rounded_values(graph: Graph) -> dict[str, str]:
     found = {INPUT: INPUT}
     for node in graph.nodes[: graph.before_pool]:
         if node.name not in fused:
-            same = node.op in SAME_GRID and not node.attributes.get("value")
+            same = node.op in SAME_GRID and node.attributes.get("value") in (
+                None,
+                0,
+                -math.inf,
+            )  # the lowest is the grid's own
             found[node.name] = found.get(node.inputs[0], node.name) if same else node.name
     return found
 
