@@ -107,6 +107,7 @@ def _compress_texts(job: Job, source: Source, folder: Path | None, tell: Tell, m
     started = time.monotonic()
     prepared = Prepared(job, tell, source)
     point = storage.Checkpoint(folder, asdict(job) | {"texts": prepared.fingerprint()}) if folder else None
+    prepared.notes = storage.told_of(point)
     if folder:  # written now, while the original is in memory and little else is
         evaluate.dense_reference(prepared.source, (prepared.model, prepared.tokenizer))
     seconds = {"open": time.monotonic() - started}
@@ -215,7 +216,7 @@ def finish(
     report |= {
         "controls": [],
         "model": p.source.provenance(),
-        "notes": [n for n in (p.source.note, *p.user.warnings) if n],
+        "notes": [n for n in (p.source.note, *p.user.warnings, *p.notes) if n],
         "parameters": {"before": p.parameters, "after": shape.parameters()},
         "layers": layer_rows(made.plan, shape),
         "probing": made.plan.probing,

@@ -82,9 +82,14 @@ class Job:
 
 
 class Prepared:
-    """Model and texts of a job, opened and checked before any work is done."""
+    """Model and texts of a job, opened and checked before any work is done.
+
+    Attributes:
+        notes: what the report must say beside the model's note and the texts' warnings.
+    """
 
     def __init__(self, job: Job, tell: Tell, source: Source | None = None) -> None:
+        self.notes: list[str] = []
         self.budget: Budget = parse_budget(job.size, job.effort)
         self.user: Corpus = split(read_folder(Path(job.data)), job.seed)
         tell("open", 0.2, "model")

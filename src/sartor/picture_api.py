@@ -48,6 +48,7 @@ def compress_pictures(job: Job, source: Source, folder: Path | None, tell: Tell,
     point = None
     if folder:
         point = storage.Checkpoint(folder, asdict(job) | {"pictures": p.fingerprint()})
+        p.notes = storage.told_of(point)
     seconds = {"open": time.monotonic() - started}
     view = _view(p, job, point, seconds, tell)
     plan = storage.planned(point, seconds, lambda: _decide(p, view, job, tell))
@@ -129,7 +130,7 @@ def _told(p: PreparedPictures, job: Job, made: Fitted, memory: dict[str, int]) -
     return {
         "controls": [],
         "model": p.source.provenance(),
-        "notes": [n for n in (p.source.note, *p.album.warnings) if n],
+        "notes": [n for n in (p.source.note, *p.album.warnings, *p.notes) if n],
         "parameters": {"before": p.parameters, "after": sum(x.numel() for x in made.model.parameters())},
         "layers": map_rows(plan, made.teacher)
         if isinstance(made.model, Graph)

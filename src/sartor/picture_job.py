@@ -41,6 +41,7 @@ class PreparedPictures:
     """
 
     def __init__(self, job: Job, source: Source, tell: Tell) -> None:
+        self.notes: list[str] = []  # that the report must say beside the model's and the photos' own
         self.budget = parse_budget(job.size, job.effort)
         self.source = source
         self.whole: Any = load_seer(source.folder)

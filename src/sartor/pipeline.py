@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -226,7 +226,7 @@ def apply_plan(
     e = effort_of(effort)
     clock = Clock()
     small, fitted = trim(_given(model), tokenizer, plan)
-    training = (training or e.training).dealt(share_gone(plan, anatomy(small)))
+    plan, training = _dealt(plan, training or e.training, small)
     learned, unseen = kept_back(own_rows(tokenizer, fitted, plan, texts), e.felt_rows, plan.seed)
     generic = training_rows(texts.generic_train, fitted)
     validation = encode_windows(cut_windows(texts.validation, e.validation_bytes), fitted)
@@ -263,6 +263,12 @@ def apply_plan(
         trained = school.train("recover", student, latents, own, said, recover, before)
         clock.lap("recover")
     return Compressed(student, fitted, latents, plan, adapted, trained, clock.seconds, pruning)
+
+
+def _dealt(plan: Plan, training: Training, small: Any) -> tuple[Plan, Training]:
+    """The seconds of training dealt out by what was foretold to go: an interrupted job goes on with what it was dealt, whatever has been settled since."""
+    gone = share_gone(plan, anatomy(small)) if plan.gone is None else plan.gone
+    return replace(plan, gone=gone), training.dealt(gone)
 
 
 def _given(model: Any) -> Any:

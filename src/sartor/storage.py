@@ -241,12 +241,17 @@ def _asked(checkpoint: Path) -> dict[str, Any] | None:
 
 
 class Checkpoint:
-    """An unfinished job on disk, in a folder of its own within the artifact's: what was asked, the plan, the latest weights. Cleared when the job ends."""
+    """An unfinished job on disk, in a folder of its own within the artifact's: what was asked, the plan, the latest weights. Cleared when the job ends.
+
+    Attributes:
+        resumed: an earlier process began it.
+    """
 
     def __init__(self, artifact: Path, job: dict[str, Any]) -> None:
         self.folder = artifact / CHECKPOINT
         self.folder.mkdir(exist_ok=True)
         job = json.loads(json.dumps(job))
+        self.resumed = _asked(self.folder) is not None
         if (_asked(self.folder) or job) != job:
             raise OutputError(
                 "the unfinished job in this folder had other options or other data: repeat its very command with --resume, or choose another --out"
@@ -270,6 +275,12 @@ class Checkpoint:
             if file.name in OURS:
                 file.unlink()
         give_up(self.folder)
+
+
+def told_of(point: Checkpoint | None) -> list[str]:
+    """What a report must say of a job that was interrupted."""
+    told = "the job was interrupted and resumed: times and courses of training are of its last part alone"
+    return [told] if point and point.resumed else []
 
 
 def planned(point: Checkpoint | None, seconds: dict[str, float], decide: Callable[[], Plan]) -> Plan:

@@ -73,6 +73,9 @@ def split(gallery: Gallery, seed: int = 0) -> Album:
     else:
         keep, clusters = _not_leaking(keep, clusters, owner, dropped)
         part = _kept_split(clusters, labels[keep], owner[keep], rng)
+    once = _once_in_test(clusters, labels[keep], part)
+    _count(dropped, "test photos nearly the same as another", int((~once).sum()))
+    keep, part = keep[once], part[once]
     complete = np.ones(len(keep), bool) if gallery.labels is None else _complete(part, labels[keep])
     _count(dropped, "photos of classes that could not fill train and test", int((~complete).sum()))
     return _album(gallery, keep[complete], part[complete], dropped, warnings, rng)
@@ -81,6 +84,15 @@ def split(gallery: Gallery, seed: int = 0) -> Album:
 def _count(dropped: Counter[str], why: str, n: int) -> None:
     if n:
         dropped[why] += n
+
+
+def _once_in_test(
+    clusters: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], part: Int[np.ndarray, " n"]
+) -> Bool[np.ndarray, " n"]:
+    """All but the later photos of a cluster and class in the test: the pictures of one burst are named alike, and would count as so many answers."""
+    test, once = np.flatnonzero(part == TEST), part != TEST
+    once[test[np.unique(np.stack([clusters, labels])[:, test], axis=1, return_index=True)[1]]] = True
+    return once
 
 
 def _owner(gallery: Gallery) -> tuple[Int[np.ndarray, " n"] | None, list[str]]:

@@ -72,7 +72,7 @@ def rows(r: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             f"x{r['peak_rss_bytes'] / r['dense_peak_rss_bytes']:.2f}",
         ),
         ("parameters", f"{p['before'] / 1e6:.1f} M", f"{p['after'] / 1e6:.1f} M", ""),
-        ("time it took", "", f"{sum(r['seconds'].values()) / 60:.1f} min", ""),
+        *((("time it took", "", f"{sum(r['seconds'].values()) / 60:.1f} min", ""),) if r["seconds"] else ()),
     ]
 
 
