@@ -88,6 +88,7 @@ def fitted(place: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 def test_the_file_keeps_the_budget_and_the_report_tells_its_bytes(fitted: Path) -> None:
     r = json.loads((fitted / "report.json").read_text())
     size = (fitted / "model.gguf").stat().st_size
+    assert r["parity"]["same_tokens"] == 1
     assert size == r["bytes"]["artifact"] <= r["bytes"]["budget"]
     assert size > 0.9 * r["bytes"]["budget"]
     assert {
@@ -216,6 +217,8 @@ def test_a_generation_stops_at_the_last_place() -> None:
 
         def tokenize(self, text: str) -> list[int]:
             return list(range(len(text)))
+
+        prompted = tokenize
 
         def text(self, ids: list[int]) -> str:
             return "".join(map(str, ids))

@@ -216,7 +216,7 @@ def finish(
     report |= {
         "controls": [],
         "model": p.source.provenance(),
-        "notes": [n for n in (p.source.note, *p.user.warnings, *p.notes) if n],
+        "notes": [n for n in (p.source.note, *p.user.warnings, *p.notes, _on_tokens(report)) if n],
         "parameters": {"before": p.parameters, "after": shape.parameters()},
         "layers": layer_rows(made.plan, shape),
         "probing": made.plan.probing,
@@ -258,6 +258,7 @@ def measure(
     windows = evaluate.held_out(user.test, generic.test, effort_of(effort).test_bytes)
     tell("measure", 0.05, "parity with PyTorch")
     parity = evaluate.check_parity(artifact, small, encode_windows(windows.user, tokenizer))
+    parity["same_tokens"] = evaluate.same_tokens(artifact, windows, tokenizer)
     del small
     tell("measure", 0.3, "the artifact on held-out text")
     ours = evaluate.in_runtime(artifact, windows, tokenizer)
@@ -283,6 +284,16 @@ def measure(
         "versions": versions("sartor", "torch", "transformers", "gguf", "xllamacpp") | computing(),
     }
     return found, ours[0]
+
+
+def _on_tokens(report: dict[str, Any]) -> str:
+    """What must be said where the runtime cuts texts otherwise than the model learnt them."""
+    other = 1 - report["parity"]["same_tokens"]
+    return (
+        f"llama.cpp cuts {other:.1%} of the test texts into other tokens than the model learnt: what it is prompted with there, it may read worse"
+        if other
+        else ""
+    )
 
 
 def _course(t: Trained | None) -> dict[str, Any]:

@@ -124,6 +124,14 @@ def check_parity(file: Path, model: Any, windows: Sequence[Window]) -> dict[str,
     return asdict(llamacpp.parity(token_nats(model, some), llamacpp.nats(file, some)))
 
 
+def same_tokens(file: Path, windows: HeldOut, tokenizer: Any) -> float:
+    """Share of the user's test texts that llama.cpp cuts into the very tokens that the model was trained on."""
+    texts = [text for window in windows.user for _, text in window]
+    theirs = llamacpp.run_job(file, "tokenize", texts=texts)["ids"]
+    ours = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    return sum(a.ids == b for a, b in zip(ours, theirs, strict=True)) / max(1, len(texts))
+
+
 def in_turns(runs: Mapping[str, Callable[[], Mapping[str, float]]]) -> dict[str, float]:
     """What each of them measures, its prefix before every name: the best of TURNS, in turns so that a machine that slows down slows all."""
     best: dict[str, float] = {}

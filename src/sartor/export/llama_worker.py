@@ -122,9 +122,15 @@ class Llama:
         return np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), (rows, self.size))
 
     def tokenize(self, text: str) -> list[int]:
+        return self._ids(text, False)
+
+    def prompted(self, text: str) -> list[int]:
+        return self._ids(text, True)
+
+    def _ids(self, text: str, begun: bool) -> list[int]:
         raw = text.encode()
         out = (ct.c_int32 * (len(raw) + 8))()
-        n = self.lib.llama_tokenize(self.vocab, raw, len(raw), out, len(out), False, True)
+        n = self.lib.llama_tokenize(self.vocab, raw, len(raw), out, len(out), begun, True)
         return list(out[: max(0, n)])
 
     def text(self, ids: Sequence[int]) -> str:

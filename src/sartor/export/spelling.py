@@ -24,5 +24,8 @@ class Spelling:
     def tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def prompted(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text).ids)
+
     def text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -28,6 +28,9 @@ class Runner(Protocol):
     def tokenize(self, text: str) -> list[int]:
         """Token ids, nothing put in front."""
 
+    def prompted(self, text: str) -> list[int]:
+        """Token ids behind what the model's tokenizer puts in front of a text, if anything."""
+
     def text(self, ids: Sequence[int]) -> str:
         """What these tokens spell."""
 
@@ -80,9 +83,8 @@ def job_speed(runner: Runner, job: dict[str, Any]) -> dict[str, Any]:
 def job_generate(runner: Runner, job: dict[str, Any]) -> dict[str, Any]:
     """Text after a prompt, and the ids of both; sampled at `temperature` over the most likely `top_p`."""
     rng = np.random.default_rng(job["seed"])
-    ids = runner.tokenize(job["prompt"])
-    if job.get("before") is not None:
-        ids = [job["before"], *ids]
+    before = job.get("before")
+    ids = runner.prompted(job["prompt"]) if before is None else [before, *runner.tokenize(job["prompt"])]
     if not ids:
         raise SystemExit("the prompt is empty: give the beginning of a text")
     if len(ids) >= runner.room:
@@ -91,7 +93,7 @@ def job_generate(runner: Runner, job: dict[str, Any]) -> dict[str, Any]:
     logits = runner.decode(ids, 0, False)[0]
     while len(said) < job["tokens"] and len(ids) + len(said) < runner.room:  # what is said when it is full is not lost
         token = _sample(logits, job["temperature"], job["top_p"], rng)
-        if runner.ends(token) or token == job.get("before"):
+        if runner.ends(token) or token == before:
             break
         said.append(token)
         logits = runner.decode([token], len(ids) + len(said) - 1, False)[0]

@@ -173,7 +173,7 @@ def _method(r: dict[str, Any]) -> str:
     items = [
         f"Data: {sum(d['documents'].values())} documents ({', '.join(f'{k} {v}' for k, v in d['documents'].items())}), {d['tokens']} tokens for training; dropped: {dropped}.",
         f"The split is {'by time, the test set being the latest part' if d['ordered_by_time'] else 'by document'}; test documents shaped nothing.",
-        f"Parity with PyTorch: {r['parity']['mean_absolute']:.4f} nats per token on {r['parity']['tokens']} tokens (mean {r['parity']['mean_difference']:+.4f}; allowed {r['parity']['tolerance']} and {r['parity']['tolerance_mean']}).",
+        f"Parity with PyTorch: {r['parity']['mean_absolute']:.4f} nats per token on {r['parity']['tokens']} tokens (mean {r['parity']['mean_difference']:+.4f}; allowed {r['parity']['tolerance']} and {r['parity']['tolerance_mean']}); {r['parity']['same_tokens']:.1%} of the test texts are cut into the same tokens.",
         f"Times: {', '.join(f'{k} {v:.0f} s' for k, v in r['seconds'].items())}; peak memory of the job {mb(r['job_peak_rss_bytes'])}.",
         *(
             [
