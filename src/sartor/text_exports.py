@@ -114,9 +114,12 @@ def measure_text_exports(folder: Path, names: Sequence[str], data: Path | None, 
 
 
 def _held_out(folder: Path, data: Path, tokenizer: Any) -> list[Window]:
-    report = storage.report_of(folder)
-    found = split(read_folder(data), report["seed"])
-    storage.refuse_other_texts(report, found)
+    report = (
+        storage.report_of(folder) if (folder / "report.json").exists() else None
+    )  # none where it was saved from Python
+    found = split(read_folder(data), report["seed"] if report else 0)
+    if report:
+        storage.refuse_other_texts(report, found)
     windows = encode_windows(cut_windows(found.test, TEST_BYTES), tokenizer)
     if not windows:
         raise InputError("there is no held-out text in --data: give the folder that the model was fitted to")
