@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vision_cuts import as_plan, kept_of, parser_of
+from vision_cuts import as_plan, kept_of, parser_of, said
 
 from sartor.carving import four_damage, four_grids, held_
 from sartor.effort import picture_effort_of
@@ -33,8 +33,7 @@ WEIGHTS = ("int8", "int4")
 
 
 def told(model: Any, pixels: Any, labels: Any) -> str:
-    found = recognize(running(model), pixels, labels)
-    return f"{found.accuracy:.1%}, {float(found.nats.mean()):.3f} nats"
+    return said(recognize(running(model), pixels, labels))
 
 
 def main() -> None:

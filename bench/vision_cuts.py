@@ -105,9 +105,9 @@ def said(found: Recognized) -> str:
     return f"{found.accuracy:.1%}, {float(found.nats.mean()):.3f} nats"
 
 
-def parser_of(said: str | None) -> argparse.ArgumentParser:
+def parser_of(about: str | None) -> argparse.ArgumentParser:
     """Of a script about one network and one user's photos."""
-    parser = argparse.ArgumentParser(description=said, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
     parser.add_argument("--generic")

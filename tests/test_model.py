@@ -122,11 +122,8 @@ def test_a_folders_tokenizer_cuts_texts_as_its_own_file_says(tokenizer: Any, tmp
     digits.save_pretrained(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     told = json.loads(file.read_text())
-    for name in (
-        told["tokenizer_class"],
-        "GPT2Tokenizer",
-        "Qwen2Tokenizer",
-    ):  # which transformers makes of vocabulary and merges
+    # the last two are made of vocabulary and merges by transformers
+    for name in (told["tokenizer_class"], "GPT2Tokenizer", "Qwen2Tokenizer"):
         file.write_text(json.dumps(told | {"tokenizer_class": name}))
         again = load_tokenizer(tmp_path)
         assert cuts(again) == cuts(digits)

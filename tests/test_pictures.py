@@ -338,10 +338,8 @@ def test_a_vision_job_fits_its_budget_and_a_settled_plan_is_replayed(
     assert anatomy(again.model) == anatomy(made.model)
     assert replace(plan, settled=True) != made.plan
     fitted = pictures.fit_pictures(clone(made.teacher), replace(made.plan, settled=False), given, costs, "quick", none)
-    for (
-        name,
-        weight,
-    ) in made.unrecovered.named_parameters():  # what a control arm that starts from the adapted network would find
+    # what a control arm that starts from the adapted network would find
+    for name, weight in made.unrecovered.named_parameters():
         assert torch.allclose(weight, fitted.model.get_parameter(name), atol=1e-6)
         assert weight.data_ptr() != made.model.get_parameter(name).data_ptr()  # recovery left it alone
 

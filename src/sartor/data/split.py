@@ -26,10 +26,8 @@ TRUSTED_TEST_DOCUMENTS = 30
 PART_CHARS = 6_000
 FEW_FILES = 12
 SHINGLE = 5
-LONG, CONTAINED = (
-    8,
-    0.5,
-)  # words of a run; share of a document's runs that stand in others, above which it is one of them
+LONG = 8  # words of a run
+CONTAINED = 0.5  # of a document's runs, above which it is one of those that they stand in
 BANDS, ROWS = 16, 4  # documents that share about half of their 5-word shingles meet in some band
 
 
