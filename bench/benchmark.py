@@ -105,7 +105,9 @@ def main() -> None:
     parser.add_argument("--generic", type=Path)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="of the files, as for sartor compress")
     parser.add_argument("--effort", default="standard", choices=list(EFFORTS))
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="; ".join(contenders.CONTENDERS))
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="; ".join(contenders.CONTENDERS).replace("%", "%%")
+    )
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
     a = parser.parse_args()
     logging.disable_progress_bar()

@@ -12,9 +12,11 @@ import sartor
 ROOT = Path(sartor.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 RANK = {
-    "errors": 0,
+    "errors": -1,
     "files": 0,
     "memory": 0,
+    "paging": 0,
+    "tensors": 0,
     "clock": 0,
     "progress": 0,
     "plan": 1,

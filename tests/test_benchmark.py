@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,18 @@ def test_a_recipe_is_told_by_its_last_weights_their_mean_and_half_way(place: dic
     assert len({bpb for _, bpb in found}) == 3
     assert max(bpb for _, bpb in found) < before
     assert score(p.model, windows).bits_per_byte == before
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "bench").glob("*.py")), ids=lambda f: f.stem)
+def test_every_script_says_how_it_is_used(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "argparse" not in (text := file.read_text()):
+        pytest.skip("not a script")
+    if "sklearn" in text:
+        pytest.importorskip("sklearn")
+    monkeypatch.setattr("sys.argv", [file.name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        import_module(file.stem).main()
+    assert ended.value.code == 0
+    assert "usage:" in capsys.readouterr().out

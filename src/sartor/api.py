@@ -16,16 +16,17 @@ from sartor.controls import control_arms
 from sartor.data.generic import generic_corpus
 from sartor.data.readers import read_folder
 from sartor.data.split import Corpus, split
-from sartor.effort import TRAININGS, effort_of, stage_seconds
+from sartor.effort import TRAININGS, USUAL_SIZE, effort_of, stage_seconds
 from sartor.errors import InputError, OutputError
 from sartor.export.worker import peak_memory
 from sartor.files import write_whole
-from sartor.job import Job, Prepared
+from sartor.job import Job, Prepared, pages_for
 from sartor.memory import cores, hand_back
 from sartor.model.kinds import kind_of
-from sartor.model.network import anatomy
+from sartor.model.network import anatomy, layers_of
 from sartor.model.precision import computing, running
 from sartor.numerics.metrics import Score
+from sartor.paging import as_usual_, paging
 from sartor.picture_api import compress_pictures, evaluate_pictures_again, export_pictures, is_picture_artifact
 from sartor.pictures import Fitted
 from sartor.pipeline import Compressed, apply_plan, make_plan
@@ -39,6 +40,7 @@ from sartor.stages.decide import verdict
 from sartor.stages.distil import Trained
 from sartor.stages.probe import PARTS, order_units
 from sartor.stages.tokens import encode_windows, training_rows
+from sartor.tensors import parameters_in
 from sartor.text_exports import ARTIFACT, export_text, write_gguf
 
 
@@ -59,6 +61,7 @@ def compress(
     labels: str | Path | None = None,
     faster: float | None = None,
     keep_general: float = 0.0,
+    memory: str | None = None,
 ) -> Compressed | Fitted:
     """Fit a model to one user's data and a budget.
 
@@ -70,19 +73,19 @@ def compress(
         method: how cuts are chosen; sartor, or paper: the two-rate rule of arXiv:2408.08684 in our reading, as a baseline. steps: that the cuts are made in, each healed and measured.
         labels: a CSV of photos and their classes, where these do not lie in one folder a class. faster: for pictures, than the original in fp32, at least so many times.
         keep_general: for language models, share of everyone's text in all that shapes the model, 0 to 0.9.
+        memory: for language models, that the job may take ("4GB"; None: most of what is free): larger models go through the disk, layer by layer.
         to: gguf for language models, onnx for those that see; None: what goes with the model.
     Raises:
         InputError, BudgetError, OutputError, MissingExtra, ParityError: each with the way out.
     """
     size, effort = (budget, effort) if isinstance(budget, str) else (budget.text(), budget.effort)
-    general = str(generic) if generic else None
     job = Job(
         model,
         str(data),
         size,
         to,
         effort,
-        general,
+        str(generic) if generic else None,
         controls,
         seed=seed,
         method=method,
@@ -90,24 +93,42 @@ def compress(
         labels=str(labels) if labels else None,
         faster=faster,
         keep_general=keep_general,
+        memory=memory,
     )
     job.check()
     torch.set_num_threads(cores())
-    shown, (tell, memory) = tell, _watching(tell)
+    shown, (tell, peaks) = tell, _watching(tell)
     with storage.claimed(Path(out) if out is not None else None, resume) as folder:
         source = resolve(job.model)
         kind = kind_of(source.folder)
         job.check_kind(kind)
-        if isinstance(shown, Progress):
-            shown.expect(stage_seconds(kind, effort, controls != "none"), TRAININGS)
-        return (compress_pictures if kind == "pictures" else _compress_texts)(job, source, folder, tell, memory)
+        _expect(shown, job, kind, source)
+        return (compress_pictures if kind == "pictures" else _compress_texts)(job, source, folder, tell, peaks)
+
+
+def _expect(shown: Tell, job: Job, kind: str, source: Source) -> None:
+    """How long it will take, as far as anybody can say before it begins."""
+    if isinstance(shown, Progress):
+        many = parameters_in(source.folder) if kind == "texts" else USUAL_SIZE
+        shown.expect(stage_seconds(kind, job.effort, job.controls != "none", many), TRAININGS)
 
 
 def _compress_texts(job: Job, source: Source, folder: Path | None, tell: Tell, memory: dict[str, int]) -> Compressed:
+    pages, note = pages_for(source, folder, job.memory)
+    with paging(pages):
+        made = _made(job, source, folder, tell, memory, note)
+    as_usual_(layers_of(made.model))
+    return made
+
+
+def _made(job: Job, source: Source, folder: Path | None, tell: Tell, memory: dict[str, int], note: str) -> Compressed:
     started = time.monotonic()
+    if note:
+        tell("open", 0.0, note)
+    asked = {k: v for k, v in asdict(job).items() if k != "memory"}  # it may be resumed with less of it
     prepared = Prepared(job, tell, source)
-    point = storage.Checkpoint(folder, asdict(job) | {"texts": prepared.fingerprint()}) if folder else None
-    prepared.notes = storage.told_of(point)
+    point = storage.Checkpoint(folder, asked | {"texts": prepared.fingerprint()}) if folder else None
+    prepared.notes = [*storage.told_of(point), note]
     if folder:  # written now, while the original is in memory and little else is
         evaluate.dense_reference(prepared.source, (prepared.model, prepared.tokenizer))
     seconds = {"open": time.monotonic() - started}
@@ -166,11 +187,12 @@ def probe(
         raise InputError(
             "sartor probe is for models that read texts so far: sartor compress tells of photos in its report"
         )
-    p = Prepared(job, tell, source)
-    dense = running(p.release())
-    user, general = sense(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
-    worth = worth_of(dense, p.tokenizer, p.texts, order_units(user), effort, seed, tell)
-    without = explain(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
+    with paging(pages_for(source, None, None)[0]):
+        p = Prepared(job, tell, source)
+        dense = running(p.release())
+        user, general = sense(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
+        worth = worth_of(dense, p.tokenizer, p.texts, order_units(user), effort, seed, tell)
+        without = explain(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
     return {
         "model": p.source.provenance(),
         "effort": effort,

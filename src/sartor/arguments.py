@@ -142,6 +142,11 @@ def _add_compress(c: argparse.ArgumentParser) -> None:
         help="control arms to compare with: fast leaves out recovery, full trains the generic arm as long as yours and doubles the time",
     )
     _add_method(c)
+    c.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="for language models: a job that would take more than this, as 4GB, goes through the disk, layer by layer (default: most of what is free). Slower, with 44 bytes a parameter in --out, which must not lie in memory itself (tmpfs)",
+    )
     c.add_argument("--seed", type=counting, default=0, help="of every random choice (default: 0)")
     c.add_argument("--resume", action="store_true", help="go on with an interrupted job in --out")
 

@@ -68,6 +68,7 @@ def do_compress(a: argparse.Namespace) -> None:
             a.labels,
             a.faster,
             a.keep_general,
+            a.memory,
         )
     except KeyboardInterrupt:
         progress.end()
@@ -89,6 +90,7 @@ RESUMED = (
     "method",
     "steps",
     "keep-general",
+    "memory",
     "seed",
     "to",
     "generic",

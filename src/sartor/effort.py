@@ -149,19 +149,19 @@ STAGES = {
     "pictures": {"open": 20, "view": 20, "probe": 10, "adapt": 0, "prune": 10, "fit": 20, "recover": 0, "export": 5, "measure": 30, "controls": 40},
 }  # fmt: skip
 TRAININGS = ("adapt", "recover")
+USUAL_SIZE = 135_000_000  # parameters of that model
 WORK = {"quick": 0.45, "standard": 1.0, "thorough": 3.0}
 
 
-def stage_seconds(kind: str, effort: str, controls: bool) -> dict[str, float]:
+def stage_seconds(kind: str, effort: str, controls: bool, parameters: int = USUAL_SIZE) -> dict[str, float]:
     """{stage: seconds that it takes, about} of a whole job, for whoever waits (`progress.Progress`).
 
     Args:
-        kind: texts, or pictures. controls: whether there are any.
+        kind: texts, or pictures. controls: whether there are any. parameters: of the model; all but training takes as long as there are many.
     """
+    times = WORK[effort] * parameters / USUAL_SIZE
     level: Any = EFFORTS[effort].training if kind == "texts" else PICTURE_EFFORTS[effort]
-    found = {
-        stage: WORK[effort] * seconds for stage, seconds in STAGES[kind].items() if controls or stage != "controls"
-    }
+    found = {stage: times * seconds for stage, seconds in STAGES[kind].items() if controls or stage != "controls"}
     return found | {stage: getattr(level, stage).seconds for stage in TRAININGS}
 
 

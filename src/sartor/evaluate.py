@@ -16,6 +16,7 @@ from sartor.model.network import anatomy, load_dense
 from sartor.model.tokenizers import load_tokenizer
 from sartor.numerics.grids import GRIDS, search_scales, tensor_bytes
 from sartor.numerics.metrics import Score, interval
+from sartor.paging import each, kept
 from sartor.sources import FORMAT, Source, cache_dir
 from sartor.stages.bits import kinds_of
 from sartor.stages.calibrate import Moments
@@ -87,7 +88,10 @@ def write_plain(path: Path, model: Any, tokenizer: Any, kind: str) -> None:
     """A GGUF file with every matrix in F16, or rounded to one grid; whole or not there."""
     values = {n: p.detach() for n, p in model.named_parameters()}
     grids = {} if kind == "F16" else {n: kind for n, p in values.items() if p.ndim == 2}
-    scales = {n: search_scales(values[n].float(), None, GRIDS[kind]) for n in grids}
+    scales = {
+        n: kept(search_scales(w.float(), None, GRIDS[kind]))
+        for n, w in zip(grids, each(values[n] for n in grids), strict=True)
+    }
     with whole_file(path) as part:
         gguf_file.write(part, model, tokenizer, values, scales, grids, "dense")
 

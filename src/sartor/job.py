@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sartor import evaluate
 from sartor.data.generic import generic_corpus
 from sartor.data.readers import read_folder
 from sartor.data.split import Corpus, split
-from sartor.errors import InputError
+from sartor.errors import InputError, OutputError
 from sartor.export import gguf_file
+from sartor.memory import available
 from sartor.model.network import Anatomy, anatomy, load_dense
-from sartor.plan import METHODS, Budget, parse_budget
+from sartor.model.precision import running_dtype
+from sartor.plan import METHODS, Budget, parse_budget, size_of
 from sartor.probing import Tell, Texts
-from sartor.sources import Source, resolve
+from sartor.sources import Source, cache_dir, resolve
+from sartor.tensors import parameters_in
 
 RUNTIMES = {"gguf": "texts", "onnx": "pictures"}  # a runtime's format: what models in it read
 MOST_GENERAL = 0.9  # share of everyone's text: beyond it nothing would be the user's
@@ -43,6 +49,7 @@ class Job:
     labels: str | None = None
     faster: float | None = None
     keep_general: float = 0.0
+    memory: str | None = None
 
     def check(self) -> None:
         """Raises InputError or BudgetError for what no job can be."""
@@ -65,6 +72,8 @@ class Job:
         if not 0 <= self.seed < 1 << 32:
             raise InputError(f"the seed is {self.seed}: it must be a whole number from 0 to {(1 << 32) - 1}")
         parse_budget(self.size, self.effort)
+        if self.memory is not None:
+            size_of(self.memory, "--memory")
 
     def check_kind(self, kind: str) -> None:
         """Raises InputError for what is asked of a model that reads the other kind of data ("texts" or "pictures")."""
@@ -73,12 +82,48 @@ class Job:
             raise InputError(
                 f"--to {self.to} is for models that read {RUNTIMES[self.to]}, and this one reads {kind}: leave it out, or write --to {own}"
             )
-        if kind == "pictures" and (self.method != "sartor" or self.steps != 1 or self.keep_general):
+        if kind == "pictures" and (self.method != "sartor" or self.steps != 1 or self.keep_general or self.memory):
             raise InputError(
-                "--method, --steps and --keep-general are for language models: leave them out for pictures"
+                "--method, --steps, --keep-general and --memory are for language models: leave them out for pictures"
             )
         if kind == "texts" and (self.labels is not None or self.faster is not None):
             raise InputError("--labels and --faster are for models that see, and this one reads texts: leave them out")
+
+
+BASE = 1.3e9  # bytes of memory of any job
+A_PARAMETER = {
+    torch.bfloat16: 24,
+    torch.float32: 32,
+}  # bytes of memory that each takes while it is trained, by what is run in
+ON_DISK = 44  # bytes of disk that each takes instead
+SHARE = 0.8  # of the memory that can be had
+
+
+def pages_for(source: Source, out: Path | None, memory: str | None) -> tuple[Path | None, str]:
+    """(the folder in which a job's tensors lie while it lasts, None where they find room in memory; what a report must say of it).
+
+    Args:
+        memory: that the job may take, as 4GB; None: most of what can be had.
+    Raises:
+        InputError: not a size. OutputError: there is no room on the disk either.
+    """
+    many = parameters_in(source.folder)
+    limit = SHARE * available() if memory is None else size_of(memory, "--memory")
+    needed = BASE + A_PARAMETER[running_dtype()] * many
+    if needed <= limit:
+        return None, ""
+    folder = out or cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    where = "an --out" if out else "a cache ($SARTOR_CACHE)"
+    if free < ON_DISK * many:
+        raise OutputError(
+            f"a model of {many / 1e6:,.0f} M parameters takes {needed / 1e9:.1f} GB of memory, {limit / 1e9:.1f} GB may be used, and through the disk it takes "
+            f"{ON_DISK * many / 1e9:.0f} GB in '{folder.name}', {free / 1e9:.0f} GB are free: choose {where} on a larger disk, or a smaller model"
+        )
+    return folder, (
+        f"made through the disk, layer by layer: in memory the job would take about {needed / 1e9:.1f} GB, and {limit / 1e9:.1f} GB may be used"
+    )
 
 
 class Prepared:

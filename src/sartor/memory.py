@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
@@ -14,6 +16,19 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 def cores() -> int:
     """Of the processor, as many as this process may run on: more threads than that wait for each other."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available() -> float:
+    """Bytes of memory that can be had without driving anything out, as far as the system says: else all that there is, or infinity where it does not say that either."""
+    found = [float("inf")]
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        found.append(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024.0 * int(next(x for x in lines if x.startswith("MemAvailable:")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # of a container; "max" is none
+        found.append(float(int(Path("/sys/fs/cgroup/memory.max").read_text())))
+    return min(found)
 
 
 def _glibc(name: str) -> Any:

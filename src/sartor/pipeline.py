@@ -14,7 +14,7 @@ from sartor.clock import Clock
 from sartor.effort import Training, effort_of
 from sartor.errors import BudgetError
 from sartor.model.families import ATTENTION
-from sartor.model.network import anatomy, clone, shrink_vocabulary_
+from sartor.model.network import anatomy, clone, converted_, shrink_vocabulary_
 from sartor.model.precision import running, running_dtype
 from sartor.model.vocabulary import can_trim, trim_tokenizer
 from sartor.plan import Plan, from_mask
@@ -253,7 +253,7 @@ def apply_plan(
         del whole, surgery
     else:
         cut_(small, plan)
-    student = small.to(running_dtype())
+    student = converted_(small, running_dtype())
     del small
     put_(student, latents)
     trained = None

@@ -66,6 +66,21 @@ def parse_budget(text: str, effort: str = "standard") -> Budget:
     return Budget(size=int(number * UNITS[unit.upper()]), effort=effort)
 
 
+def size_of(text: str, of: str) -> int:
+    """Bytes of '4GB', '800 MiB'; `of`: what it is the size of.
+
+    Raises:
+        InputError: not a size.
+    """
+    try:
+        found = parse_budget(text).size
+    except BudgetError:
+        found = None
+    if not found:
+        raise InputError(f"{of} is '{text}': it must be a size with its unit, as 4GB")
+    return found
+
+
 def to_mask(kept: Iterable[int], n: int) -> str:
     """Indices to a string "n:hex", bit i (from the left) set where i is kept."""
     bits = 0

@@ -21,15 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sartor import paging
 from sartor.data.split import Corpus
 from sartor.errors import InputError, OutputError, SourceError
 from sartor.files import whole_file, write_whole
-from sartor.model.network import empty_like
+from sartor.model.network import empty_like, rebuild_rotary_
 from sartor.model.tokenizers import load_tokenizer
 from sartor.numerics.four import NAMED
-from sartor.numerics.grids import GRIDS, decode_scales, encode
+from sartor.numerics.grids import GRIDS, decode_scales, encode, tensor_bytes
+from sartor.paging import copied, kept
 from sartor.plan import Plan
 from sartor.stages.masters import Latents
+from sartor.tensors import Entry, metadata_of, read_tensors, write_tensors
 
 CHECKPOINT = "checkpoint"  # the folder of an unfinished job within the artifact's, and its files
 OURS = {"job.json", "plan.json", "view.json", "adapt.safetensors", "recover.safetensors"}
@@ -138,16 +141,21 @@ def remembered(
 
 def save_weights(path: Path, latents: Latents) -> None:
     """The artifact's exact weights."""
-    from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {}
-    for name, master in latents.masters.items():
-        if name in latents.grids:
-            tensors[name] = torch.from_numpy(encode(master, latents.scales[name], latents.grids[name]))
-        else:
-            tensors[name] = master.float().contiguous()
+    def entry(name: str, master: Tensor) -> Entry:
+        grid = latents.grids.get(name)
+        if grid is None:
+            return Entry.of(master.float())
+
+        def encoded() -> Tensor:
+            made = torch.from_numpy(encode(master, latents.scales[name], grid))
+            paging.let_go(master)
+            return made
+
+        return Entry(torch.uint8, (len(master), tensor_bytes(grid.name, (1, master.shape[1]))), encoded)
+
     with whole_file(path) as part:
-        save_file(tensors, part, metadata={"format": "sartor-1"})
+        write_tensors(part, {n: entry(n, m) for n, m in latents.masters.items()}, {"format": "sartor-1"})
 
 
 def save(model: Any, tokenizer: Any, latents: Latents, plan: Plan, provenance: dict[str, str], folder: Path) -> None:
@@ -165,9 +173,6 @@ def load(folder: Path) -> tuple[Any, Any, Plan]:
     Raises:
         SourceError: something is missing or does not fit together.
     """
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-    from safetensors.torch import load_file
     from transformers import AutoConfig
 
     needed = [
@@ -179,18 +184,11 @@ def load(folder: Path) -> tuple[Any, Any, Plan]:
     try:
         config, full = (AutoConfig.from_pretrained(folder, trust_remote_code=False) for _ in range(2))
         tokenizer = load_tokenizer(folder)
-        raw = load_file(folder / "model.safetensors")
+        state = {n: kept(_decoded(t, plan.grids.get(n))) for n, t in read_tensors(folder / "model.safetensors")}
     except Exception as error:
         raise SourceError(
             f"'{folder.name}' is damaged ({type(error).__name__}: {str(error)[:80]}): fit the model again"
         ) from error
-    state = {}
-    for name, tensor in raw.items():
-        grid = plan.grids.get(name)
-        if grid in GRIDS:
-            state[name] = torch.from_numpy(np.array(dequantize(tensor.numpy(), GGMLQuantizationType[grid])))
-        else:
-            state[name] = tensor
     config.vocab_size = state["model.embed_tokens.weight"].shape[0]
     full.vocab_size = config.vocab_size
     model = empty_like(full, [len(p.kept_groups()) for p in plan.layers], [len(p.kept_channels()) for p in plan.layers])
@@ -202,32 +200,30 @@ def load(folder: Path) -> tuple[Any, Any, Plan]:
         raise SourceError(
             f"'{folder.name}' does not fit its plan: {len(missing)} tensors missing, {len(unexpected)} unknown"
         )
-    _rebuild_rotary_(model)
-    return model.eval().requires_grad_(False), tokenizer, plan
+    rebuild_rotary_(model)
+    model.eval()
+    if paging.on():
+        paging.layer_by_layer_(model.model.layers)
+    return model.requires_grad_(False), tokenizer, plan
 
 
-def _rebuild_rotary_(model: Any) -> None:
-    """Rotary tables are computed, not stored; on the meta device they were never filled."""
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=model.config)
+def _decoded(raw: Tensor, grid: str | None) -> Tensor:
+    """Weights from what the file has of them: the bytes of blocks, or numbers as they are."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    return torch.from_numpy(np.array(dequantize(raw.numpy(), GGMLQuantizationType[grid]))) if grid in GRIDS else raw
 
 
 def latents_of(folder: Path, plan: Plan) -> Latents:
     """The artifact's weights as latents on their grids: encoding them again gives the same bytes."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-    from safetensors.torch import load_file
-
     latents = Latents({})
-    for name, tensor in load_file(folder / "model.safetensors").items():
+    for name, tensor in read_tensors(folder / "model.safetensors"):
         grid = plan.grids.get(name)
-        if grid not in GRIDS:
-            latents.masters[name] = tensor
-            continue
-        raw = tensor.numpy()
-        latents.masters[name] = torch.from_numpy(np.array(dequantize(raw, GGMLQuantizationType[grid])))
-        latents.scales[name] = decode_scales(raw, GRIDS[grid])
-        latents.grids[name] = GRIDS[grid]
+        latents.masters[name] = _decoded(tensor, grid)
+        if grid in GRIDS:
+            latents.scales[name] = decode_scales(tensor.numpy(), GRIDS[grid])
+            latents.grids[name] = GRIDS[grid]
     return latents
 
 
@@ -326,21 +322,26 @@ class WeightsFile:
 
     def save(self, latents: Latents, seconds: float) -> None:
         """Masters, scales, and how long they have been trained; the old file stays until the new one is whole."""
-        from safetensors.torch import save_file
 
-        tensors = with_scales(latents.halved(), latents.scales)
+        def halved(name: str, master: Tensor) -> Entry:
+            dtype = latents.halved_dtype(name)
+
+            def make() -> Tensor:
+                half = master.to(dtype)
+                paging.let_go(master)
+                return half
+
+            return Entry(dtype, tuple(master.shape), make)
+
+        entries = {n: halved(n, m) for n, m in latents.masters.items()}
+        entries |= {n: Entry.of(t) for n, t in with_scales({}, latents.scales).items()}
         with whole_file(self.file) as part:
-            save_file(tensors, part, {"seconds": str(seconds)})
+            write_tensors(part, entries, {"seconds": str(seconds)})
 
     def load(self) -> tuple[Latents, float] | None:
         """What was saved last."""
-        from safetensors import safe_open
-
         if not self.file.exists():
             return None
-        with safe_open(self.file, "pt") as weights:
-            raw = {n: weights.get_tensor(n) for n in weights.keys()}  # noqa: SIM118 (not a dict)
-            seconds = float(weights.metadata()["seconds"])
-        kept, scales = without_scales(raw)
-        masters = {n: t.float() for n, t in kept.items()}
+        seconds = float(metadata_of(self.file)["seconds"])
+        masters, scales = without_scales({n: copied(t, torch.float32) for n, t in read_tensors(self.file)})
         return Latents(masters, scales, {n: NAMED[self.grids[n]] for n in scales}), seconds

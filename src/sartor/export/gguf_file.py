@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sartor import paging
 from sartor.errors import SourceError
 from sartor.model.families import LINEARS, NORMS, REPAIRS, Family, family_of
 from sartor.model.network import Anatomy, anatomy
@@ -209,7 +210,6 @@ def write(
     Args:
         values: parameter name -> weights, latent or snapped; biases of REPAIRS may be among them. scales: of those on a grid. grids: grid of each; others F16/F32.
     """
-    import gguf
 
     a, config = anatomy(model), model.config
     family = family_of(config.model_type)
@@ -217,21 +217,34 @@ def write(
     shapes = parameter_shapes(a, family)
     repairs = {n: tuple(v.shape) for n, v in values.items() if n.endswith(tuple(name for name, _ in REPAIRS))}
     for parameter, shape in (shapes | repairs).items():
-        tensor = values[parameter].detach()
-        grid = grids.get(parameter)
-        if grid in GRIDS:
-            data, raw = encode(tensor.float(), scales[parameter], GRIDS[grid]), gguf.GGMLQuantizationType[grid]
-        else:
-            plain = torch.float32 if len(shape) == 1 else torch.float16
-            data, raw = tensor.to(plain).numpy(), None
-        if family.permute_qk and parameter.endswith(("q_proj.weight", "k_proj.weight")):
-            data = permute_rows(data, a.head_dim)
-        writer.add_tensor(gguf_name(parameter, family), data, raw_dtype=raw)
+        stored, dtype, raw = _stored(shape, grids.get(parameter))
+        size = int(np.prod(stored)) * dtype.itemsize
+        writer.add_tensor_info(gguf_name(parameter, family), stored, dtype, size, raw_dtype=raw)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for parameter, shape in (shapes | repairs).items():  # one tensor at a time is in memory
+        tensor, grid = values[parameter].detach(), grids.get(parameter)
+        if grid in GRIDS:
+            data = encode(tensor.float(), scales[parameter], GRIDS[grid])
+        else:
+            data = tensor.to(torch.float32 if len(shape) == 1 else torch.float16).numpy()
+        if family.permute_qk and parameter.endswith(("q_proj.weight", "k_proj.weight")):
+            data = permute_rows(data, a.head_dim)
+        writer.write_tensor_data(data)
+        paging.let_go(tensor)
     writer.close()
     return path.stat().st_size
+
+
+def _stored(shape: tuple[int, ...], grid: str | None) -> tuple[tuple[int, ...], np.dtype[Any], Any]:
+    """(shape, dtype, GGML's type) of a tensor as numpy holds it in front of the file."""
+    import gguf
+
+    if grid in GRIDS:
+        row = tensor_bytes(grid, (1, shape[1]))
+        return (shape[0], row), np.dtype(np.uint8), gguf.GGMLQuantizationType[grid]
+    return shape, np.dtype(np.float32 if len(shape) == 1 else np.float16), None
 
 
 def write_latents(path: Path, model: Any, tokenizer: Any, latents: Latents, name: str) -> int:

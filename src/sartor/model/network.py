@@ -8,7 +8,7 @@ channels are exchanged for `NoAttention` and `NoMlp`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sartor.errors import SourceError
+from sartor import paging
+from sartor.errors import SartorError, SourceError
 from sartor.model.attention import register
 from sartor.model.families import ATTENTION, LINEARS, family_of
 from sartor.model.hooks import removed_after
 from sartor.model.tokenizers import load_tokenizer
 from sartor.model.vision import Vision
+from sartor.tensors import files_of, read_tensors
 
 GATE = "mlp.gate_proj"
 BLOCK = 32  # FFN channels that are kept or removed together: one quantization block of the matrix that reads them
@@ -194,37 +196,79 @@ def _refuse_unknown(model: Any, tokenizer: Any) -> None:
 
 
 def load_dense(folder: Path) -> tuple[Any, Any]:
-    """(model in fp32, tokenizer) from a transformers folder; safetensors only, no remote code."""
+    """(model in fp32, tokenizer) from a transformers folder; safetensors only, no remote code. Within `paging` its weights lie on disk."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family_of(config.model_type)
         tokenizer = load_tokenizer(folder)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation=register(),
-            output_loading_info=True,
+        loaded: Any = (
+            _in_pages(folder, config)
+            if paging.on()
+            else AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation=register(),
+                output_loading_info=True,
+            )
         )
         model, told = loaded
         refuse_incomplete(model, told)
-    except SourceError:
+    except SartorError:
         raise
     except Exception as error:
         raise SourceError(
             f"the model in '{folder.name}' cannot be opened ({type(error).__name__}: {str(error)[:160]})"
         ) from error
     _refuse_unknown(model, tokenizer)
-    return model.eval().requires_grad_(False), tokenizer  # whoever trains asks for gradients
+    model.eval().requires_grad_(False)  # whoever trains asks for gradients
+    if paging.on():
+        paging.layer_by_layer_(model.model.layers)
+    return model, tokenizer
+
+
+def _in_pages(folder: Path, config: Any) -> tuple[Any, dict[str, set[str]]]:
+    """What `from_pretrained` says, with no more than one tensor in memory at a time."""
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config, "quantization_config", None):
+        raise SourceError("the model's weights are quantized by a method of its own, and too large for the memory to be unpacked in: give them as fp16 or bf16")  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=register())
+    shapes = {n: p.shape for n, p in model.named_parameters(remove_duplicate=False)}
+    state = {n: paging.copied(t, torch.float32) for n, t in read_tensors(*files_of(folder)) if n in shapes}
+    other = {n for n, t in state.items() if t.shape != shapes[n]}
+    model.load_state_dict({n: t for n, t in state.items() if n not in other}, strict=False, assign=True)
+    model.tie_weights()
+    rebuild_rotary_(model)
+    return model, {"missing_keys": shapes.keys() - state.keys(), "mismatched_keys": other}
 
 
 def clone(model: Any, dtype: torch.dtype | None = None) -> Any:
     """A copy that shares nothing with `model`."""
-    new = copy.deepcopy(model)
+    return _with(model, lambda p: paging.copied(p, dtype if p.is_floating_point() else None), dtype)
+
+
+def sharing(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Another network that has the very weights of `model`, where they are of that dtype: parts and weights can be exchanged in it, but none may be written to."""
+    return _with(model, lambda p: p if dtype in (None, p.dtype) else paging.copied(p, dtype), dtype)
+
+
+def _with(model: Any, weights: Callable[[Tensor], Tensor], dtype: torch.dtype | None) -> Any:
+    made = {id(p): nn.Parameter(weights(p.data), requires_grad=p.requires_grad) for p in model.parameters()}
+    new = copy.deepcopy(model, made)
     return new.to(dtype) if dtype else new
+
+
+def converted_(model: Any, dtype: torch.dtype) -> Any:
+    """The model in another dtype, in place."""
+    for p in model.parameters():
+        if p.dtype != dtype:
+            p.data = paging.copied(p.data, dtype)
+    return model.to(dtype)
 
 
 def _sliced(old: nn.Linear, rows: Tensor | None, columns: Tensor | None) -> nn.Linear:
@@ -235,7 +279,7 @@ def _sliced(old: nn.Linear, rows: Tensor | None, columns: Tensor | None) -> nn.L
     if columns is not None:
         weight = weight[:, columns]
     new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    new.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    new.weight = nn.Parameter(paging.copied(weight), requires_grad=False)
     if bias is not None:
         new.bias = nn.Parameter(bias.clone(), requires_grad=False)
     return new
@@ -276,7 +320,7 @@ def shrink_mlp_(model: Any, layer: int, channels: Tensor) -> None:
 
 def shrink_vocabulary_(model: Any, ids: Tensor, special: dict[str, Any]) -> None:
     """Keep only these rows of the embedding (and of an untied head), in place; `special` are the new special ids."""
-    rows = model.model.embed_tokens.weight.data[ids].clone()
+    rows = paging.kept(model.model.embed_tokens.weight.data[ids])
     embedding = nn.Embedding(len(ids), rows.shape[1], device="meta")
     embedding.weight = nn.Parameter(rows, requires_grad=False)
     head = None if model.config.tie_word_embeddings else _sliced(model.lm_head, ids, None)
@@ -291,6 +335,12 @@ def shrink_vocabulary_(model: Any, ids: Tensor, special: dict[str, Any]) -> None
     for name, value in special.items():
         for config in (model.config, model.generation_config):
             setattr(config, name, value)
+
+
+def rebuild_rotary_(model: Any) -> None:
+    """Rotary tables are computed, not stored; on the meta device they were never filled."""
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=model.config)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sartor import paging
 from sartor.model.hooks import removed_after
 from sartor.model.network import embed, layers_of, through
 
@@ -48,7 +49,7 @@ def _noted(model: Any, rows: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]
     arguments: list[dict[str, Any]] = []
 
     def note(_: Any, args: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-        states.append(args[0])
+        states.append(paging.kept(args[0]))
         arguments.append(named)
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers_of(model)]

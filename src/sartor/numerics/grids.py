@@ -206,6 +206,15 @@ def snap(w: Float[Tensor, "out inn"], scales: Float[Tensor, "out blocks"], grid:
     return nearest_level(x, grid).mul_(d).reshape(out, inn)
 
 
+AT_ONCE = (
+    1 << 22
+)  # numbers of a matrix that are searched or packed at once: what is made on the way is several times as large
+
+
+def _rows_at_once(width: int) -> int:
+    return max(1, AT_ONCE // width)
+
+
 def search_scales(
     w: Float[Tensor, "out inn"],
     weights: Float[Tensor, " inn"] | None,
@@ -226,6 +235,11 @@ def search_scales(
         scales as the file can hold them.
     """
     out, inn = w.shape
+    if out > (many := _rows_at_once(inn)):
+        of = [None] * len(w.split(many)) if units is None else units.split(many)
+        return torch.cat(
+            [search_scales(x, weights, grid, candidates, u) for x, u in zip(w.split(many), of, strict=True)]
+        )
     x = w.reshape(out, -1, grid.block)
     h = torch.ones(inn) if weights is None else weights
     h = (h / h.mean().clamp_min(1e-20)).reshape(1, -1, grid.block) + 1e-3
@@ -290,6 +304,8 @@ def indices(w: Float[Tensor, "out inn"], scales: Float[Tensor, "out blocks"], gr
 def encode(w: Float[Tensor, "out inn"], scales: Float[Tensor, "out blocks"], grid: Grid) -> np.ndarray:
     """Bytes of w in the file, shape (out, inn / weights * block_bytes), uint8; w is snapped first."""
     out = len(w)
+    if out > (most := _rows_at_once(w.shape[1])):
+        return np.concatenate([encode(x, s, grid) for x, s in zip(w.split(most), scales.split(most), strict=True)])
     levels = indices(w, scales, grid).numpy().reshape(out, -1, grid.weights)
     packed = grid.pack(levels, scales.numpy().reshape(out, -1, grid.scales))
     return np.ascontiguousarray(packed.reshape(out, -1))

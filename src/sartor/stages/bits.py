@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sartor import paging
 from sartor.model.families import LINEARS
 from sartor.model.network import Anatomy, anatomy, linears_of, parameter
 from sartor.numerics.gptq import gptq
@@ -65,7 +66,7 @@ def base_damage(
     Plain rounding would cost two to six times as much (docs/log.md). The model comes back unchanged.
     """
     parameters = dict(model.named_parameters())
-    rounded = {n: _rounded(parameters[n].data.float(), BASE, moments.of(n)) for n in names}
+    rounded = {n: _rounded_alone(parameters[n].data, BASE, moments.of(n)) for n in names}
     with _exchanged(parameters, rounded):
         return kl_of(model, rows, reference)
 
@@ -77,6 +78,13 @@ def damage_by_grid(model: Any, names: Sequence[str], base: float, grids: Sequenc
     some = [w[:: max(1, len(w) // SAMPLED)].float() for w in (parameters[n].data for n in names)]
     error = {g: sum(float((_rounded(w, g, None) - w).square().sum()) for w in some) for g in (BASE, *grids)}
     return {BASE: base} | {g: base * error[g] / max(error[BASE], 1e-30) for g in grids}
+
+
+def _rounded_alone(w: Tensor, grid: str, c: Tensor) -> Tensor:
+    """A matrix on a grid, in its own dtype; nothing of it stays in memory that need not."""
+    rounded = paging.kept(_rounded(w.float(), grid, c).to(w.dtype))
+    paging.let_go(w, c)
+    return rounded
 
 
 def _rounded(w: Tensor, grid: str, c: Tensor | None) -> Tensor:
@@ -117,7 +125,7 @@ def poorer_damage(
         some = layers[start : start + at_once]
         new = {}
         for n in some:
-            new[names[n]] = _rounded(parameters[names[n]].data.float(), "Q3_K", moments.c[n, "down"])
+            new[names[n]] = _rounded_alone(parameters[names[n]].data, "Q3_K", moments.c[n, "down"])
         with _exchanged(parameters, new):
             damage["Q3_K"][some] = max(0.0, kl_of(model, rows, reference) / len(some) - share)
         tell((start + len(some)) / len(layers), f"three bits for down_proj up to layer {some[-1]}")

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sartor import paging
 from sartor.model.hooks import removed_after
 from sartor.model.network import anatomy, embed, linears_of, through, tracked
 from sartor.stages.medium import medium_of
@@ -157,7 +158,11 @@ def _feeling(model: Any, felt: dict[Site, Tensor]) -> Iterator[None]:
             squared = gradient.float().square().sum(-1)
             felt[key] = felt[key] + squared if key in felt else squared
 
-        return lambda _, args, out: out.register_hook(add) and None
+        def hooked(_: Any, args: Any, out: Tensor) -> None:
+            if out.requires_grad:  # not where a layer will run once more on the way back
+                out.register_hook(add)
+
+        return hooked
 
     handles = [module.register_forward_hook(watch((layer, SITE_OF[name]))) for layer, name, module in linears_of(model)]
     with removed_after(handles):
@@ -169,5 +174,6 @@ def _add_(c: dict[Site, Tensor], scale: float, site: Site, z: Float[Tensor, "b t
     gram = (z.T @ z).float().mul_(scale)
     if site in c:
         c[site] += gram
+        paging.let_go(c[site])
     else:
-        c[site] = gram
+        c[site] = paging.kept(gram)

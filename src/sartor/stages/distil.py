@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sartor.numerics.schedule import warm_then_cosine
 from sartor.stages.likelihood import hidden_of, lesson_of, loss_of, loss_to_lesson
-from sartor.stages.masters import Adam, Batches, InMemory, Kept, Latents, Rows, put_, update_
+from sartor.stages.masters import Adam, Batches, InMemory, Kept, Latents, Rows, gradients_, put_, update_
 from sartor.stages.measure import score
 from sartor.stages.tokens import Window
 from sartor.stages.watch import Watch
@@ -108,6 +108,7 @@ def distil_(
     put_(model, latents)
     named = {n: p.requires_grad_(True) for n, p in model.named_parameters() if n in latents.masters}
     optimizers = {n: Adam(latents.masters[n], config.rate) for n in named}
+    gradients_(named)
     length = max(config.seconds - before, 1e-9)
     mine, others = Rows(len(own), seed), Rows(len(said.rows), seed + 1)
     bpb = lambda network: score(network, validation).bits_per_byte  # noqa: E731
@@ -125,6 +126,7 @@ def distil_(
         tell(share, f"step {watch.steps}, loss {loss:.3f}, validation {watch.best:.3f} bits per byte")
     seconds = time.monotonic() - started
     optimizers.clear()
+    model.zero_grad()
     watch.end_(seconds)
     model.requires_grad_(False)
     return Trained(tuple(watch.curve), batches.seen * said.rows.shape[1], seconds)

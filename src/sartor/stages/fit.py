@@ -18,14 +18,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sartor import paging
 from sartor.model.families import ATTENTION, MLP
 from sartor.model.hooks import removed_after
-from sartor.model.network import anatomy, clone, embed, has_attention, has_mlp, layers_of, linear, parameter
+from sartor.model.network import anatomy, embed, has_attention, has_mlp, layers_of, linear, parameter, sharing
 from sartor.model.tail import arguments_of
 from sartor.numerics.compensate import LAMBDA, refit, strength
 from sartor.numerics.four import NAMED
 from sartor.numerics.gptq import gptq
 from sartor.numerics.grids import snap
+from sartor.paging import each, kept
 from sartor.stages.calibrate import Heard, Site, heard, unheard
 from sartor.stages.masters import Latents
 
@@ -62,8 +64,8 @@ def evidence_of(
     texts = [(r, share / len(r)) for r, share in ((own, 1 - rho), (generic, rho)) if len(r)]
     total, many = sum(len(r) * w for r, w in texts), sum(len(r) for r, _ in texts)
     said, done = [], 0
-    for rows, each in texts:
-        weight = torch.full((len(rows),), each / total)
+    for rows, of_each in texts:
+        weight = torch.full((len(rows),), of_each / total)
         start, width = done / many, len(rows) / many
         told = partial(_inside, tell, start, width)
         said.append((rows, weight, heard(model, rows, weight, told) if listened else unheard(model, rows, weight)))
@@ -95,19 +97,19 @@ def fit(
         small: the cut network in fp32, left as it is. whole: what it was cut from, in the precision to run in.
         grids: {parameter name: grid name}; what is absent stays free (fp32).
     """
-    fitting = _Fitting(small, clone(small, next(whole.parameters()).dtype), evidence, grids)
+    fitting = _Fitting(small, sharing(small, next(whole.parameters()).dtype), evidence, grids)
     tied = anatomy(small).tied  # then the embedding is the head above all; an untied one is only looked up
     if EMBEDDING in grids:
         fitting.round_([EMBEDDING], evidence.heard.head if tied else torch.eye(small.config.hidden_size))
     parts = evidence.rows.split(BATCH)
     arguments = {n: arguments_of(whole, evidence.rows[:n]) for n in {len(part) for part in parts}}
-    theirs, ours = ([embed(network, part) for part in parts] for network in (whole, fitting.running))
+    theirs, ours = ([kept(embed(network, part)) for part in parts] for network in (whole, fitting.running))
     last = len(layers_of(small))
     for n in range(last):
         ours, theirs = fitting.layer(layers_of(whole)[n], n, ours, theirs, arguments)
         tell((n + 1) / last, f"layer {n}")
     if "lm_head.weight" in grids and not tied:
-        read = [fitting.running.model.norm(x) for x in ours]
+        read = [kept(fitting.running.model.norm(x)) for x in each(ours)]
         fitting.round_(["lm_head.weight"], fitting.moments(read, None))
     return fitting.result()
 
@@ -122,7 +124,9 @@ class _Fitting:
 
     def result(self) -> Latents:
         done = self.latents.masters
-        self.latents.masters = {n: done.get(n, p.data.float().clone()) for n, p in self.parameters.items()}
+        self.latents.masters = {
+            n: done[n] if n in done else paging.copied(p.data, torch.float32) for n, p in self.parameters.items()
+        }
         return self.latents
 
     def layer(
@@ -131,22 +135,24 @@ class _Fitting:
         """Both streams behind layer n, which is done on the way."""
         block = layers_of(self.running)[n]
         middles, ends = [], []
-        for x in theirs:
+        for x in each(theirs):
             with _read(other.post_attention_layernorm) as middle:
-                ends.append(other(x, **arguments[len(x)][n]))
-            middles.append(middle[0])
+                ends.append(kept(other(x, **arguments[len(x)][n])))
+            middles.append(kept(middle[0]))
         if has_attention(self.running, n):
-            normed = [block.input_layernorm(x) for x in ours]
+            normed = [kept(block.input_layernorm(x)) for x in each(ours)]
             self.readers(n, ATTENTION[:-1], normed, (n, "attention"))
             with _ended_before(block.self_attn, "o_proj"):
-                read = [block.self_attn(hidden_states=x, **arguments[len(x)][n])[0] for x in normed]
+                read = [kept(block.self_attn(hidden_states=x, **arguments[len(x)][n])[0]) for x in each(normed)]
             ours = self.writer(n, ATTENTION[-1], read, ours, middles, (n, "output"))
         if has_mlp(self.running, n):
-            normed = [block.post_attention_layernorm(x) for x in ours]
+            normed = [kept(block.post_attention_layernorm(x)) for x in each(ours)]
             self.readers(n, MLP[:-1], normed, (n, "mlp"))
             with _ended_before(block.mlp, "down_proj"):
-                read = [block.mlp(x) for x in normed]
+                read = [kept(block.mlp(x)) for x in each(normed)]
             ours = self.writer(n, MLP[-1], read, ours, ends, (n, "down"))
+        for done in (block, other, layers_of(self.small)[n]):
+            paging.let_go_of(done)
         return ours, ends
 
     def readers(self, n: int, names: Sequence[str], read: list[Tensor], site: Site) -> None:
@@ -164,7 +170,7 @@ class _Fitting:
         if biased := old.bias is not None:
             w = torch.cat([w, old.bias.data.float()[:, None]], 1)
         a, b = torch.zeros(2, *w.shape), torch.zeros(2, w.shape[1], w.shape[1])
-        for z, x, target, scale in zip(read, stream, wanted, self.scales(site, read), strict=True):
+        for z, x, target, scale in zip(each(read), each(stream), each(wanted), self.scales(site, read), strict=True):
             z = torch.cat([z, torch.ones_like(z[..., :1])], -1) if biased else z
             z, missing = z * scale, (target - x).to(z.dtype) * scale
             for i, rows in enumerate((slice(0, len(z) - 1), slice(len(z) - 1, None)) if len(z) > 1 else (slice(None),)):
@@ -178,7 +184,7 @@ class _Fitting:
             fitted, both = fitted[:, :-1], both[:-1, :-1]
         self.put_(parameter(n, name), fitted)
         self.round_([parameter(n, name)], both, {parameter(n, name): fitted})
-        return [x + new(z) for z, x in zip(read, stream, strict=True)]
+        return [kept(x + new(z)) for z, x in zip(each(read), each(stream), strict=True)]
 
     def scales(self, site: Site | None, read: list[Tensor]) -> Iterator[Tensor]:
         """Roots of the weights of all tokens, part by part."""
@@ -190,15 +196,15 @@ class _Fitting:
 
     def moments(self, read: list[Tensor], site: Site | None) -> Float[Tensor, "f f"]:
         c = torch.zeros(())
-        for z, scale in zip(read, self.scales(site, read), strict=True):
+        for z, scale in zip(each(read), self.scales(site, read), strict=True):
             flat = (z * scale).flatten(0, 1)
             c = c + (flat.T @ flat).float()
         return c
 
     def put_(self, name: str, w: Tensor) -> None:
-        self.latents.masters[name] = w
+        self.latents.masters[name] = kept(w)
         running = self.running.get_parameter(name)
-        running.data = w.to(running.dtype)
+        running.data = kept(self.latents.masters[name].to(running.dtype))
 
     def round_(self, names: Sequence[str], c: Tensor, weights: Mapping[str, Tensor] | None = None) -> None:
         """Matrices that read the same go onto their grids, those of one grid in one sweep: rows do not depend on each other."""
@@ -209,7 +215,7 @@ class _Fitting:
             sizes = [len(weights[n]) for n in some]
             for name, latent, scales in zip(some, q.latent.split(sizes), q.scales.split(sizes), strict=True):
                 self.put_(name, snap(latent, scales, NAMED[grid]))
-                self.latents.masters[name], self.latents.scales[name] = latent.clone(), scales.clone()
+                self.latents.masters[name], self.latents.scales[name] = paging.copied(latent), paging.copied(scales)
                 self.latents.grids[name] = NAMED[grid]
 
 

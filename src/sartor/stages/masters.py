@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sartor import paging
 from sartor.numerics.grids import Grid, snap
 from sartor.numerics.schedule import affordable_batch
 
@@ -40,7 +41,10 @@ class Latents:
 
     def halved(self) -> dict[str, Tensor]:
         """The masters in fp16 (vectors in fp32): half the room, and a cell of any grid here is far wider than the rounding."""
-        return {n: t.half() if t.ndim > 1 and not self.exact else t.clone() for n, t in self.masters.items()}
+        return {n: paging.copied(t, self.halved_dtype(n)) for n, t in self.masters.items()}
+
+    def halved_dtype(self, name: str) -> torch.dtype:
+        return torch.float16 if self.masters[name].ndim > 1 and not self.exact else torch.float32
 
 
 def free(model: Any) -> Latents:
@@ -54,6 +58,7 @@ def put_(model: Any, latents: Latents) -> None:
     for name, p in model.named_parameters():
         if name in latents.masters:
             p.copy_(latents.value(name))
+            paging.let_go(p.data, latents.masters[name])
 
 
 class Mean:
@@ -65,7 +70,7 @@ class Mean:
 
     def __init__(self, latents: Latents) -> None:
         self.latents, self.count = (
-            replace(latents, masters={n: t.detach().clone() for n, t in latents.masters.items()}),
+            replace(latents, masters={n: paging.copied(t) for n, t in latents.masters.items()}),
             0,
         )
 
@@ -78,6 +83,7 @@ class Mean:
         """The mean, moved by this share of the way towards other weights."""
         for name, mean in self.latents.masters.items():
             mean.lerp_(latents.masters[name], share)
+            paging.let_go(mean, latents.masters[name])
         return self.latents
 
 
@@ -155,8 +161,8 @@ class Adam:
         # made now: at the first step it would settle in the gaps that activations had left, and the next step's would find none
         self.optimizer.state[self.moved] = {
             "step": torch.zeros(()),
-            "exp_avg": torch.zeros_like(master),
-            "exp_avg_sq": torch.zeros_like(master),
+            "exp_avg": paging.zeros(master.shape),
+            "exp_avg_sq": paging.zeros(master.shape),
         }
 
     def step(self, gradient: Tensor, rate: float) -> None:
@@ -167,6 +173,8 @@ class Adam:
         if self.size is not None:
             self.master.addcmul_(self.moved, self.size)
             self.moved.zero_()
+        state = self.optimizer.state[self.moved]
+        paging.let_go(self.master, state["exp_avg"], state["exp_avg_sq"])
 
 
 LEAST = 0.01  # of the size of the whole tensor: rows that are smaller move as if they had this one
@@ -182,8 +190,21 @@ def _size_of(w: Tensor) -> Tensor:
 def update_(named: Mapping[str, Any], optimizers: Mapping[str, Adam], rate: float) -> None:
     """Gradients of the running network to the masters, clipped to norm 1 over all, and one step."""
     named = {n: p for n, p in named.items() if p.grad is not None}  # the norm in front of a lost attention has none
-    norm = float(torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in named.values()]).norm())
+    norm = float(torch.stack([_norm(p.grad) for p in named.values()]).norm())
     clip = min(1.0, 1.0 / max(norm, 1e-12))
     for name, p in named.items():
-        gradient, p.grad = p.grad.float().mul_(clip), None
-        optimizers[name].step(gradient, rate)
+        optimizers[name].step(p.grad.float().mul_(clip), rate)
+        p.grad = paging.emptied(p.grad)
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    paging.let_go(gradient)
+    return norm
+
+
+def gradients_(named: Mapping[str, Any]) -> None:
+    """Room for the gradients of a training, where it is to be on disk; in memory every pass makes its own."""
+    if paging.on():
+        for p in named.values():
+            p.grad = paging.zeros(p.shape, p.dtype)

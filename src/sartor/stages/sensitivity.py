@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,22 +60,18 @@ def together(one: Felt, other: Felt) -> Felt:
 def feel(model: Any, rows: Tensor, seed: int = 0, tell: Callable[[float], None] = lambda share: None) -> Felt:
     """One forward pass over the rows, and a backward pass for each direction; `seed` is that of the directions."""
     medium, generator = medium_of(model), torch.Generator().manual_seed(seed)
-    sketch: dict[Site, list[Tensor]] = {}
-    alone: dict[Site, Tensor] = {}
+    sites = [(layer, SITE_OF[name]) for layer, name, _ in linears_of(model) if SITE_OF[name] in CUT]
+    sketch: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    alone: dict[Site, Tensor] = {site: torch.zeros(()) for site in sites}
     for at in range(0, len(rows), BATCH):
         part = rows[at : at + BATCH]
-        with _catching(model) as read:
+        found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+        with _catching(model, partial(_add_, found, alone)):
             hidden = tracked(model, part)
-            found = dict[Site, list[Tensor]]()
             for left in reversed(range(medium.directions)):
                 hidden.backward(medium.gradients(model, hidden.detach(), generator), retain_graph=left > 0)
-                for site, z in read.items():
-                    felt, z.grad = z.detach() * z.grad, None
-                    found.setdefault(site, []).append(felt.sum(1, dtype=torch.float32))
-                    squared = torch.linalg.vector_norm(felt, dim=(0, 1), dtype=torch.float32).square()
-                    alone[site] = alone[site] + squared if site in alone else squared
         for site, directions in found.items():
-            sketch.setdefault(site, []).append(torch.stack(directions, 1).flatten(0, 1))
+            sketch[site].append(torch.stack(directions, 1).flatten(0, 1))
         tell(min(1.0, (at + BATCH) / len(rows)))
     n = len(rows) * medium.positions(rows)
     share = 2 * n * medium.directions
@@ -86,15 +83,21 @@ def feel(model: Any, rows: Tensor, seed: int = 0, tell: Callable[[float], None] 
     )
 
 
+def _add_(found: dict[Site, list[Tensor]], alone: dict[Site, Tensor], site: Site, z: Tensor, gradient: Tensor) -> None:
+    """What one direction says of what was read at a site."""
+    felt = z * gradient
+    found[site].append(felt.sum(1, dtype=torch.float32))
+    alone[site] = alone[site] + torch.linalg.vector_norm(felt, dim=(0, 1), dtype=torch.float32).square()
+
+
 @contextmanager
-def _catching(model: Any) -> Iterator[dict[Site, Any]]:
-    """What o_proj and down_proj read, with its gradient once backward has run."""
-    read: dict[Site, Any] = {}
+def _catching(model: Any, hear: Callable[[Site, Tensor, Tensor], None]) -> Iterator[None]:
+    """`hear` is told what o_proj and down_proj read, and its gradient, on every way back."""
 
     def note(site: Site) -> Callable[[Any, tuple[Tensor, ...]], None]:
         def keep(_: Any, args: tuple[Tensor, ...]) -> None:
-            args[0].retain_grad()
-            read[site] = args[0]
+            if args[0].requires_grad:  # not where a layer will run once more on the way back
+                args[0].register_hook(partial(hear, site, args[0].detach()))
 
         return keep
 
@@ -104,4 +107,4 @@ def _catching(model: Any) -> Iterator[dict[Site, Any]]:
         if SITE_OF[name] in CUT
     ]
     with removed_after(handles):
-        yield read
+        yield

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sartor import paging
 from sartor.memory import hand_back
 from sartor.stages.masters import Kept, Latents, Mean, put_
 
@@ -66,6 +67,7 @@ class Watch:
             with torch.no_grad():
                 for name, best in last[0].masters.items():
                     self.latents.masters[name].copy_(best)
+                    paging.let_go(self.latents.masters[name], best)
         put_(self.model, self.latents)
 
     def _judge(self, latents: Latents, seconds: float) -> None:

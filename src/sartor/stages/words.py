@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from sartor.model.network import clone, shrink_vocabulary_
+from sartor.model.network import sharing, shrink_vocabulary_
 from sartor.model.vocabulary import closed_order, count_tokens, trim_tokenizer
 from sartor.stages.measure import score
 from sartor.stages.tokens import cut_windows, encode_windows
@@ -127,7 +127,7 @@ def _damage(
     at, prices = [], []
     for n, size in enumerate(sorted({min(sizes, key=lambda k: abs(k - share * len(order))) for share in MEASURED})):
         smaller, ids = trim_tokenizer(tokenizer, order[:size])
-        cut = clone(model)
+        cut = sharing(model)
         shrink_vocabulary_(cut, ids, {})
         lost = sum(score(cut, encode_windows(windows, smaller)).nats) - nats
         at.append(size)

@@ -1,0 +1,164 @@
+"""Models larger than the memory: tensors that lie on disk and are in memory only while they are looked at.
+
+Within `paging(folder)`, what is made here lies in files of that folder without a name, which are gone with the process however it ends. To whoever computes they are
+tensors like all others: the system fetches their pages when they are touched. `let_go` hands the pages back and changes no value; forgetting it costs memory, never truth.
+Outside of `paging` everything here is torch's own, in memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sartor.errors import OutputError
+
+LEAST = 1 << 20  # bytes of a tensor that is worth a file
+DONT_NEED = 4  # sys/mman.h: of a shared mapping the file keeps what was written
+
+_folder: ContextVar[Path | None] = ContextVar("folder", default=None)
+
+
+@contextmanager
+def paging(folder: Path | None) -> Iterator[None]:
+    """Large tensors lie in `folder` while the body runs; None leaves them in memory."""
+    token = _folder.set(folder)
+    try:
+        yield
+    finally:
+        _folder.reset(token)
+
+
+def on() -> bool:
+    return _folder.get() is not None
+
+
+def zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A new tensor."""
+    folder, many = _folder.get(), math.prod(shape)
+    if folder is None or many * dtype.itemsize < LEAST:
+        return torch.zeros(shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".pages-") as file:  # a new file is full of zeros
+        _reserve(file.fileno(), many * dtype.itemsize, folder)
+        return torch.from_file(file.name, shared=True, size=many, dtype=dtype).reshape(shape)
+
+
+def _reserve(file: int, size: int, folder: Path) -> None:
+    """Room on the disk now: a mapping that finds none later ends the process without a word."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        raise OutputError(
+            f"the disk of '{folder.name}' is full ({error.strerror}): make room and add --resume, or choose another --out"
+        ) from error
+
+
+def copied(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy that shares nothing with `t`."""
+    if not on() or t.is_meta:
+        return t.detach().to(dtype or t.dtype, copy=True)
+    new = zeros(t.shape, dtype or t.dtype).copy_(t.detach())
+    let_go(new, t)
+    return new
+
+
+def kept(t: Tensor) -> Tensor:
+    """`t`, on disk from now on: for what was just made and is needed later."""
+    return copied(t) if on() and t.nbytes >= LEAST and not _paged(t) else t
+
+
+def let_go(*tensors: Tensor) -> None:
+    """These are not needed for a while."""
+    for t in tensors:
+        if _madvise is not None and _paged(t):
+            storage = t.untyped_storage()
+            _madvise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), DONT_NEED)
+
+
+def each(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """One after the other, each let go once the next is asked for."""
+    for t in tensors:
+        yield t
+        let_go(t)
+
+
+def let_go_of(module: torch.nn.Module) -> None:
+    """Its weights are not needed for a while, nor their gradients."""
+    let_go(*(t for p in module.parameters() for t in (p.data, p.grad) if t is not None))
+
+
+def emptied(t: Tensor) -> Tensor | None:
+    """A gradient that was used: all zeros where it has a file, to be added to again; None in memory."""
+    if not _paged(t):
+        return None
+    t.zero_()
+    let_go(t)
+    return t
+
+
+def _paged(t: Tensor) -> bool:
+    """Whether it lies in a file of ours: memory that has none would be lost."""
+    return t.untyped_storage().filename is not None
+
+
+def _found() -> Callable[..., Any] | None:
+    return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform in {"linux", "darwin"} else None
+
+
+_madvise = _found()
+
+
+class _Recomputed(torch.autograd.Function):
+    """A layer that keeps only what it read, and runs once more on the way back (Chen et al. 2016, arXiv:1604.06174); its weights are let go after either."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Tensor], layer: torch.nn.Module, x: Tensor) -> Tensor:
+        ctx.run, ctx.layer = run, layer
+        ctx.save_for_backward(x)
+        y = run(x)
+        let_go_of(layer)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[None, None, Tensor | None]:
+        (saved,) = ctx.saved_tensors
+        x = saved.detach().requires_grad_(True)
+        with torch.enable_grad():
+            y = ctx.run(x)
+        torch.autograd.backward(y, above[0])
+        let_go_of(ctx.layer)
+        return None, None, x.grad
+
+
+def one_layer(run: Any, x: Tensor) -> Tensor:
+    """transformers' hook for checkpointing (`GradientCheckpointingLayer`), whose `run` is a partial of the layer's own forward: the same result, and afterwards no memory is held but for what it read and said."""
+    layer = run.args[0] if run.args else run.func.__self__
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Recomputed.apply(run, layer, x)
+    y: Tensor = run(x)
+    let_go_of(layer)
+    return y
+
+
+def layer_by_layer_(layers: Any) -> None:
+    """These layers of transformers' are run by `one_layer` from now on, and copies of them too; nothing else of them is in training mode."""
+    for layer in layers:
+        layer.gradient_checkpointing = layer.training = True
+        layer._gradient_checkpointing_func = one_layer
+
+
+def as_usual_(layers: Any) -> None:
+    """These layers are run by transformers alone again."""
+    for layer in layers:
+        layer.gradient_checkpointing = layer.training = False
