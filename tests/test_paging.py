@@ -21,9 +21,9 @@ from sartor.errors import InputError, OutputError, SourceError
 from sartor.job import Job, pages_for
 from sartor.model.network import clone, load_dense, sharing
 from sartor.model.precision import running
-from sartor.numerics import grids
+from sartor.numerics import gptq, grids
 from sartor.numerics.four import NAMED
-from sartor.numerics.grids import GRIDS, encode, search_scales
+from sartor.numerics.grids import GRIDS, encode, search_scales, snap
 from sartor.pipeline import apply_plan, make_plan
 from sartor.sources import Source, resolve
 from sartor.stages.distil import DistilConfig, anchor, distil_
@@ -260,8 +260,12 @@ def test_a_matrix_in_parts_is_rounded_as_the_whole(grid: str, monkeypatch: pytes
     g, w, c = NAMED[grid], torch.randn(40, 512), torch.rand(512)
     scales = search_scales(w, c, g)
     packed = encode(w, scales, g) if grid in GRIDS else None
+    snapped, swept = snap(w, scales, g), gptq.gptq(w, torch.diag(c), g)
     monkeypatch.setattr(grids, "AT_ONCE", 512 * 7)
+    monkeypatch.setattr(gptq, "ROWS", 9)
     assert torch.equal(search_scales(w, c, g), scales)
+    assert torch.equal(snap(w, scales, g), snapped)
+    assert torch.equal(gptq.gptq(w, torch.diag(c), g).latent, swept.latent)
     if packed is not None:
         assert (encode(w, scales, g) == packed).all()
 

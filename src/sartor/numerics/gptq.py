@@ -16,6 +16,8 @@ from torch import Tensor
 
 from sartor.numerics.grids import Grid, nearest_level, row_units, search_scales
 
+ROWS = 16_384  # swept at once: more, as an embedding has, take several times their own memory
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -55,9 +57,18 @@ def gptq(
     Returns:
         Quantized; `snap(latent, scales, grid)` are the rounded weights.
     """
-    out, inn = w.shape
     upper = inverse_cholesky(c, damp)
-    importance = c.diagonal()
+    parts = [_swept(part, upper, c.diagonal(), grid) for part in w.split(ROWS)]
+    if len(parts) == 1:
+        return parts[0]
+    return Quantized(torch.cat([p.latent for p in parts]), torch.cat([p.scales for p in parts]))
+
+
+def _swept(
+    w: Float[Tensor, "out inn"], upper: Float[Tensor, "inn inn"], importance: Float[Tensor, " inn"], grid: Grid
+) -> Quantized:
+    """The sweep over the inputs; rows do not know of each other."""
+    out, inn = w.shape
     units = row_units(w, grid) if grid.per_row else None
     w = w.T.contiguous()  # inputs first: the sweep goes through one after the other
     latent = torch.empty_like(w)

@@ -174,12 +174,18 @@ def nearest_index(x: Float[Tensor, ...], grid: Grid) -> Int[Tensor, ...]:
     """Index of the level nearest to x, x in units of the scale. Ties go up."""
     if grid.uniform:
         return (torch.floor(x + 0.5).clamp_(grid.levels[0], grid.levels[-1]) - grid.levels[0]).to(torch.int16)
-    return _table(grid)[(torch.floor(x * _FINE).clamp_(-_FINE * 128, _FINE * 128) + _FINE * 128).to(torch.int32)]
+    return _table(grid).take(_cell(x))
+
+
+def _cell(x: Float[Tensor, ...]) -> Int[Tensor, ...]:
+    """Where the table has the level nearest to x."""
+    return x.mul(_FINE).floor_().clamp_(-_FINE * 128, _FINE * 128).add_(_FINE * 128).long()
 
 
 # The midpoints of integer levels are multiples of one half: cells [k/2, (k+1)/2) never straddle one, so the table is exact.
 _FINE = 2
 _TABLES: dict[str, Tensor] = {}
+_LEVELS: dict[str, Tensor] = {}
 
 
 def _table(grid: Grid) -> Tensor:
@@ -195,20 +201,28 @@ def nearest_level(x: Float[Tensor, ...], grid: Grid) -> Float[Tensor, ...]:
     """The level nearest to x, x in units of the scale, in place where it can. Ties go up."""
     if grid.uniform:
         return x.add_(0.5).floor_().clamp_(grid.levels[0], grid.levels[-1])
-    return torch.tensor(grid.levels, dtype=x.dtype)[nearest_index(x, grid).int()]
+    return _levels(grid).take(_cell(x))  # as a gather, three times as slow
+
+
+def _levels(grid: Grid) -> Tensor:
+    """The same table with the levels themselves."""
+    if grid.name not in _LEVELS:
+        _LEVELS[grid.name] = torch.tensor(grid.levels, dtype=torch.float32)[_table(grid).int()]
+    return _LEVELS[grid.name]
 
 
 def snap(w: Float[Tensor, "out inn"], scales: Float[Tensor, "out blocks"], grid: Grid) -> Float[Tensor, "out inn"]:
     """w rounded to the grid with the given scales: scale * level, the very values the runtime will use."""
     out, inn = w.shape
+    if out > (many := _rows_at_once(inn)):
+        return torch.cat([snap(x, s, grid) for x, s in zip(w.split(many), scales.split(many), strict=True)])
     d = scales.reshape(out, -1, 1)
     x = w.reshape(out, -1, grid.block) / torch.where(d == 0, torch.ones_like(d), d)
     return nearest_level(x, grid).mul_(d).reshape(out, inn)
 
 
-AT_ONCE = (
-    1 << 22
-)  # numbers of a matrix that are searched or packed at once: what is made on the way is several times as large
+# numbers of a matrix that are searched or packed at once: what is made on the way is several times as large
+AT_ONCE = 1 << 22
 
 
 def _rows_at_once(width: int) -> int:
