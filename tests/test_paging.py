@@ -19,6 +19,7 @@ from sartor import api, job, paging
 from sartor.effort import UNTRAINED
 from sartor.errors import InputError, OutputError, SourceError
 from sartor.job import Job, pages_for
+from sartor.memory import lies_in_memory
 from sartor.model.network import clone, load_dense, sharing
 from sartor.model.precision import running
 from sartor.numerics import gptq, grids
@@ -37,8 +38,9 @@ from tests.conftest import texts
 
 @pytest.fixture
 def all_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pico tensors are files too."""
+    """Pico tensors are files too, wherever this machine has its temporary folders."""
     monkeypatch.setattr(paging, "LEAST", 1)
+    monkeypatch.setattr(job, "lies_in_memory", lambda folder: False)
 
 
 def resident() -> int:
@@ -198,6 +200,7 @@ def source_of(place: dict[str, Path]) -> Source:
     return resolve(str(place["model"]))
 
 
+@pytest.mark.usefixtures("all_in_files")
 def test_a_job_is_made_in_memory_where_there_is_room(place: dict[str, Path], tmp_path: Path) -> None:
     assert pages_for(source_of(place), tmp_path, "8GB") == (None, "")
     folder, note = pages_for(source_of(place), tmp_path, "800MB")
@@ -205,6 +208,7 @@ def test_a_job_is_made_in_memory_where_there_is_room(place: dict[str, Path], tmp
     assert "0.8 GB may be used" in note
 
 
+@pytest.mark.usefixtures("all_in_files")
 def test_no_room_on_the_disk_is_said_before_any_work(
     place: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +216,13 @@ def test_no_room_on_the_disk_is_said_before_any_work(
     monkeypatch.setattr(job.shutil, "disk_usage", lambda folder: usage(1, 1, 0))
     with pytest.raises(OutputError, match="larger disk"):
         pages_for(source_of(place), tmp_path, "800MB")
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a place in memory")
+def test_a_folder_in_memory_is_no_way_out(place: dict[str, Path], tmp_path: Path) -> None:
+    assert lies_in_memory(Path("/dev/shm"))
+    with pytest.raises(OutputError, match="on a disk"):
+        pages_for(source_of(place), Path("/dev/shm"), "800MB")
 
 
 @pytest.mark.parametrize("memory", ["4", "40%", "much", "0GB"])

@@ -145,7 +145,7 @@ def _add_compress(c: argparse.ArgumentParser) -> None:
     c.add_argument(
         "--memory",
         metavar="SIZE",
-        help="for language models: a job that would take more than this, as 4GB, goes through the disk, layer by layer (default: most of what is free). Slower, with 44 bytes a parameter in --out, which must not lie in memory itself (tmpfs)",
+        help="for language models: a job that would take more than this, as 4GB, goes through the disk, layer by layer (default: most of what is free). Slower, with 44 bytes a parameter in --out",
     )
     c.add_argument("--seed", type=counting, default=0, help="of every random choice (default: 0)")
     c.add_argument("--resume", action="store_true", help="go on with an interrupted job in --out")

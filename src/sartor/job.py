@@ -18,7 +18,7 @@ from sartor.data.readers import read_folder
 from sartor.data.split import Corpus, split
 from sartor.errors import InputError, OutputError
 from sartor.export import gguf_file
-from sartor.memory import available
+from sartor.memory import available, lies_in_memory
 from sartor.model.network import Anatomy, anatomy, load_dense
 from sartor.model.precision import running_dtype
 from sartor.plan import METHODS, Budget, parse_budget, size_of
@@ -114,8 +114,12 @@ def pages_for(source: Source, out: Path | None, memory: str | None) -> tuple[Pat
         return None, ""
     folder = out or cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
     where = "an --out" if out else "a cache ($SARTOR_CACHE)"
+    if lies_in_memory(folder):
+        raise OutputError(
+            f"a model of {many / 1e6:,.0f} M parameters takes {needed / 1e9:.1f} GB of memory, {limit / 1e9:.1f} GB may be used, and '{folder.name}' lies in memory itself (tmpfs): choose {where} on a disk"
+        )
+    free = shutil.disk_usage(folder).free
     if free < ON_DISK * many:
         raise OutputError(
             f"a model of {many / 1e6:,.0f} M parameters takes {needed / 1e9:.1f} GB of memory, {limit / 1e9:.1f} GB may be used, and through the disk it takes "

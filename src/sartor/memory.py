@@ -31,6 +31,17 @@ def available() -> float:
     return min(found)
 
 
+def lies_in_memory(folder: Path) -> bool:
+    """Whether what is written there takes memory, as far as the system says (Linux's tmpfs; /tmp is one on many machines)."""
+    kinds: dict[Path, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/mounts").read_text().splitlines():
+            _, place, kind, *_ = line.split(" ")
+            kinds[Path(place.encode().decode("unicode_escape"))] = kind
+    at = folder.resolve()
+    return next((kinds[p] for p in (at, *at.parents) if p in kinds), "") in {"tmpfs", "ramfs"}
+
+
 def _glibc(name: str) -> Any:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
