@@ -26,7 +26,7 @@ from sartor.model.precision import computing
 from sartor.progress import Progress
 from sartor.sources import resolve
 from sartor.stages.distil import DistilConfig
-from sartor.tensors import Entry, parameters_in, write_tensors
+from sartor.tensors import Entry, sizes_in, write_tensors
 
 SHAPES = {  # width, FFN, layers, query heads, key and value heads
     "0.13": (576, 1536, 30, 9, 3),
@@ -105,7 +105,7 @@ def measured(size: str, a: argparse.Namespace) -> dict[str, Any]:
         report = json.loads((out / "report.json").read_text())
         return {
             "size": size,
-            "parameters": parameters_in(folder),
+            "parameters": sum(sizes_in(folder)),
             "largest_block_bytes": largest_block(folder),
             "peak_bytes": report["job_peak_rss_bytes"],
             "peak_bytes_by_stage": report["peak_rss_bytes_by_stage"],

@@ -32,7 +32,7 @@ from sartor.stages.likelihood import hidden_of, loss_of
 from sartor.stages.masters import Adam, Mean, free, gradients_, put_, update_
 from sartor.stages.sensitivity import feel
 from sartor.stages.tokens import cut_windows, encode_windows, training_rows
-from sartor.tensors import Entry, metadata_of, parameters_in, read_tensors, write_tensors
+from sartor.tensors import Entry, metadata_of, read_tensors, sizes_in, write_tensors
 from tests.conftest import texts
 
 
@@ -58,6 +58,23 @@ def test_what_is_let_go_comes_back_as_it_was_written(tmp_path: Path) -> None:
         assert full - resident() > 0.9 * t.nbytes
         assert torch.equal(t, torch.arange(1 << 24).float())
         assert list(tmp_path.iterdir()) == [], "a file has a name"
+
+
+def test_as_much_stays_in_memory_as_there_is_room_for(tmp_path: Path) -> None:
+    size = 1 << 24
+    with paging.paging(tmp_path, 5 * size):
+        before = resident()
+        made = [paging.zeros((size // 4,)).fill_(n) for n in range(10)]
+        for _ in range(3):
+            for t in paging.each(made):
+                t.add_(1)
+        assert 0.8 * 5 * size < resident() - before < 1.2 * 6 * size
+        assert [float(t.mean()) for t in made] == [n + 3 for n in range(10)]
+        del made[:5]  # what is gone makes room, and nobody else's memory is handed back in its place
+        others = [torch.full((size // 4,), 7.0) for _ in range(10)]
+        for t in paging.each(made * 5):
+            t.add_(1)
+        assert all((t == 7).all() for t in others)
 
 
 def test_what_is_in_memory_is_never_let_go(tmp_path: Path) -> None:
@@ -202,9 +219,9 @@ def source_of(place: dict[str, Path]) -> Source:
 
 @pytest.mark.usefixtures("all_in_files")
 def test_a_job_is_made_in_memory_where_there_is_room(place: dict[str, Path], tmp_path: Path) -> None:
-    assert pages_for(source_of(place), tmp_path, "8GB") == (None, "")
-    folder, note = pages_for(source_of(place), tmp_path, "800MB")
-    assert folder == tmp_path
+    assert pages_for(source_of(place), tmp_path, "8GB") == (None, 0, "")
+    folder, room, note = pages_for(source_of(place), tmp_path, "800MB")
+    assert (folder, room) == (tmp_path, 0)
     assert "0.8 GB may be used" in note
 
 
@@ -284,12 +301,12 @@ def test_a_matrix_in_parts_is_rounded_as_the_whole(grid: str, monkeypatch: pytes
 def test_weights_that_are_there_twice_count_once(tmp_path: Path) -> None:
     for name in ("a-1", "a-2", "consolidated"):
         save_file({f"{name}.w": torch.zeros(10)}, tmp_path / f"{name}.safetensors")
-    assert parameters_in(tmp_path) == 30
+    assert sum(sizes_in(tmp_path)) == 30
     index = {"weight_map": {"x": "a-1.safetensors", "y": "a-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert parameters_in(tmp_path) == 20
+    assert sum(sizes_in(tmp_path)) == 20
     save_file({"w": torch.zeros(7)}, tmp_path / "model.safetensors")
-    assert parameters_in(tmp_path) == 7
+    assert sum(sizes_in(tmp_path)) == 7
 
 
 def test_tensors_written_one_at_a_time_are_a_safetensors_file(tmp_path: Path) -> None:
@@ -307,7 +324,7 @@ def test_tensors_written_one_at_a_time_are_a_safetensors_file(tmp_path: Path) ->
         assert torch.equal(theirs[name], t)
         assert torch.equal(ours[name], t)
     assert metadata_of(tmp_path / "t.safetensors") == {"seconds": "1.5"}
-    assert parameters_in(tmp_path) == sum(t.numel() for t in wanted.values())
+    assert sum(sizes_in(tmp_path)) == sum(t.numel() for t in wanted.values())
 
 
 def test_a_tensor_that_is_not_what_was_said_of_it_is_not_written(tmp_path: Path) -> None:

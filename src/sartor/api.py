@@ -40,7 +40,7 @@ from sartor.stages.decide import verdict
 from sartor.stages.distil import Trained
 from sartor.stages.probe import PARTS, order_units
 from sartor.stages.tokens import encode_windows, training_rows
-from sartor.tensors import parameters_in
+from sartor.tensors import sizes_in
 from sartor.text_exports import ARTIFACT, export_text, write_gguf
 
 
@@ -109,13 +109,13 @@ def compress(
 def _expect(shown: Tell, job: Job, kind: str, source: Source) -> None:
     """How long it will take, as far as anybody can say before it begins."""
     if isinstance(shown, Progress):
-        many = parameters_in(source.folder) if kind == "texts" else USUAL_SIZE
+        many = sum(sizes_in(source.folder)) if kind == "texts" else USUAL_SIZE
         shown.expect(stage_seconds(kind, job.effort, job.controls != "none", many), TRAININGS)
 
 
 def _compress_texts(job: Job, source: Source, folder: Path | None, tell: Tell, memory: dict[str, int]) -> Compressed:
-    pages, note = pages_for(source, folder, job.memory)
-    with paging(pages):
+    pages, room, note = pages_for(source, folder, job.memory)
+    with paging(pages, room):
         made = _made(job, source, folder, tell, memory, note)
     as_usual_(layers_of(made.model))
     return made
@@ -187,7 +187,8 @@ def probe(
         raise InputError(
             "sartor probe is for models that read texts so far: sartor compress tells of photos in its report"
         )
-    with paging(pages_for(source, None, None)[0]):
+    pages, room, _ = pages_for(source, None, None)
+    with paging(pages, room):
         p = Prepared(job, tell, source)
         dense = running(p.release())
         user, general = sense(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))

@@ -24,7 +24,7 @@ from sartor.model.precision import running_dtype
 from sartor.plan import METHODS, Budget, parse_budget, size_of
 from sartor.probing import Tell, Texts
 from sartor.sources import Source, cache_dir, resolve
-from sartor.tensors import parameters_in
+from sartor.tensors import sizes_in
 
 RUNTIMES = {"gguf": "texts", "onnx": "pictures"}  # a runtime's format: what models in it read
 MOST_GENERAL = 0.9  # share of everyone's text: beyond it nothing would be the user's
@@ -96,22 +96,24 @@ A_PARAMETER = {
     torch.float32: 32,
 }  # bytes of memory that each takes while it is trained, by what is run in
 ON_DISK = 44  # bytes of disk that each takes instead
+IN_USE = 24  # bytes of memory that a number of the largest tensor takes while that is worked on
 SHARE = 0.8  # of the memory that can be had
 
 
-def pages_for(source: Source, out: Path | None, memory: str | None) -> tuple[Path | None, str]:
-    """(the folder in which a job's tensors lie while it lasts, None where they find room in memory; what a report must say of it).
+def pages_for(source: Source, out: Path | None, memory: str | None) -> tuple[Path | None, int, str]:
+    """Where a job's tensors lie while it lasts: (the folder, None where they find room in memory; bytes of them that may stay in memory while nobody needs them; what a report must say of it).
 
     Args:
         memory: that the job may take, as 4GB; None: most of what can be had.
     Raises:
         InputError: not a size. OutputError: there is no room on the disk either.
     """
-    many = parameters_in(source.folder)
+    sizes = sizes_in(source.folder)
+    many = sum(sizes)
     limit = SHARE * available() if memory is None else size_of(memory, "--memory")
     needed = BASE + A_PARAMETER[running_dtype()] * many
     if needed <= limit:
-        return None, ""
+        return None, 0, ""
     folder = out or cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
     where = "an --out" if out else "a cache ($SARTOR_CACHE)"
@@ -125,8 +127,13 @@ def pages_for(source: Source, out: Path | None, memory: str | None) -> tuple[Pat
             f"a model of {many / 1e6:,.0f} M parameters takes {needed / 1e9:.1f} GB of memory, {limit / 1e9:.1f} GB may be used, and through the disk it takes "
             f"{ON_DISK * many / 1e9:.0f} GB in '{folder.name}', {free / 1e9:.0f} GB are free: choose {where} on a larger disk, or a smaller model"
         )
-    return folder, (
-        f"made through the disk, layer by layer: in memory the job would take about {needed / 1e9:.1f} GB, and {limit / 1e9:.1f} GB may be used"
+    room = limit - BASE - IN_USE * max(sizes)
+    return (
+        folder,
+        max(0, int(room)),
+        (
+            f"made through the disk, layer by layer: in memory the job would take about {needed / 1e9:.1f} GB, and {limit / 1e9:.1f} GB may be used"
+        ),
     )
 
 

@@ -10,42 +10,79 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sartor.errors import OutputError
 
 LEAST = 1 << 20  # bytes of a tensor that is worth a file
 DONT_NEED = 4  # sys/mman.h: of a shared mapping the file keeps what was written
 
-_folder: ContextVar[Path | None] = ContextVar("folder", default=None)
+
+class _Idle:
+    """Tensors on disk that nobody needs for a while and that still are in memory, as many as there is room for.
+
+    Which one goes is drawn: layers are passed through in circles, and whatever has been idle longest is needed next.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room, self.total = room, 0
+        self.known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.order: list[int] = []
+        self.draw = random.Random(0)  # of no consequence to any value
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        at, size = storage.data_ptr(), storage.nbytes()
+        if at in self.known:
+            self.total -= self.known[at][1]
+        else:
+            self.order.append(at)
+        self.known[at] = StorageWeakRef(storage), size
+        self.total += size
+        while self.total > self.room:
+            self._drop(self.draw.randrange(len(self.order)))
+
+    def _drop(self, n: int) -> None:
+        at, self.order[n] = self.order[n], self.order[-1]
+        self.order.pop()
+        ref, size = self.known.pop(at)
+        self.total -= size
+        if not ref.expired():  # else somebody else may have its place
+            _hand_back(at, size)
+
+
+_folder: Path | None = None  # of the job that this process is at
+_idle = _Idle(0)
 
 
 @contextmanager
-def paging(folder: Path | None) -> Iterator[None]:
-    """Large tensors lie in `folder` while the body runs; None leaves them in memory."""
-    token = _folder.set(folder)
+def paging(folder: Path | None, room: int = 0) -> Iterator[None]:
+    """Large tensors lie in `folder` while the body runs, and so many bytes of those that nobody needs stay in memory, too; None leaves all in memory."""
+    global _folder, _idle
+    before = _folder, _idle
+    _folder, _idle = folder, _Idle(room)
     try:
         yield
     finally:
-        _folder.reset(token)
+        _folder, _idle = before
 
 
 def on() -> bool:
-    return _folder.get() is not None
+    return _folder is not None
 
 
 def zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
     """A new tensor."""
-    folder, many = _folder.get(), math.prod(shape)
+    folder, many = _folder, math.prod(shape)
     if folder is None or many * dtype.itemsize < LEAST:
         return torch.zeros(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".pages-") as file:  # a new file is full of zeros
@@ -81,9 +118,8 @@ def kept(t: Tensor) -> Tensor:
 def let_go(*tensors: Tensor) -> None:
     """These are not needed for a while."""
     for t in tensors:
-        if _madvise is not None and _paged(t):
-            storage = t.untyped_storage()
-            _madvise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), DONT_NEED)
+        if _paged(t):
+            _idle.add(t.untyped_storage())
 
 
 def each(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -117,6 +153,11 @@ def _found() -> Callable[..., Any] | None:
 
 
 _madvise = _found()
+
+
+def _hand_back(at: int, size: int) -> None:
+    if _madvise is not None:
+        _madvise(ctypes.c_void_p(at), ctypes.c_size_t(size), DONT_NEED)
 
 
 class _Recomputed(torch.autograd.Function):

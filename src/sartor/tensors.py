@@ -79,12 +79,12 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def parameters_in(folder: Path) -> int:
-    """Numbers in a folder's weights, from the files' headers."""
+def sizes_in(folder: Path) -> list[int]:
+    """How many numbers every tensor of a folder's weights has, from the files' headers."""
     from safetensors import safe_open
 
-    total = 0
+    sizes = []
     for path in files_of(folder):
         with safe_open(path, "pt", backend="pread") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return total
+            sizes += [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    return sizes
