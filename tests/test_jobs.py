@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -279,6 +280,20 @@ def test_an_interrupted_job_resumes(stage: str, place: dict[str, Path], tmp_path
     assert (before == after) == (stage != "adapt")  # once it has adapted, the network settles what goes
     assert not (tmp_path / "out" / "checkpoint").exists()
     assert (tmp_path / "out" / "model.gguf").stat().st_size <= json.loads(plan)["budget_bytes"]
+
+
+def test_a_job_that_is_killed_says_how_to_go_on(place: dict[str, Path], tmp_path: Path) -> None:
+    ask = [sys.executable, "-m", "sartor.cli", "compress", str(place["model"]), "--data", str(place["user"])]
+    ask += ["--generic", str(place["generic"]), "--size", "24%", "--out", str(tmp_path / "out")]
+    env = os.environ | {"SARTOR_CACHE": str(tmp_path / "cache")}
+    with subprocess.Popen(ask, stderr=subprocess.PIPE, text=True, env=env) as job:
+        assert job.stderr
+        assert any(line.startswith("probe") for line in job.stderr)
+        job.terminate()
+        told = job.stderr.read()
+    assert job.returncode == 130
+    assert "--resume" in told
+    assert "Traceback" not in told
 
 
 def test_equal_seeds_give_equal_plans_and_more_room_less_damage(place: dict[str, Path], tiny: None) -> None:

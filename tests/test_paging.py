@@ -270,7 +270,7 @@ def test_weights_quantized_by_a_method_of_their_own_are_refused_on_disk(place: d
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with paging.paging(tmp_path), pytest.raises(SourceError, match="method of its own"):
+    with paging.paging(tmp_path), pytest.raises(SourceError, match="method of their own"):
         load_dense(tmp_path)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -243,6 +245,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # before transformers loads it
     arguments = parser(COMMANDS).parse_args(argv)
     do: Callable[[argparse.Namespace], None] = arguments.do
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # kill, or a batch system's end, is as Ctrl-C
     try:
         _quiet()
         do(arguments)

@@ -193,8 +193,8 @@ def one_layer(run: Any, x: Tensor) -> Tensor:
 
 
 def layer_by_layer_(layers: Any) -> None:
-    """These layers of transformers' are run by `one_layer` from now on, and copies of them too; nothing else of them is in training mode."""
-    for layer in layers:
+    """Where tensors lie on disk, these layers of transformers' are run by `one_layer` from now on, and copies of them too; nothing else of them is in training mode."""
+    for layer in layers if on() else ():
         layer.gradient_checkpointing = layer.training = True
         layer._gradient_checkpointing_func = one_layer
 

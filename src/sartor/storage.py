@@ -201,10 +201,9 @@ def load(folder: Path) -> tuple[Any, Any, Plan]:
             f"'{folder.name}' does not fit its plan: {len(missing)} tensors missing, {len(unexpected)} unknown"
         )
     rebuild_rotary_(model)
-    model.eval()
-    if paging.on():
-        paging.layer_by_layer_(model.model.layers)
-    return model.requires_grad_(False), tokenizer, plan
+    model.eval().requires_grad_(False)
+    paging.layer_by_layer_(model.model.layers)
+    return model, tokenizer, plan
 
 
 def _decoded(raw: Tensor, grid: str | None) -> Tensor:

@@ -225,8 +225,7 @@ def load_dense(folder: Path) -> tuple[Any, Any]:
         ) from error
     _refuse_unknown(model, tokenizer)
     model.eval().requires_grad_(False)  # whoever trains asks for gradients
-    if paging.on():
-        paging.layer_by_layer_(model.model.layers)
+    paging.layer_by_layer_(model.model.layers)
     return model, tokenizer
 
 
@@ -235,7 +234,9 @@ def _in_pages(folder: Path, config: Any) -> tuple[Any, dict[str, set[str]]]:
     from transformers import AutoModelForCausalLM
 
     if getattr(config, "quantization_config", None):
-        raise SourceError("the model's weights are quantized by a method of its own, and too large for the memory to be unpacked in: give them as fp16 or bf16")  # fmt: skip
+        raise SourceError(
+            "the model's weights are quantized by a method of their own, which Sartor does not unpack through the disk: give them as fp16 or bf16, or allow more --memory"
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=register())
     shapes = {n: p.shape for n, p in model.named_parameters(remove_duplicate=False)}
