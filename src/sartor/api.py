@@ -21,7 +21,7 @@ from sartor.errors import InputError, OutputError
 from sartor.export.worker import peak_memory
 from sartor.files import write_whole
 from sartor.job import Job, Prepared, pages_for
-from sartor.memory import cores, hand_back
+from sartor.memory import cores, free_at_once, hand_back
 from sartor.model.kinds import kind_of
 from sartor.model.network import anatomy, layers_of
 from sartor.model.precision import computing, running
@@ -115,6 +115,8 @@ def _expect(shown: Tell, job: Job, kind: str, source: Source) -> None:
 
 def _compress_texts(job: Job, source: Source, folder: Path | None, tell: Tell, memory: dict[str, int]) -> Compressed:
     pages, room, note = pages_for(source, folder, job.memory)
+    if pages:
+        free_at_once()
     with paging(pages, room):
         made = _made(job, source, folder, tell, memory, note)
     as_usual_(layers_of(made.model))

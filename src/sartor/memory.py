@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
+MMAP_MAX, TRIM = 65_536, 1 << 26  # glibc's own number of mappings, and bytes that may lie free at the end of the heap
 
 
 def cores() -> int:
@@ -57,6 +58,14 @@ def keep_freed() -> None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_ARENA_MAX, 1)
+
+
+def free_at_once() -> None:
+    """Undo `keep_freed`: where memory is what there is too little of, freed tensors go back to the system, and the next ones cost time."""
+    mallopt = _glibc("mallopt")
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, MMAP_MAX)
+        mallopt(M_TRIM_THRESHOLD, TRIM)
 
 
 def hand_back() -> None:

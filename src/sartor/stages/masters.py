@@ -54,11 +54,16 @@ def free(model: Any) -> Latents:
 
 @torch.no_grad()
 def put_(model: Any, latents: Latents) -> None:
-    """Write the snapped weights into the network, in place, in its own dtype."""
+    """Let the network run on these weights, in place: on the masters themselves where they are free and of its dtype, so that a step needs no copy of them; else on their snapped values in its own."""
     for name, p in model.named_parameters():
-        if name in latents.masters:
+        if name not in latents.masters:
+            continue
+        master = latents.masters[name]
+        if name not in latents.grids and master.dtype == p.dtype:
+            p.data = master
+        else:
             p.copy_(latents.value(name))
-            paging.let_go(p.data, latents.masters[name])
+        paging.let_go(p.data, master)
 
 
 class Mean:

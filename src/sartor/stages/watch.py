@@ -61,6 +61,7 @@ class Watch:
         if self.mean and self.mean.count:
             for share in BETWEEN:
                 self._judge(self.mean.moved_(self.latents, share), seconds)
+        put_(self.model, self.latents)  # off the mean, which may go now
         self.mean = None
         hand_back()  # the weights that come back need other rooms than Adam's and the mean
         if last := self.kept.load():
