@@ -34,7 +34,6 @@ SHAPES = {  # width, FFN, layers, query heads, key and value heads
     "1.0": (2048, 5632, 20, 32, 4),
 }
 FAR = 7e9  # parameters that are extrapolated to
-TRAINED = ("adapt", "recover")  # stages that last as long as they are told
 
 
 def least_effort(seconds: float) -> effort.Effort:
@@ -115,21 +114,25 @@ def measured(size: str, a: argparse.Namespace) -> dict[str, Any]:
         }
 
 
+def work(of: dict[str, Any]) -> float:
+    """Seconds of all stages but those that last as long as they are told."""
+    return sum(s for stage, s in of["seconds"].items() if stage not in effort.TRAININGS)
+
+
 def table(found: list[dict[str, Any]]) -> str:
     """Sizes side by side, and what they foretell of FAR."""
     lines = [
         f"{'parameters':>12} {'peak':>8} {'4 blocks':>9} {'through':>8} {'seconds but for trainings':>26} {'by 1e8':>7}"
     ]
     for f in found:
-        work = sum(s for stage, s in f["seconds"].items() if stage not in TRAINED)
         through = "disk" if f["through_the_disk"] else "memory"
-        per = work / f["parameters"] * 1e8
+        per = work(f) / f["parameters"] * 1e8
         lines.append(
-            f"{f['parameters'] / 1e6:>10.0f} M {f['peak_bytes'] / 1e9:>5.2f} GB {4 * f['largest_block_bytes'] / 1e9:>6.2f} GB {through:>8} {work:>26.0f} {per:>7.0f}"
+            f"{f['parameters'] / 1e6:>10.0f} M {f['peak_bytes'] / 1e9:>5.2f} GB {4 * f['largest_block_bytes'] / 1e9:>6.2f} GB {through:>8} {work(f):>26.0f} {per:>7.0f}"
         )
     last = found[-1]
-    work = sum(s for stage, s in last["seconds"].items() if stage not in TRAINED) / last["parameters"] * FAR
-    lines.append(f"at the last one's pace, {FAR / 1e9:.0f} B parameters: {work / 3600:.1f} hours but for trainings")
+    hours = work(last) / last["parameters"] * FAR / 3600
+    lines.append(f"at the last one's pace, {FAR / 1e9:.0f} B parameters: {hours:.1f} hours but for trainings")
     return "\n".join(lines)
 
 
@@ -139,7 +142,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--generic", required=True, type=Path)
     parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="billions of parameters")
-    parser.add_argument("--size", default="25%", help="of the file, as for sartor compress".replace("%", "%%"))
+    parser.add_argument("--size", default="25%", help="of the file, as for sartor compress")
     parser.add_argument("--memory", help="as for sartor compress: larger jobs go through the disk")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each training")
     parser.add_argument("--out", type=Path, default=Path("growth-results"))

@@ -48,6 +48,12 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def agree(inside: dict[str, torch.Tensor], through: dict[str, torch.Tensor], rtol: float, atol: float) -> None:
+    assert inside.keys() == through.keys()
+    for name, w in inside.items():
+        assert torch.allclose(w, through[name], rtol=rtol, atol=atol), name
+
+
 def test_what_is_let_go_comes_back_as_it_was_written(tmp_path: Path) -> None:
     with paging.paging(tmp_path):
         t = paging.zeros((1 << 24,))
@@ -116,9 +122,7 @@ def test_gradients_through_the_disk_are_those_in_memory(place: dict[str, Path], 
     with paging.paging(tmp_path):
         through = gradients(load_dense(place["model"])[0])
         assert all(g.untyped_storage().filename for g in through.values())
-    assert inside.keys() == through.keys()
-    for name, gradient in inside.items():
-        assert torch.allclose(gradient, through[name], rtol=1e-5, atol=1e-8), name
+    agree(inside, through, 1e-5, 1e-8)
 
 
 @pytest.mark.usefixtures("all_in_files")
@@ -146,9 +150,8 @@ def test_steps_of_training_through_the_disk_are_those_in_memory(
     with paging.paging(tmp_path):
         through = stepped()
     start = dict(load_dense(place["model"])[0].named_parameters())
-    for name, w in inside.items():
-        assert not torch.equal(w, start[name]), name
-        assert torch.allclose(w, through[name], rtol=1e-3, atol=2e-5), name
+    assert not any(torch.equal(w, start[name]) for name, w in inside.items())
+    agree(inside, through, 1e-3, 2e-5)
 
 
 @pytest.mark.usefixtures("all_in_files")
@@ -178,9 +181,7 @@ def test_a_plan_and_what_it_makes_are_the_same_through_the_disk(place: dict[str,
     with paging.paging(tmp_path):
         other, through = made()
     assert json.loads(plan) == json.loads(other)
-    assert weights.keys() == through.keys()
-    for name, w in weights.items():
-        assert torch.allclose(w, through[name], rtol=1e-4, atol=1e-6), name
+    agree(weights, through, 1e-4, 1e-6)
 
 
 @pytest.mark.usefixtures("all_in_files")

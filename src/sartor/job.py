@@ -91,10 +91,8 @@ class Job:
 
 
 BASE = 1.3e9  # bytes of memory of any job
-A_PARAMETER = {
-    torch.bfloat16: 24,
-    torch.float32: 32,
-}  # bytes of memory that each takes while it is trained, by what is run in
+# bytes of memory that each parameter takes while it is trained, by what is run in
+A_PARAMETER = {torch.bfloat16: 24, torch.float32: 32}
 ON_DISK = 44  # bytes of disk that each takes instead
 IN_USE = 24  # bytes of memory that a number of the largest tensor takes while that is worked on
 SHARE = 0.8  # of the memory that can be had
@@ -117,15 +115,13 @@ def pages_for(source: Source, out: Path | None, memory: str | None) -> tuple[Pat
     folder = out or cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
     where = "an --out" if out else "a cache ($SARTOR_CACHE)"
+    lacking = f"a model of {many / 1e6:,.0f} M parameters takes {needed / 1e9:.1f} GB of memory, {limit / 1e9:.1f} GB may be used, and"
     if lies_in_memory(folder):
-        raise OutputError(
-            f"a model of {many / 1e6:,.0f} M parameters takes {needed / 1e9:.1f} GB of memory, {limit / 1e9:.1f} GB may be used, and '{folder.name}' lies in memory itself (tmpfs): choose {where} on a disk"
-        )
+        raise OutputError(f"{lacking} '{folder.name}' lies in memory itself (tmpfs): choose {where} on a disk")
     free = shutil.disk_usage(folder).free
     if free < ON_DISK * many:
         raise OutputError(
-            f"a model of {many / 1e6:,.0f} M parameters takes {needed / 1e9:.1f} GB of memory, {limit / 1e9:.1f} GB may be used, and through the disk it takes "
-            f"{ON_DISK * many / 1e9:.0f} GB in '{folder.name}', {free / 1e9:.0f} GB are free: choose {where} on a larger disk, or a smaller model"
+            f"{lacking} through the disk it takes {ON_DISK * many / 1e9:.0f} GB in '{folder.name}', {free / 1e9:.0f} GB are free: choose {where} on a larger disk, or a smaller model"
         )
     room = limit - BASE - IN_USE * max(sizes)
     return (
