@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from sartor.numerics.schedule import warm_then_cosine
+from sartor.numerics.schedule import affordable_batch, warm_then_cosine
 from sartor.stages.masters import Adam, Batches, InMemory, Kept, Latents, Rows, put_, update_
 from sartor.stages.recognition import recognize
 from sartor.stages.watch import Watch
@@ -32,16 +32,17 @@ SURE = 2.0  # standard deviations by which mirrored pictures must be named worse
 @dataclass(frozen=True)
 class TuneConfig:
     """How to train: wall-clock seconds, peak learning rate of AdamW as a share of what it moves, pictures a step at most (fewer, down to FEWEST, where there is no time for `steps` of so many),
-    how often validation is looked at."""
+    how often validation is looked at; pictures seen instead of seconds, for comparisons that shall say the same on every machine."""
 
     seconds: float = 300.0
     rate: float = 1e-3
     batch: int = 16
     steps: int = 100
     checks: int = 6
+    pictures: int = 0
 
     def __post_init__(self) -> None:
-        if self.seconds < 0 or min(self.batch, self.steps, self.checks) < 1:
+        if min(self.seconds, self.pictures) < 0 or min(self.batch, self.steps, self.checks) < 1:
             raise ValueError(f"not a valid training: {self}")
 
 
@@ -120,8 +121,9 @@ def tune_(
     rows, others = Rows(len(lessons.pixels), seed), Rows(len(lessons.others), seed + 1)
     generator = torch.Generator().manual_seed(seed)
     watch = Watch(model, latents, lambda network: _nats(network, validation), best or InMemory(), before)
-    batches = Batches(PART, FEWEST, config.batch, config.steps, config.seconds)
-    while (share := (time.monotonic() - started) / length) < 1:
+    batches = _batches(config)
+    done = lambda: batches.seen / config.pictures if config.pictures else (time.monotonic() - started) / length  # noqa: E731
+    while (share := done()) < 1:
         strange = round(share_strange * batches.many)
         loss = _backward(model, lessons, rows.deal(batches.many - strange), others.deal(strange), generator)
         update_(named, optimizers, config.rate * warm_then_cosine(share))
@@ -136,6 +138,13 @@ def tune_(
     watch.end_(seconds)
     model.requires_grad_(False)
     return Course(tuple(watch.curve), batches.seen, seconds)
+
+
+def _batches(config: TuneConfig) -> Batches:
+    if not config.pictures:
+        return Batches(PART, FEWEST, config.batch, config.steps, config.seconds)
+    many = affordable_batch(FEWEST, config.batch, config.steps, config.pictures, 1.0)
+    return Batches(many, many, many, config.steps, 0.0)
 
 
 def _nats(model: Any, validation: tuple[Tensor, Tensor]) -> float:
