@@ -37,11 +37,18 @@ def prepare(program: ExportedProgram, folder: Path) -> tuple[ExportedProgram, di
 def _lower(prepared: tuple[ExportedProgram, dict[str, Any]], path: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir.backend.compile_spec_schema import CompileSpec
+    from executorch.exir.backend.partitioner import DelegationSpec
 
     program, facts = prepared
-    # its check would compute products of lengths with the example's length, and make that the only one
-    lax = EdgeCompileConfig(_check_ir_validity=False)
-    lowered = {"partitioner": [XnnpackPartitioner()], "constant_methods": facts, "compile_config": lax}
+    # its check would compute products of lengths with the example's length, and make that the only one; orders of dimensions need a pass of their own to go
+    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+    xnnpack = XnnpackPartitioner()
+    # of its seventeen passes over a program whose lengths are symbols this names the one that finds something here: half of the time
+    xnnpack.delegation_spec = DelegationSpec(
+        xnnpack.delegation_spec.backend_id, [CompileSpec("dqlinear_partitioner", b"")]
+    )
+    lowered = {"partitioner": [xnnpack], "constant_methods": facts, "compile_config": config}
     edge = to_edge_transform_and_lower(program, **lowered)
     in_place = ExecutorchBackendConfig(run_reinplace_pass=True)  # else all keys and values are copied for every token
     path.write_bytes(edge.to_executorch(in_place).buffer)
