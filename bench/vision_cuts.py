@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from sartor.model.precision import running
 from sartor.numerics.metrics import mean_interval
 from sartor.picture_job import PreparedPictures
 from sartor.picture_view import headed, shrunk, smaller
-from sartor.pictures import RHO, Pictures, felt_pictures, priced, trained
+from sartor.pictures import RHO, Pictures, cut_in_steps, felt_pictures, priced, trained
 from sartor.plan import LayerPlan, Plan, from_mask, to_mask
 from sartor.sources import resolve
 from sartor.stages.allot import Allotment, Costs, allot
+from sartor.stages.buffer import IN_STEPS
 from sartor.stages.fit import evidence_of, fit
 from sartor.stages.masters import free, put_
 from sartor.stages.probe import blended
@@ -51,7 +53,17 @@ def kept_of(found: Allotment) -> Kept:
     return [(from_mask(g), from_mask(c)) for g, c in zip(found.groups, found.channels, strict=True)]
 
 
-def ours(whole: Any, pictures: Pictures, share: float, generic_only: bool) -> Kept:
+@dataclass(frozen=True)
+class Arm:
+    """What stays, how the rest is repaired ("none", "own": the method's own, "stream", "generic"), and of Sartor's arms what the cut costs; steps: that it is made in while it is tuned."""
+
+    kept: Kept
+    repair: str
+    costs: Costs | None = None
+    steps: int = 1
+
+
+def ours(whole: Any, pictures: Pictures, share: float, generic_only: bool) -> tuple[Kept, Costs]:
     """The allotment on backward probes, multiplications in the place of bytes."""
     a, tokens = anatomy(whole), whole.config.tokens
     half, e = running(whole), picture_effort_of("standard")
@@ -63,7 +75,7 @@ def ours(whole: Any, pictures: Pictures, share: float, generic_only: bool) -> Ke
         replace(pictures, train=pictures.generic[::2], validation=pictures.generic[1::2]) if generic_only else pictures
     )
     costs = priced(half, read, effects, Costs(bytes_of, int((1 - share) * macs(a, tokens))), e, 0)
-    return kept_of(allot(a, effects, costs))
+    return kept_of(allot(a, effects, costs)), costs
 
 
 def fitted_(small: Any, whole: Any, pictures: Pictures, generic_only: bool) -> None:
@@ -74,30 +86,48 @@ def fitted_(small: Any, whole: Any, pictures: Pictures, generic_only: bool) -> N
 
 
 OURS = {
-    "Sartor": (False, "stream"),
-    "Sartor, no repair": (False, "none"),
-    "Sartor, generic calibration": (True, "generic"),
+    "Sartor": (False, "stream", 1),
+    "Sartor, four steps": (False, "stream", 4),
+    "Sartor, no repair": (False, "none", 1),
+    "Sartor, generic calibration": (True, "generic", 1),
 }
 
 
-def arms(whole: Any, pictures: Pictures, share: float, only: Collection[str]) -> dict[str, tuple[Kept, str]]:
-    """{name: (what stays, how the rest is repaired)}."""
-    a = anatomy(whole)
-    found: dict[str, tuple[Kept, str]] = {}
-    for name, (generic_only, repair) in OURS.items():
+def arms(whole: Any, pictures: Pictures, share: float, only: Collection[str]) -> dict[str, Arm]:
+    a, found = anatomy(whole), dict[str, Arm]()
+    chosen = cache(lambda generic_only: ours(whole, pictures, share, generic_only))
+    for name, (generic_only, repair, steps) in OURS.items():
         if name in only:
-            found[name] = ours(whole, pictures, share, generic_only), repair
+            kept, costs = chosen(generic_only)
+            found[name] = Arm(kept, repair, costs, steps)
     for name in (n for n in RIVALS if n in only):
         ranking = RIVALS[name](whole, pictures.train, pictures.labels)
-        found[name] = choose(a, ranking, share), "own" if ranking.repaired else "none"
+        found[name] = Arm(choose(a, ranking, share), "own" if ranking.repaired else "none")
     return found
 
 
-def tuned(small: Any, whole: Any, pictures: Pictures, mirror: bool, many: int, seed: int) -> None:
-    if not many:
-        return
+def cut(whole: Any, pictures: Pictures, arm: Arm) -> Any:
+    """The network without what goes, repaired."""
+    small = clone(whole)
+    cut_(small, as_plan(whole, arm.kept))
+    if arm.repair == "own":
+        repair_(small, whole, pictures.train, arm.kept)
+    elif arm.repair != "none":
+        fitted_(small, whole, pictures, arm.repair == "generic")
+    return small
+
+
+def tuned(small: Any, whole: Any, pictures: Pictures, arm: Arm, mirror: bool, many: int, seed: int) -> Any:
+    """A copy of the cut network, tuned; where the cuts are made in steps they are made anew, and their part of the tuning is spent in them."""
+    config, network = TuneConfig(math.inf, 2e-3, checks=3, pictures=many), clone(small)
     lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic, running(whole))
-    trained(small, free(small), lessons, pictures, TuneConfig(math.inf, 2e-3, checks=3, pictures=many), seed)
+    if arm.costs and arm.steps > 1:
+        plan = replace(as_plan(whole, arm.kept), settled=False, curves=arm.costs.curves)
+        e, note = picture_effort_of("standard"), lambda stage, share, said: print(f"  {said}", flush=True)
+        network, _, _ = cut_in_steps(clone(whole), plan, lessons, pictures, arm.costs, e, config, arm.steps, note)
+        config = config.part(1 - IN_STEPS)
+    trained(network, free(network), lessons, pictures, config, seed)
+    return network
 
 
 def told(found: Recognized, dense: Recognized, first: Recognized | None) -> str:
@@ -158,17 +188,11 @@ def main() -> None:
         print(f"{Path(a.data).name}, seed {seed}: as it came {came}; adapted {said(dense)}", flush=True)
         for share in a.removed:
             firsts: dict[int, Recognized] = {}
-            for name, (kept, repair) in arms(whole, pictures, share, a.only or (*RIVALS, *OURS)).items():
-                small = clone(whole)
-                cut_(small, as_plan(whole, kept))
-                if repair == "own":
-                    repair_(small, whole, pictures.train, kept)
-                elif repair != "none":
-                    fitted_(small, whole, pictures, repair == "generic")
+            for name, arm in arms(whole, pictures, share, a.only or (*RIVALS, *OURS)).items():
+                small = cut(whole, pictures, arm)
                 left = macs(anatomy(small), whole.config.tokens) / macs(anatomy(whole), whole.config.tokens)
                 for many in (0, *a.tune):
-                    network = clone(small)
-                    tuned(network, whole, pictures, mirror, many, seed)
+                    network = tuned(small, whole, pictures, arm, mirror, many, seed) if many else small
                     found = recognize(running(network), *test)
                     line = told(found, dense, firsts.get(many))
                     print(f"{1 - left:.0%} gone: {name:28s} {f'tuned on {many}' if many else 'cut'} {line}", flush=True)

@@ -133,6 +133,13 @@ def test_an_interrupted_job_goes_on_to_the_same_cuts(place: dict[str, Path], tmp
     assert [x["channels"] for x in again["layers"]] == [x["channels"] for x in plan["layers"]]
 
 
+def test_cuts_in_steps_are_refused(place: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = ["compress", str(place["model"]), "--data", str(place["photos"]), "--size", "45%", "--steps", "2"]
+    assert main([*ask, "--out", str(tmp_path / "o")]) == 2
+    assert "--steps is for transformers" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 def test_bytes_that_cannot_be_reached_are_refused(
     place: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

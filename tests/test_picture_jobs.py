@@ -241,7 +241,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
             (["--size", "1%"], "ask for"),
             (["--size", "35%", "--faster", "1000"], "times as fast, with pictures of"),
             (["--size", "35%", "--faster", "0.5"], "above 1"),
-            (["--size", "35%", "--steps", "3"], "leave them out"),
+            (["--size", "35%", "--method", "paper"], "leave them out"),
         )
     ):
         assert main([*ask, *wrong, "--out", str(tmp_path / str(i))]) == 2

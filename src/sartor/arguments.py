@@ -163,7 +163,7 @@ def _add_method(c: argparse.ArgumentParser) -> None:
         "--steps",
         type=int,
         default=1,
-        help="for language models: make the cuts in so many steps of equal damage, each healed, measured, and taken back where it costs more than foretold (default: 1)",
+        help="make the cuts of a transformer in so many steps of equal damage, each healed, measured, and taken back where it costs more than foretold (default: 1)",
     )
 
 

@@ -82,9 +82,9 @@ class Job:
             raise InputError(
                 f"--to {self.to} is for models that read {RUNTIMES[self.to]}, and this one reads {kind}: leave it out, or write --to {own}"
             )
-        if kind == "pictures" and (self.method != "sartor" or self.steps != 1 or self.keep_general or self.memory):
+        if kind == "pictures" and (self.method != "sartor" or self.keep_general or self.memory):
             raise InputError(
-                "--method, --steps, --keep-general and --memory are for language models: leave them out for pictures"
+                "--method, --keep-general and --memory are for language models: leave them out for pictures"
             )
         if kind == "texts" and (self.labels is not None or self.faster is not None):
             raise InputError("--labels and --faster are for models that see, and this one reads texts: leave them out")

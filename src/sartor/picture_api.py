@@ -53,7 +53,7 @@ def compress_pictures(job: Job, source: Source, folder: Path | None, tell: Tell,
     view = _view(p, job, point, seconds, tell)
     plan = storage.planned(point, seconds, lambda: _decide(p, view, job, tell))
     kept, settled = (point.of, point.save_plan) if point else (None, lambda plan: None)
-    made = fit_pictures(view.dense, plan, view.pictures, view.costs, job.effort, None, tell, kept, settled)
+    made = fit_pictures(view.dense, plan, view.pictures, view.costs, job.effort, None, tell, kept, settled, job.steps)
     seconds |= made.seconds
     if folder:
         _finish(p, view, job, made, folder, seconds, memory, tell)

@@ -15,6 +15,7 @@ from sartor.data.album import Album, split
 from sartor.data.photos import read_photos
 from sartor.errors import DataError, InputError
 from sartor.job import Job
+from sartor.model.graph import Graph
 from sartor.model.kinds import load_seer
 from sartor.pictures import Pictures
 from sartor.plan import parse_budget
@@ -45,6 +46,8 @@ class PreparedPictures:
         self.budget = parse_budget(job.size, job.effort)
         self.source = source
         self.whole: Any = load_seer(source.folder)
+        if job.steps > 1 and isinstance(self.whole, Graph):
+            raise InputError("--steps is for transformers, and this is a convolutional network: leave it out")
         size = self.whole.size
         tell("open", 0.2, "photos")
         gallery = read_photos(Path(job.data), size, _labels(job))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,11 @@ from sartor.plan import LayerPlan, Plan, is_full
 from sartor.probing import Tell, sounded
 from sartor.stages.allot import Allotment, Costs
 from sartor.stages.allot_maps import MapCosts
+from sartor.stages.buffer import IN_STEPS, Step, buffered
 from sartor.stages.decide import diagnose
 from sartor.stages.masters import InMemory, Kept, Latents, free
 from sartor.stages.probe import Effects, Worth, blended, recovered
-from sartor.stages.recognition import recognize
+from sartor.stages.recognition import kl_of, recognize, said_of
 from sartor.stages.tokens import sample
 from sartor.stages.tune import Course, Lessons, TuneConfig, may_mirror, tune_, views
 
@@ -180,12 +181,14 @@ def fit_pictures(
     tell: Tell = lambda stage, share, note: None,
     kept: Callable[[str], Kept] | None = None,
     settled: Callable[[Plan], None] = lambda plan: None,
+    steps: int = 1,
 ) -> Fitted:
     """Adapt, settle the cuts, prune, fit what is left, recover.
 
     Args:
         model: with its head, fp32; never changed. training: of adaptation and recovery; None for the effort's own.
         kept: where the best weights of a training ("adapt", "recover") are kept; what is there already is not done again. settled: told the plan whose cuts the adapted network has decided.
+        steps: that the cuts of a transformer are made in (`buffer.py`).
     """
     e, clock = picture_effort_of(effort), Clock()
     adapt, recover = training or (e.adapt, e.recover)
@@ -202,17 +205,22 @@ def fit_pictures(
     teacher, pruning, carving = running(small), dict[str, Any](), carving_of(small)
     if whole:
         return Fitted(small, replace(plan, settled=True), teacher, adapted, None, mirror, clock.seconds)
-    unrecovered = None
+    unrecovered, lessons = None, replace(lessons, teacher=teacher)
     if kept("recover").load() is None or carving.rounds:
-        if not plan.settled:
-            plan = _settled(plan, teacher, pictures, costs, e, tell)
+        small, plan, done = _removed(small, plan, lessons, pictures, costs, e, recover, steps, tell)
+        if plan.steps == 1:
             settled(plan)
-        small, latents, pruning = _cut(small, teacher, plan, pictures, e, tell, clock)
+        clock.lap("prune")
+        small, latents, pruning = _refit(small, teacher, plan, pictures, e, tell)
+        pruning = done | pruning
+        if plan.steps > 1:  # what they have healed is kept only now
+            settled(plan)
+        clock.lap("fit")
         unrecovered = clone(small)
     else:
         small = carving.cut(small, plan)
         latents, pruning = free(small), carving.gone(teacher, small)
-    lessons, told = replace(lessons, teacher=teacher), partial(tell, "recover")
+    recover, told = recover.part(1 - IN_STEPS) if plan.steps > 1 else recover, partial(tell, "recover")
     course = trained(small, latents, lessons, pictures, recover, plan.seed, told, kept("recover"))
     clock.lap("recover")
     return Fitted(small, plan, teacher, adapted, course, mirror, clock.seconds, pruning, unrecovered)
@@ -224,30 +232,103 @@ def keeps_all(model: Any, plan: Plan) -> bool:
     return all(map(is_full, masks)) and not plan.grids and not carving_of(model).rounds
 
 
-def _cut(
-    small: Any, teacher: Any, plan: Plan, pictures: Pictures, e: PictureEffort, tell: Tell, clock: Clock
+def _removed(
+    small: Any,
+    plan: Plan,
+    lessons: Lessons,
+    pictures: Pictures,
+    costs: Costs | MapCosts,
+    e: PictureEffort,
+    recover: TuneConfig,
+    steps: int,
+    tell: Tell,
+) -> tuple[Any, Plan, dict[str, Any]]:
+    """(The network without what goes, chosen anew where the plan is not settled; the plan as it was done; what went, and what validation says of it)."""
+    teacher, done = lessons.teacher, dict[str, Any]()
+    if not plan.settled and steps > 1:
+        small, plan, taken = cut_in_steps(small, plan, lessons, pictures, costs, e, recover, steps, tell)
+        done["steps"] = [asdict(step) for step in taken]
+    else:
+        plan = plan if plan.settled else _settled(plan, teacher, pictures, costs, e, tell)
+        small = carving_of(small).cut(small, plan)
+    done |= carving_of(small).gone(teacher, small)
+    return (
+        small,
+        plan,
+        done
+        | {
+            "validation_whole": _judged(teacher, pictures),
+            "validation_cut": _judged(running(small), pictures),
+        },
+    )
+
+
+def cut_in_steps(
+    small: Any,
+    plan: Plan,
+    lessons: Lessons,
+    pictures: Pictures,
+    costs: Costs | MapCosts,
+    e: PictureEffort,
+    recover: TuneConfig,
+    steps: int,
+    tell: Tell = lambda stage, share, note: None,
+) -> tuple[Any, Plan, list[Step]]:
+    """A transformer's cuts in about so many steps of equal damage (`buffer.py`), each healed by the fit and a little of recovery.
+
+    Args:
+        small: as it adapted, in fp32. plan: not settled. lessons: with the teacher, which is whole. recover: IN_STEPS of it are spent here.
+    Returns:
+        (the cut network, the plan of what was done, every step).
+    """
+    carving, teacher, anew = carving_of(small), lessons.teacher, replace(plan, grids={})
+    own, others = (sample(p, e.fitted // n, plan.seed) for p, n in ((pictures.train, 2), (pictures.generic, 4)))
+    held = sample(pictures.validation, e.checked, plan.seed)
+    said = said_of(teacher, held)
+    left = [recover.part(IN_STEPS / steps)] * steps  # one for each step, however many are tried
+
+    def sense(network: Any) -> Effects:
+        user, _, generic = felt_pictures(running(network), pictures, e, plan.seed)
+        return blended(user, generic, plan.rho) if generic else user
+
+    def heal(network: Any) -> Any:
+        network, latents = carving.fit(network, teacher, own, others, anew, lambda share, note: None)
+        if left:
+            trained(network, latents, lessons, pictures, left.pop(), plan.seed)
+        return network
+
+    def aim(effects: Effects, lost: Sequence[int]) -> Plan:
+        return _as_allotted(plan, teacher, carving.allot(teacher, effects, _measured(costs, plan)))
+
+    damage = lambda network: kl_of(running(network), held, said)  # noqa: E731
+    return buffered(small, plan, sense, heal, damage, steps, tell=partial(tell, "prune"), aim=aim)
+
+
+def _refit(
+    small: Any, teacher: Any, plan: Plan, pictures: Pictures, e: PictureEffort, tell: Tell
 ) -> tuple[Any, Latents, dict[str, Any]]:
-    """The plan's cuts, and what is left fitted to the whole network's stream, as training goes on with it; what validation says on the way."""
-    carving = carving_of(small)
-    small = carving.cut(small, plan)
-    pruning = carving.gone(teacher, small) | {
-        "validation_whole": _judged(teacher, pictures),
-        "validation_cut": _judged(running(small), pictures),
-    }
-    clock.lap("prune")
+    """What is left fitted to the whole network's stream, as training goes on with it; what validation says of it."""
     own, others = sample(pictures.train, e.fitted, plan.seed), sample(pictures.generic, e.fitted // 2, plan.seed)
-    small, latents = carving.fit(small, teacher, own, others, plan, partial(tell, "fit"))
-    pruning["validation_fitted"] = _judged(running(small), pictures)
-    clock.lap("fit")
-    return small, latents, pruning
+    small, latents = carving_of(small).fit(small, teacher, own, others, plan, partial(tell, "fit"))
+    return small, latents, {"validation_fitted": _judged(running(small), pictures)}
 
 
 def _settled(plan: Plan, whole: Any, pictures: Pictures, costs: Costs | MapCosts, e: PictureEffort, tell: Tell) -> Plan:
     """The plan with its cuts chosen anew, within the same costs, by what the network needs now that it has adapted."""
     told = lambda share, note: tell("prune", share, f"the adapted network's {note}")  # noqa: E731
     user, _, generic = felt_pictures(whole, pictures, e, plan.seed, told)
-    measured: Any = replace(costs, curves=plan.curves) if isinstance(costs, Costs) else costs
-    found = carving_of(whole).allot(whole, blended(user, generic, plan.rho) if generic else user, measured)
+    found = carving_of(whole).allot(
+        whole, blended(user, generic, plan.rho) if generic else user, _measured(costs, plan)
+    )
+    return _as_allotted(plan, whole, found)
+
+
+def _measured(costs: Costs | MapCosts, plan: Plan) -> Any:
+    """The costs with what cuts of the plan's network were measured to damage."""
+    return replace(costs, curves=plan.curves) if isinstance(costs, Costs) and plan.curves else costs
+
+
+def _as_allotted(plan: Plan, whole: Any, found: Allotment) -> Plan:
     layers = (
         replace(layer, groups=g, channels=c)
         for layer, g, c in zip(plan.layers, found.groups, found.channels, strict=True)

@@ -14,7 +14,7 @@ from sartor.model.network import anatomy
 from sartor.model.precision import running
 from sartor.plan import Plan
 from sartor.probing import Tell, felt
-from sartor.stages.buffer import buffered
+from sartor.stages.buffer import IN_STEPS, buffered
 from sartor.stages.decide import settle
 from sartor.stages.distil import Anchor, DistilConfig, distil_
 from sartor.stages.fit import evidence_of, fit
@@ -26,7 +26,6 @@ from sartor.stages.prune import cut_, gone, share_gone
 from sartor.stages.tokens import Window, sample
 
 WORTH_SETTLING = 0.02  # of the layers' weights go: for less it is not asked anew which
-IN_STEPS = 0.4  # of the time of recovery, where cuts are made in steps
 
 
 def after_steps(recover: DistilConfig, plan: Plan) -> DistilConfig:

@@ -19,8 +19,10 @@ from sartor.stages.decide import settle
 from sartor.stages.probe import Effects
 from sartor.stages.prune import cut_
 
+IN_STEPS = 0.4  # of the time of recovery, where cuts are made in steps
 GONE = -1e-9  # effect of what is no longer there: it is the first to go, and cannot cost anything
 Sense = Callable[[Any], Effects]
+Aim = Callable[[Effects, Sequence[int]], Plan]
 Layers = tuple[LayerPlan, ...]
 
 
@@ -59,16 +61,19 @@ def buffered(
     steps: int,
     by_entropy: bool = True,
     tell: Callable[[float, str], None] = lambda share, note: None,
+    aim: Aim | None = None,
 ) -> tuple[Any, Plan, list[Step]]:
     """Cut in about so many steps; after twice as many the budget rules, whatever it costs.
 
     Args:
         small: the network before any cut, left as it is. plan: whose bytes are to be saved. sense: effects of a network on the user's text.
         heal: a cut network (it may be changed), healed. damage: of a network, in nats per token. by_entropy: equal allowances; else equal numbers of parameters (an ablation).
+        aim: (effects, blocks that each layer has lost already) -> what the whole cut would now be; None: `decide.settle`, for language models.
     Returns:
         (the cut network, the plan of what was done, every step).
     """
     a, most, left = anatomy(small), 2 * steps if steps > 1 else 1, steps
+    aim = aim or (lambda effects, lost: settle(plan, a, effects, lost))
     goal, now, before = plan, _whole(plan.layers, anatomy(small)), damage(small)
     history: list[Step] = []
 
@@ -83,7 +88,7 @@ def buffered(
     for turn in range(most):
         effects = _in_place(sense(small), now, a)
         lost = [(f - len(x.kept_channels())) // BLOCK for f, x in zip(a.ffn, now, strict=True)]
-        goal = settle(plan, a, effects, lost)
+        goal = aim(effects, lost)
         rest = _to_go(now, goal.layers, a, effects)
         if not rest:
             break

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,10 @@ class TuneConfig:
     def __post_init__(self) -> None:
         if min(self.seconds, self.pictures) < 0 or min(self.batch, self.steps, self.checks) < 1:
             raise ValueError(f"not a valid training: {self}")
+
+    def part(self, share: float) -> TuneConfig:
+        """A part of it."""
+        return replace(self, seconds=self.seconds * share, pictures=round(self.pictures * share))
 
 
 @dataclass(frozen=True)
