@@ -40,6 +40,7 @@ from sartor.stages.recognition import Recognized, recognize
 from sartor.stages.tokens import sample
 from sartor.stages.tune import Lessons, TuneConfig, may_mirror
 
+FITTED = 192  # of the user's pictures
 Kept = list[tuple[list[int], list[int]]]
 
 
@@ -79,7 +80,7 @@ def ours(whole: Any, pictures: Pictures, share: float, generic_only: bool) -> tu
 
 
 def fitted_(small: Any, whole: Any, pictures: Pictures, generic_only: bool) -> None:
-    own, others = sample(pictures.train, 192, 0), sample(pictures.generic, 96, 0)
+    own, others = sample(pictures.train, FITTED, 0), sample(pictures.generic, FITTED // 2, 0)
     half = running(whole)
     evidence = evidence_of(half, own[:0] if generic_only else own, others, RHO)
     put_(small, fit(small, half, evidence, {}))
@@ -122,12 +123,17 @@ def tuned(small: Any, whole: Any, pictures: Pictures, arm: Arm, mirror: bool, ma
     config, network = TuneConfig(math.inf, 2e-3, checks=3, pictures=many), clone(small)
     lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic, running(whole))
     if arm.costs and arm.steps > 1:
-        plan = replace(as_plan(whole, arm.kept), settled=False, curves=arm.costs.curves)
-        e, note = picture_effort_of("standard"), lambda stage, share, said: print(f"  {said}", flush=True)
-        network, _, _ = cut_in_steps(clone(whole), plan, lessons, pictures, arm.costs, e, config, arm.steps, note)
+        plan = replace(as_plan(whole, arm.kept), settled=False, curves=arm.costs.curves, seed=seed)
+        e = replace(picture_effort_of("standard"), fitted=FITTED)
+        network, _, _ = cut_in_steps(clone(whole), plan, lessons, pictures, arm.costs, e, config, arm.steps, tell_step)
+        fitted_(network, whole, pictures, generic_only=False)
         config = config.part(1 - IN_STEPS)
     trained(network, free(network), lessons, pictures, config, seed)
     return network
+
+
+def tell_step(stage: str, share: float, said: str) -> None:
+    print(f"  {said}", flush=True)
 
 
 def told(found: Recognized, dense: Recognized, first: Recognized | None) -> str:
@@ -190,9 +196,9 @@ def main() -> None:
             firsts: dict[int, Recognized] = {}
             for name, arm in arms(whole, pictures, share, a.only or (*RIVALS, *OURS)).items():
                 small = cut(whole, pictures, arm)
-                left = macs(anatomy(small), whole.config.tokens) / macs(anatomy(whole), whole.config.tokens)
-                for many in (0, *a.tune):
+                for many in a.tune if arm.steps > 1 else (0, *a.tune):  # what is cut in steps is cut while it is tuned
                     network = tuned(small, whole, pictures, arm, mirror, many, seed) if many else small
+                    left = macs(anatomy(network), whole.config.tokens) / macs(anatomy(whole), whole.config.tokens)
                     found = recognize(running(network), *test)
                     line = told(found, dense, firsts.get(many))
                     print(f"{1 - left:.0%} gone: {name:28s} {f'tuned on {many}' if many else 'cut'} {line}", flush=True)

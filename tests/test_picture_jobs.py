@@ -231,6 +231,26 @@ def test_an_interrupted_job_on_photos_resumes(stage: str, place: dict[str, Path]
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 
+def test_a_job_in_steps_resumes_and_its_controls_are_alike(place: dict[str, Path], tmp_path: Path) -> None:
+    def stop(now: str, share: float, note: str) -> None:
+        if now == "fit" and share > 0.3:
+            raise KeyboardInterrupt
+
+    ask = (str(place["model"]), place["photos"], "18%", tmp_path / "out")
+    more = {"generic": place["generic"], "steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        sartor.compress(*ask, **more, tell=stop)
+    assert not sartor.Plan.from_json((tmp_path / "out" / "checkpoint" / "plan.json").read_text()).settled
+    sartor.compress(*ask, **more, resume=True)
+    told = report(tmp_path / "out")
+    assert any(s["kept"] for s in told["pruning"]["steps"])
+    assert told["plan"]["predicted_damage"] > 0
+    assert told["bytes"]["artifact"] <= told["bytes"]["budget"]
+    arms = [c for c in told["controls"] if "calibration" in c["name"]]
+    assert len(arms) == 2
+    assert all(c["bytes"] <= told["bytes"]["budget"] for c in arms)
+
+
 def test_what_cannot_be_asked_is_refused_in_one_line(
     place: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -247,6 +247,8 @@ def test_a_curve_is_met_where_it_was_measured_and_never_falls() -> None:
     falling = bent((0.0, 1.0, 2.0, 3.0, 4.0), [[0.25, 10.0], [0.75, 0.1]])
     assert list(falling) == sorted(falling)
     assert bent((0.0, 3.0), [[1.0, 2.0], [1.0, 2.0]]) == pytest.approx((0.0, 6.0))
+    rest = bent((0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0), [[0.5, 0.5], [0.75, 2.0]])  # two units went before
+    assert rest == pytest.approx((0.0, 0.0, *measured))
 
 
 def test_what_was_measured_to_cost_more_than_its_sum_is_cut_less(headed: Any) -> None:
@@ -346,8 +348,25 @@ def test_a_transformers_cuts_in_steps_keep_the_budget_and_are_healed_on_the_way(
     assert sum(s["groups"] for s in kept) == made.pruning["groups"]
     assert sum(s["blocks"] for s in kept) * BLOCK == made.pruning["channels"]
     assert bytes_of(anatomy(made.model)) == made.plan.predicted_bytes <= costs.budget
+    assert made.plan.predicted_damage > 0  # of the whole cut, not of what was left to go in the last step
+    replayed = pictures.fit_pictures(headed, made.plan, given, costs, "quick", (TuneConfig(0.0), TuneConfig(0.0)))
+    assert replayed.plan.layers == made.plan.layers  # cut at once: what the steps healed is not in a plan
+    assert replayed.plan.steps == 1
     assert made.pruning["validation_cut"]["nats"] < 1.0  # of 1.1 by chance: healed before the last fit
     assert recognize(made.model, *drawn(90, 9)).accuracy > 0.5
+
+
+def test_bits_are_decided_once_for_all_steps(
+    headed: Any, given: pictures.Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(effort.PICTURE_EFFORTS, "quick", TINY)
+    eight = lambda b: 5000 + sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
+    four = Four(lambda b: 5000 + (eight(b) - 5000) * 17 // 32, 1e-6)
+    costs = Costs(eight, int(0.35 * eight(anatomy(headed))), four=four)
+    plan = pictures.plan_pictures(headed, given, costs, "0" * 64, "quick")
+    made = pictures.fit_pictures(headed, plan, given, costs, "quick", steps=2)
+    assert made.model.block_scales
+    assert 0.8 * costs.budget < four.bytes_of(anatomy(made.model)) == made.plan.predicted_bytes <= costs.budget
 
 
 def test_a_vision_job_fits_its_budget_and_a_settled_plan_is_replayed(

@@ -254,8 +254,9 @@ def _calibrated(
     full, generic = job.controls == "full", view.pictures.generic
     theirs = Pictures(generic, torch.zeros(len(generic), dtype=torch.long), *view.pictures.judged, generic)
     fitted = partial(_fitted_anew, view, job, made, full)
+    before = None if made.plan.steps > 1 else made.unrecovered  # steps have recovered it already
     arms: dict[str, Callable[[], tuple[int, Answers]]] = {
-        "personal": lambda: shipped if full else measured(made.unrecovered or fitted(view.pictures)),
+        "personal": lambda: shipped if full else measured(before or fitted(view.pictures)),
         "generic": lambda: measured(fitted(theirs)),
     }
     rows: list[dict[str, Any]] = []
@@ -274,8 +275,9 @@ def _calibrated(
 def _fitted_anew(view: View, job: Job, made: Fitted, full: bool, pictures: Pictures) -> Any:
     """The adapted network settled, cut and fitted on these pictures, and recovered where `full`."""
     training = NONE[0], picture_effort_of(job.effort).recover if full else NONE[1]
-    whole, plan = clone(made.teacher, torch.float32), replace(made.plan, settled=False)
-    return fit_pictures(whole, plan, pictures, view.costs, job.effort, training).model
+    whole, plan = clone(made.teacher, torch.float32), replace(made.plan, settled=False, steps=1)
+    steps = job.steps if full else 1
+    return fit_pictures(whole, plan, pictures, view.costs, job.effort, training, steps=steps).model
 
 
 def _row(

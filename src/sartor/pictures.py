@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,13 +14,13 @@ from torch import Tensor
 from sartor.carving import carving_of, four_grids, held_
 from sartor.clock import Clock
 from sartor.effort import PictureEffort, picture_effort_of
-from sartor.model.network import clone
+from sartor.model.network import anatomy, clone
 from sartor.model.precision import running
 from sartor.plan import LayerPlan, Plan, is_full
 from sartor.probing import Tell, sounded
 from sartor.stages.allot import Allotment, Costs
 from sartor.stages.allot_maps import MapCosts
-from sartor.stages.buffer import IN_STEPS, Step, buffered
+from sartor.stages.buffer import IN_STEPS, Step, after_steps, buffered
 from sartor.stages.decide import diagnose
 from sartor.stages.masters import InMemory, Kept, Latents, free
 from sartor.stages.probe import Effects, Worth, blended, recovered
@@ -28,6 +28,8 @@ from sartor.stages.recognition import kl_of, recognize, said_of
 from sartor.stages.tokens import sample
 from sartor.stages.tune import Course, Lessons, TuneConfig, may_mirror, tune_, views
 
+Told = Callable[[float, str], None]
+silent: Told = lambda share, note: None  # noqa: E731
 RHO = 0.3  # share of generic pictures in what is sensed of the adapted network, and in what is fitted
 
 
@@ -206,13 +208,15 @@ def fit_pictures(
     if whole:
         return Fitted(small, replace(plan, settled=True), teacher, adapted, None, mirror, clock.seconds)
     unrecovered, lessons = None, replace(lessons, teacher=teacher)
-    if kept("recover").load() is None or carving.rounds:
+    if (anew := kept("recover").load() is None) and plan.steps > 1:  # what those steps healed was not kept
+        plan = replace(plan, settled=steps == 1, steps=1)
+    if anew or carving.rounds:
         small, plan, done = _removed(small, plan, lessons, pictures, costs, e, recover, steps, tell)
         if plan.steps == 1:
             settled(plan)
         clock.lap("prune")
-        small, latents, pruning = _refit(small, teacher, plan, pictures, e, tell)
-        pruning = done | pruning
+        small, latents = _refit(small, teacher, plan, pictures, e.fitted, partial(tell, "fit"))
+        pruning = done | {"validation_fitted": _judged(running(small), pictures)}
         if plan.steps > 1:  # what they have healed is kept only now
             settled(plan)
         clock.lap("fit")
@@ -220,7 +224,7 @@ def fit_pictures(
     else:
         small = carving.cut(small, plan)
         latents, pruning = free(small), carving.gone(teacher, small)
-    recover, told = recover.part(1 - IN_STEPS) if plan.steps > 1 else recover, partial(tell, "recover")
+    recover, told = after_steps(recover, plan), partial(tell, "recover")
     course = trained(small, latents, lessons, pictures, recover, plan.seed, told, kept("recover"))
     clock.lap("recover")
     return Fitted(small, plan, teacher, adapted, course, mirror, clock.seconds, pruning, unrecovered)
@@ -281,62 +285,71 @@ def cut_in_steps(
     Returns:
         (the cut network, the plan of what was done, every step).
     """
-    carving, teacher, anew = carving_of(small), lessons.teacher, replace(plan, grids={})
-    own, others = (sample(p, e.fitted // n, plan.seed) for p, n in ((pictures.train, 2), (pictures.generic, 4)))
+    carving, teacher = carving_of(small), lessons.teacher
     held = sample(pictures.validation, e.checked, plan.seed)
-    said = said_of(teacher, held)
-    left = [recover.part(IN_STEPS / steps)] * steps  # one for each step, however many are tried
-
-    def sense(network: Any) -> Effects:
-        user, _, generic = felt_pictures(running(network), pictures, e, plan.seed)
-        return blended(user, generic, plan.rho) if generic else user
+    said, felt = said_of(teacher, held), [_needed(teacher, plan, pictures, e)]
+    at_once = carving.allot(teacher, felt[0], _measured(costs, plan))
+    whole, priced = (
+        _as_allotted(plan, teacher, at_once),
+        _measured(costs, plan).at(at_once.four),
+    )  # bits are decided once
+    left = list(range(steps))  # trainings, one for each step, however many are tried
 
     def heal(network: Any) -> Any:
-        network, latents = carving.fit(network, teacher, own, others, anew, lambda share, note: None)
+        network, latents = _refit(network, teacher, replace(plan, grids={}), pictures, e.fitted // 2)
         if left:
-            trained(network, latents, lessons, pictures, left.pop(), plan.seed)
+            part = recover.part(IN_STEPS / steps)
+            trained(network, latents, lessons, pictures, part, plan.seed + 1 + left.pop())
         return network
 
-    def aim(effects: Effects, lost: Sequence[int]) -> Plan:
-        return _as_allotted(plan, teacher, carving.allot(teacher, effects, _measured(costs, plan)))
+    small, done, taken = buffered(
+        small,
+        whole,
+        lambda network: felt.pop() if felt else _needed(running(network), plan, pictures, e),
+        heal,
+        lambda network: kl_of(running(network), held, said),
+        steps,
+        tell=partial(tell, "prune"),
+        aim=lambda effects, lost: _masked(whole, carving.allot(teacher, effects, priced)),
+    )
+    return small, replace(done, predicted_bytes=priced.bytes_of(anatomy(small))), taken
 
-    damage = lambda network: kl_of(running(network), held, said)  # noqa: E731
-    return buffered(small, plan, sense, heal, damage, steps, tell=partial(tell, "prune"), aim=aim)
+
+def _needed(network: Any, plan: Plan, pictures: Pictures, e: PictureEffort, told: Told = silent) -> Effects:
+    """What a network that has adapted needs, for the user's pictures and, by the plan's share, for generic ones."""
+    user, _, generic = felt_pictures(network, pictures, e, plan.seed, told)
+    return blended(user, generic, plan.rho) if generic else user
 
 
 def _refit(
-    small: Any, teacher: Any, plan: Plan, pictures: Pictures, e: PictureEffort, tell: Tell
-) -> tuple[Any, Latents, dict[str, Any]]:
-    """What is left fitted to the whole network's stream, as training goes on with it; what validation says of it."""
-    own, others = sample(pictures.train, e.fitted, plan.seed), sample(pictures.generic, e.fitted // 2, plan.seed)
-    small, latents = carving_of(small).fit(small, teacher, own, others, plan, partial(tell, "fit"))
-    return small, latents, {"validation_fitted": _judged(running(small), pictures)}
+    small: Any, teacher: Any, plan: Plan, pictures: Pictures, many: int, told: Told = silent
+) -> tuple[Any, Latents]:
+    """What is left fitted to the whole network's stream on so many pictures of the user's and half as many generic ones, as training goes on with it."""
+    own, others = sample(pictures.train, many, plan.seed), sample(pictures.generic, many // 2, plan.seed)
+    return carving_of(small).fit(small, teacher, own, others, plan, told)
 
 
 def _settled(plan: Plan, whole: Any, pictures: Pictures, costs: Costs | MapCosts, e: PictureEffort, tell: Tell) -> Plan:
     """The plan with its cuts chosen anew, within the same costs, by what the network needs now that it has adapted."""
     told = lambda share, note: tell("prune", share, f"the adapted network's {note}")  # noqa: E731
-    user, _, generic = felt_pictures(whole, pictures, e, plan.seed, told)
-    found = carving_of(whole).allot(
-        whole, blended(user, generic, plan.rho) if generic else user, _measured(costs, plan)
-    )
-    return _as_allotted(plan, whole, found)
+    effects = _needed(whole, plan, pictures, e, told)
+    return _as_allotted(plan, whole, carving_of(whole).allot(whole, effects, _measured(costs, plan)))
 
 
 def _measured(costs: Costs | MapCosts, plan: Plan) -> Any:
     """The costs with what cuts of the plan's network were measured to damage."""
-    return replace(costs, curves=plan.curves) if isinstance(costs, Costs) and plan.curves else costs
+    return replace(costs, curves=plan.curves) if isinstance(costs, Costs) else costs
+
+
+def _masked(plan: Plan, found: Allotment) -> Plan:
+    layers = zip(plan.layers, found.groups, found.channels, strict=True)
+    return replace(plan, layers=tuple(replace(layer, groups=g, channels=c) for layer, g, c in layers))
 
 
 def _as_allotted(plan: Plan, whole: Any, found: Allotment) -> Plan:
-    layers = (
-        replace(layer, groups=g, channels=c)
-        for layer, g, c in zip(plan.layers, found.groups, found.channels, strict=True)
-    )
     steps = {name: [float(s)] for name, s in found.steps.items()}
     return replace(
-        plan,
-        layers=tuple(layers),
+        _masked(plan, found),
         predicted_bytes=found.size,
         predicted_damage=found.damage,
         price=found.price,

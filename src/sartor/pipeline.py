@@ -31,6 +31,7 @@ from sartor.stages.bits import (
     kinds_of,
     poorer_damage,
 )
+from sartor.stages.buffer import after_steps
 from sartor.stages.calibrate import Moments, second_moments
 from sartor.stages.decide import Bytes, Measured, decide, smallest_bytes
 from sartor.stages.distil import Anchor, DistilConfig, Trained, anchor, distil_, joined
@@ -40,7 +41,7 @@ from sartor.stages.probe import Effects, Units, Worth, order_units
 from sartor.stages.prune import cut_, share_gone
 from sartor.stages.tokens import Window, cut_windows, encode_windows, sample, training_rows
 from sartor.stages.words import whole, words
-from sartor.surgery import Surgery, after_steps
+from sartor.surgery import Surgery
 
 Fitting = Callable[[Surgery, Any, Plan, int, Callable[[float, str], None]], Latents]
 FEWEST = 4  # times the rows kept back, that a user must have for any to be

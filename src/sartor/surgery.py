@@ -28,11 +28,6 @@ from sartor.stages.tokens import Window, sample
 WORTH_SETTLING = 0.02  # of the layers' weights go: for less it is not asked anew which
 
 
-def after_steps(recover: DistilConfig, plan: Plan) -> DistilConfig:
-    """What is left of recovery when the cuts were made in steps."""
-    return recover if plan.steps == 1 else replace(recover, seconds=recover.seconds * (1 - IN_STEPS))
-
-
 @dataclass(frozen=True)
 class Surgery:
     """What a cut is made by.
@@ -75,13 +70,13 @@ class Surgery:
 
     def _in_steps(self, small: Any, plan: Plan, steps: int, held: Tensor) -> tuple[Any, Plan, list[dict[str, Any]]]:
         reference = top_of(self.whole, held)
-        time = [self.training.seconds * IN_STEPS / steps] * steps  # one for each step, however many are tried
+        time = [self.training.part(IN_STEPS / steps)] * steps  # one for each step, however many are tried
         silent: Tell = lambda stage, share, note: None  # noqa: E731
         small, plan, done = buffered(
             small,
             plan,
             lambda network: self._sense(running(network), plan, silent),
-            lambda network: self._healed(network, plan, time.pop() if time else 0.0),
+            lambda network: self._healed(network, plan, time.pop() if time else None),
             lambda network: kl_of(running(network), held, reference),
             steps,
             tell=partial(self.tell, "prune"),
@@ -94,12 +89,11 @@ class Surgery:
         user, _, generic = felt(network, (self.unseen, self.generic), self.effort, plan.seed, told)
         return blended(user, generic, plan.rho)
 
-    def _healed(self, network: Any, plan: Plan, seconds: float) -> Any:
+    def _healed(self, network: Any, plan: Plan, training: DistilConfig | None) -> Any:
         """Repaired in closed form, then a little distillation."""
         few = effort_of(self.effort).fit_rows // 2
         latents = self.fitted(network, replace(plan, grids={}), few, lambda share, note: None)
-        if seconds > 0 and self.said is not None:
-            training = replace(self.training, seconds=seconds)
+        if training and training.seconds and self.said is not None:
             distil_(running(network), latents, None, self.said, self.validation, training, plan.seed)
         put_(network, latents)
         return network

@@ -55,6 +55,10 @@ class Costs:
     def seconds(self, a: Anatomy) -> float:
         return self.head_seconds * sum(a.groups) + self.block_seconds * sum(a.ffn) / BLOCK
 
+    def at(self, four: bool) -> Costs:
+        """The same with the number of bits decided."""
+        return replace(self, bytes_of=self.four.bytes_of if four and self.four else self.bytes_of, four=None)
+
     def met(self, a: Anatomy) -> bool:
         return self.bytes_of(a) <= self.budget and self.seconds(a) <= self.limit
 
@@ -94,7 +98,7 @@ def allot(a: Anatomy, effects: Effects, costs: Costs) -> Allotment:
     units = order_units(effects)
     found = [_allotted(a, units, costs)] if costs.met(smallest(a)) else []
     if costs.four is not None and costs.bytes_of(a) > costs.budget:
-        four = _allotted(a, units, replace(costs, bytes_of=costs.four.bytes_of))
+        four = _allotted(a, units, costs.at(four=True))
         found.append(replace(four, damage=four.damage + costs.four.damage, four=True))
     return min(found, key=lambda f: f.damage)
 

@@ -1,6 +1,6 @@
 """Step buffering: a deep cut in steps of equal entropy allowance; what a step takes can come back until its real damage is known.
 
-Our definition (of arXiv:2408.08684 only the abstract could be had, which names the mechanism and no more). A step senses the network as it is now, takes
+For texts and for pictures. Our definition (of arXiv:2408.08684 only the abstract could be had, which names the mechanism and no more). A step senses the network as it is now, takes
 the cheapest units of what the whole cut would now remove, heals what is left, and measures. Where the real damage is above the step's allowance, what summed effects
 foretold for it, the network of before comes back, only the cheaper half of the step's units goes, and what remains is divided anew.
 """
@@ -9,26 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from sartor.model.network import BLOCK, Anatomy, anatomy, clone
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.decide import settle
+from sartor.stages.distil import DistilConfig
+from sartor.stages.medium import medium_of
 from sartor.stages.probe import Effects
 from sartor.stages.prune import cut_
+from sartor.stages.tune import TuneConfig
 
 IN_STEPS = 0.4  # of the time of recovery, where cuts are made in steps
 GONE = -1e-9  # effect of what is no longer there: it is the first to go, and cannot cost anything
+T = TypeVar("T", DistilConfig, TuneConfig)
 Sense = Callable[[Any], Effects]
 Aim = Callable[[Effects, Sequence[int]], Plan]
 Layers = tuple[LayerPlan, ...]
 
 
+def after_steps(recover: T, plan: Plan) -> T:
+    """What is left of recovery when the cuts were made in steps."""
+    return recover if plan.steps == 1 else recover.part(1 - IN_STEPS)
+
+
 @dataclass(frozen=True)
 class Step:
-    """What one step did; damages in nats per token on validation text.
+    """What one step did; damages in nats a prediction on validation data.
 
     Attributes:
         blocks, groups: what it took. allowed: the damage foretold. real: measured, beyond that before it. kept: False where it was taken back.
@@ -66,14 +75,14 @@ def buffered(
     """Cut in about so many steps; after twice as many the budget rules, whatever it costs.
 
     Args:
-        small: the network before any cut, left as it is. plan: whose bytes are to be saved. sense: effects of a network on the user's text.
-        heal: a cut network (it may be changed), healed. damage: of a network, in nats per token. by_entropy: equal allowances; else equal numbers of parameters (an ablation).
+        small: the network before any cut, left as it is. plan: whose bytes are to be saved. sense: effects of a network on the user's data.
+        heal: a cut network (it may be changed), healed. damage: of a network, in nats a prediction. by_entropy: equal allowances; else equal numbers of parameters (an ablation).
         aim: (effects, blocks that each layer has lost already) -> what the whole cut would now be; None: `decide.settle`, for language models.
     Returns:
         (the cut network, the plan of what was done, every step).
     """
     a, most, left = anatomy(small), 2 * steps if steps > 1 else 1, steps
-    aim = aim or (lambda effects, lost: settle(plan, a, effects, lost))
+    aim, unit = aim or (lambda effects, lost: settle(plan, a, effects, lost)), medium_of(small).unit
     goal, now, before = plan, _whole(plan.layers, anatomy(small)), damage(small)
     history: list[Step] = []
 
@@ -81,7 +90,7 @@ def buffered(
         allowed, blocks = sum(u.effect for u in taken), sum(u.block for u in taken)
         trial = heal(_cut(small, plan, now, _without(now, taken, a)))
         real = damage(trial) - before
-        said = f"{len(taken)} of {of} units cost {real:.3f} nats per token of {allowed:.3f} foretold"
+        said = f"{len(taken)} of {of} units cost {real:.3f} {unit} of {allowed:.3f} foretold"
         tell((turn + 1) / most, f"step {turn + 1}: {said}")
         return trial, Step(blocks, len(taken) - blocks, allowed, real, real <= allowed)
 
@@ -103,6 +112,8 @@ def buffered(
             trial, step = attempt(taken, len(rest), turn)
         history.append(replace(step, kept=True))
         small, now, before = trial, _without(now, taken, a), before + step.real
+        if len(taken) == len(rest):
+            break
     return small, replace(goal, layers=now, steps=max(1, sum(s.kept for s in history))), history
 
 

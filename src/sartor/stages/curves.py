@@ -42,8 +42,13 @@ def summed(units: Units, layer: int, kind: str) -> tuple[float, ...]:
 
 
 def bent(damage: Sequence[float], curve: Curve) -> tuple[float, ...]:
-    """The damage of the first 0, 1, 2, ... units, from the sum of their effects and what was measured."""
-    total, shares = np.asarray(damage), np.linspace(0.0, 1.0, len(damage))
+    """The damage of the first 0, 1, 2, ... units, from the sum of their effects and what was measured.
+
+    Units that are no longer there cost nothing, and what is measured of the others knows that: the curve begins behind them.
+    """
+    total = np.asarray(damage)
+    gone = max(int(np.count_nonzero(total == 0)) - 1, 0)
+    shares = np.clip(np.arange(-gone, len(total) - gone) / max(len(total) - 1 - gone, 1), 0, 1)
     (first, low), (second, high) = ((share, np.log(max(ratio, 1e-6))) for share, ratio in curve)
     slope = (high - low) / (second - first) if second > first else 0.0
     ratio = np.clip(low + slope * (shares - first), -np.log(MOST), np.log(MOST))

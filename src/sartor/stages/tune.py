@@ -32,7 +32,7 @@ SURE = 2.0  # standard deviations by which mirrored pictures must be named worse
 @dataclass(frozen=True)
 class TuneConfig:
     """How to train: wall-clock seconds, peak learning rate of AdamW as a share of what it moves, pictures a step at most (fewer, down to FEWEST, where there is no time for `steps` of so many),
-    how often validation is looked at; pictures seen instead of seconds, for comparisons that shall say the same on every machine."""
+    how often validation is looked at; pictures seen instead of seconds, for comparisons that shall say the same on every machine (those do not go on where they were interrupted)."""
 
     seconds: float = 300.0
     rate: float = 1e-3
@@ -46,8 +46,9 @@ class TuneConfig:
             raise ValueError(f"not a valid training: {self}")
 
     def part(self, share: float) -> TuneConfig:
-        """A part of it."""
-        return replace(self, seconds=self.seconds * share, pictures=round(self.pictures * share))
+        """A shorter one, judged as often by its length."""
+        pictures = max(1, round(self.pictures * share)) if self.pictures else 0
+        return replace(self, seconds=self.seconds * share, pictures=pictures, checks=max(1, round(self.checks * share)))
 
 
 @dataclass(frozen=True)
