@@ -70,7 +70,7 @@ def compress(
         budget: "25%", "67MB" or a Budget. out: where to write artifact and report; None keeps the result in memory.
         effort: quick, standard or thorough. controls: none, fast (without recovery) or full (with it).
         resume: go on with an interrupted job in `out`. tell: called with (stage, share done, note).
-        method: how cuts are chosen; sartor, or paper: the two-rate rule of arXiv:2408.08684 in our reading, as a baseline. steps: that the cuts are made in, each healed and measured.
+        method: how cuts are chosen; sartor, or paper: the two-rate rule of arXiv:2408.08684 in our reading, as a baseline. steps: that a transformer's cuts are made in, each healed and measured.
         labels: a CSV of photos and their classes, where these do not lie in one folder a class. faster: for pictures, than the original in fp32, at least so many times.
         keep_general: for language models, share of everyone's text in all that shapes the model, 0 to 0.9.
         memory: for language models, that the job may take ("4GB"; None: most of what is free): larger models go through the disk, layer by layer.

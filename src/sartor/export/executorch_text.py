@@ -44,7 +44,7 @@ def _lower(prepared: tuple[ExportedProgram, dict[str, Any]], path: Path) -> None
     # its check would compute products of lengths with the example's length, and make that the only one; orders of dimensions need a pass of their own to go
     config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
     xnnpack = XnnpackPartitioner()
-    # of its seventeen passes over a program whose lengths are symbols this names the one that finds something here: half of the time
+    # with any such key XNNPACK 1.5.1 makes one of its seventeen passes over a program whose lengths are symbols: the same outputs in half of the time
     xnnpack.delegation_spec = DelegationSpec(
         xnnpack.delegation_spec.backend_id, [CompileSpec("dqlinear_partitioner", b"")]
     )
