@@ -24,7 +24,7 @@ bench: setup
 	$(BIN)/python bench/benchmark.py $(MODEL) --data $(addprefix bench-results/data/,$(USERS)) --generic bench-results/data/generic --out bench-results
 
 test: setup lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,6 +6,11 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+if worker := os.environ.get(
+    "PYTEST_XDIST_WORKER"
+):  # gw0, gw1: a core each, as threads of two processes on two cores only wait for each other
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 from collections.abc import Iterator
 from pathlib import Path
