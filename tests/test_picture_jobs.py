@@ -251,6 +251,26 @@ def test_a_job_in_steps_resumes_and_its_controls_are_alike(place: dict[str, Path
     assert all(c["bytes"] <= told["bytes"]["budget"] for c in arms)
 
 
+def test_the_table_of_all_exports_has_a_row_for_each_and_a_family_is_measured_once(
+    place: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import exports
+
+    monkeypatch.setattr(exports, "put_least_effort", lambda: None)  # tiny already
+    ask = ["--texts", str(tmp_path), "--photos", str(place["photos"]), "--out", str(tmp_path / "o")]
+    monkeypatch.setattr("sys.argv", ["exports.py", *ask, "--families", "vit"])
+    exports.main()
+    rows = json.loads((tmp_path / "o" / "exports.json").read_text())
+    assert [(r["family"], r["runtime"]) for r in rows[:3]] == [("vit", "ONNX Runtime")] * 3
+    assert all(r["cosine"] > 0.9 for r in rows[:3])
+    assert all(r["cosine"] is not None or "pip install" in r["note"] for r in rows)
+    first = capsys.readouterr().out
+    assert first.count("\n") == len(rows) + 2
+    monkeypatch.setattr(exports, "exported", None)  # would be asked for a family that is not there yet
+    exports.main()
+    assert capsys.readouterr().out == first
+
+
 def test_what_cannot_be_asked_is_refused_in_one_line(
     place: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
