@@ -162,6 +162,19 @@ def test_a_rounded_file_says_what_pytorch_says_and_repeats_itself(
         seen.write(tmp_path / "c.onnx", graph, "int8")
 
 
+def test_sums_beyond_sixteen_bits_do_not_overflow(tmp_path: Path) -> None:
+    m = Maker(0)
+    x = m.act(m.conv(INPUT, 32, 3, 2), "clip")
+    graph = m.done(m.act(m.conv(x, 32)))
+    first, second = (graph.layers[n.name] for n in graph.nodes if n.op == "conv")
+    first.bias.data.add_(3.0)  # most values stand where they are cut off, at 255 of 255
+    second.weight.data.abs_()  # and all products add up: two of them are twice what sixteen bits hold
+    small = refit_maps(graph, graph, everything(graph), seen_of(pictures(32), pictures(0), 0.0, 32))
+    seen.write(tmp_path / "a.onnx", small, "int8")
+    said = torch.tensor(onnxrt.outputs(tmp_path / "a.onnx", pictures(8).numpy())["features"])
+    assert torch.allclose(said, seen.dequantized(small, "int8").features(pictures(8)), rtol=0.02)
+
+
 @pytest.mark.parametrize("kind", [*KINDS, lambda m: wide()])
 def test_a_program_on_its_grids_says_what_the_network_says(kind: Callable[[Maker], Graph]) -> None:
     graph = kind(Maker(0))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sartor.export.onnx_parts import FLOAT, IR, OPSET, UINT8, node, onnx_package, save
@@ -75,8 +76,11 @@ class _File:
         if not self.graph.rounding:
             self.held[f"{name}.weight"] = weight
             return f"{name}.weight"
-        self.held[f"{name}.int8"], self.held[f"{name}.scales"] = rounded(weight)
-        self.add("DequantizeLinear", [f"{name}.int8", f"{name}.scales"], f"{name}.weight", axis=0)
+        numbers, scales = rounded(weight)
+        # zeros are what is meant where there are none, but ONNX Runtime changes weights to unsigned ones where it must, and only zero points that are there with them
+        stored = {"int8": numbers, "scales": scales, "zeros": torch.zeros_like(scales, dtype=torch.int8)}
+        self.held |= {f"{name}.{part}": value for part, value in stored.items()}
+        self.add("DequantizeLinear", [f"{name}.{part}" for part in stored], f"{name}.weight", axis=0)
         return f"{name}.weight"
 
     def step(self, at: Node) -> None:

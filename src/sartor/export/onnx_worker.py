@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from worker import answer, measured, peak_memory  # by path, as this file is started: the package would load torch
 
-PAIRED = b"DequantizeLinear"  # in files where ONNX Runtime 1.32 would change weights under that option and not their zero points
 WARM_UP = 3  # runs before the clock counts
 
 
@@ -25,25 +24,13 @@ def load(file: str, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not _holds(file, PAIRED):
-        # without instructions for eight bits (VNNI) an x86 processor adds products in sixteen bits, which overflow unnoticed: exactly instead, where that is so
-        options.add_session_config_entry("session.x64quantprecision", "1")
+    # without instructions for eight bits (VNNI) an x86 processor adds products in sixteen bits, which overflow unnoticed: exactly instead, where that is so
+    options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         said = " ".join(str(error).replace(file, Path(file).name).split())
         raise SystemExit(f"it cannot be loaded: {said[:200]}") from error
-
-
-def _holds(file: str, word: bytes) -> bool:
-    """Whether the word stands in the file, read in parts: all of it at once would count as the runtime's memory."""
-    before = b""
-    with Path(file).open("rb") as opened:
-        while part := opened.read(1 << 20):
-            if word in before + part:
-                return True
-            before = part[-len(word) :]
-    return False
 
 
 def classify(session: Any, pixels: np.ndarray) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ from sartor.stages.probe import Effects
 
 LEAST = 0.1  # of a group's units, that stay: with fewer the sum of effects foretells nothing
 ROUNDS = 3  # of prices
-OUTPUT_BYTES = 8  # an output's scale and bias
+OUTPUT_BYTES = 9  # an output's scale, zero point and bias
 Counts = Sequence[int]  # units, group by group
 
 
