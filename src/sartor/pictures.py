@@ -256,15 +256,8 @@ def _removed(
         plan = plan if plan.settled else _settled(plan, teacher, pictures, costs, e, tell)
         small = carving_of(small).cut(small, plan)
     done |= carving_of(small).gone(teacher, small)
-    return (
-        small,
-        plan,
-        done
-        | {
-            "validation_whole": _judged(teacher, pictures),
-            "validation_cut": _judged(running(small), pictures),
-        },
-    )
+    done |= {"validation_whole": _judged(teacher, pictures), "validation_cut": _judged(running(small), pictures)}
+    return small, plan, done
 
 
 def cut_in_steps(
@@ -288,11 +281,9 @@ def cut_in_steps(
     carving, teacher = carving_of(small), lessons.teacher
     held = sample(pictures.validation, e.checked, plan.seed)
     said, felt = said_of(teacher, held), [_needed(teacher, plan, pictures, e)]
-    at_once = carving.allot(teacher, felt[0], _measured(costs, plan))
-    whole, priced = (
-        _as_allotted(plan, teacher, at_once),
-        _measured(costs, plan).at(at_once.four),
-    )  # bits are decided once
+    priced = _measured(costs, plan)
+    at_once = carving.allot(teacher, felt[0], priced)
+    whole, priced = _as_allotted(plan, teacher, at_once), priced.at(at_once.four)  # bits are decided once
     left = list(range(steps))  # trainings, one for each step, however many are tried
 
     def heal(network: Any) -> Any:
