@@ -352,7 +352,7 @@ def test_a_transformers_cuts_in_steps_keep_the_budget_and_are_healed_on_the_way(
     replayed = pictures.fit_pictures(headed, made.plan, given, costs, "quick", (TuneConfig(0.0), TuneConfig(0.0)))
     assert replayed.plan.layers == made.plan.layers  # cut at once: what the steps healed is not in a plan
     assert replayed.plan.steps == 1
-    assert made.pruning["validation_cut"]["nats"] < 1.0  # of 1.1 by chance: healed before the last fit
+    assert made.pruning["validation_cut"]["nats"] < replayed.pruning["validation_cut"]["nats"]  # healed on the way
     assert recognize(made.model, *drawn(90, 9)).accuracy > 0.5
 
 
