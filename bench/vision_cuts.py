@@ -27,7 +27,7 @@ from sartor.model.precision import running
 from sartor.numerics.metrics import mean_interval
 from sartor.picture_job import PreparedPictures
 from sartor.picture_view import headed, shrunk, smaller
-from sartor.pictures import RHO, Pictures, cut_in_steps, felt_pictures, priced, trained
+from sartor.pictures import RHO, Pictures, PictureSurgery, felt_pictures, priced, trained
 from sartor.plan import LayerPlan, Plan, from_mask, to_mask
 from sartor.sources import resolve
 from sartor.stages.allot import Allotment, Costs, allot
@@ -125,7 +125,8 @@ def tuned(small: Any, whole: Any, pictures: Pictures, arm: Arm, mirror: bool, ma
     if arm.costs and arm.steps > 1:
         plan = replace(as_plan(whole, arm.kept), settled=False, curves=arm.costs.curves, seed=seed)
         e = replace(picture_effort_of("standard"), fitted=FITTED)
-        network, _, _ = cut_in_steps(clone(whole), plan, lessons, pictures, arm.costs, e, config, arm.steps, tell_step)
+        surgery = PictureSurgery(lessons, pictures, arm.costs, e, config, tell_step)
+        network, _, _ = surgery.in_steps(clone(whole), plan, arm.steps)
         fitted_(network, whole, pictures, generic_only=False)
         config = config.part(1 - IN_STEPS)
     trained(network, free(network), lessons, pictures, config, seed)
@@ -138,8 +139,8 @@ def tell_step(stage: str, share: float, said: str) -> None:
 
 def told(found: Recognized, dense: Recognized, first: Recognized | None) -> str:
     """Beside the adapted network, and the first arm beside it."""
-    low, high = mean_interval(found.right.double().numpy() - dense.right.double().numpy())
-    text = f"{said(found)} ({found.accuracy - dense.accuracy:+.1%} [{low:+.1%}, {high:+.1%}])"
+    change, (low, high) = apart(found, dense, "right")
+    text = f"{said(found)} ({change:+.1%} [{low:+.1%}, {high:+.1%}])"
     if first is None:
         return text
     (right, r), (nats, n) = (apart(first, found, what) for what in ("right", "nats"))

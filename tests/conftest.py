@@ -6,9 +6,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
-if worker := os.environ.get(
-    "PYTEST_XDIST_WORKER"
-):  # gw0, gw1: a core each, as threads of two processes on two cores only wait for each other
+# gw0, gw1: a core each, as threads of two processes on two cores only wait for each other
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 

@@ -35,6 +35,14 @@ CONFIG = VisionConfig("dinov2", 64, 4, 256, layers=4, size=32, patch=8, classes=
 TINY = effort.PictureEffort(32, 0.9, 6, 16, 24, TuneConfig(1.0, 1e-3, checks=2), TuneConfig(1.0, 1e-3, checks=2))
 
 
+def bytes_of(a: Any) -> int:
+    """Of a file at eight bits, as a job might count them."""
+    return 5000 + sum(64 * 64 * g + 128 * f for g, f in zip(a.groups, a.ffn, strict=True))
+
+
+FOUR_BITS = Four(lambda a: 5000 + (bytes_of(a) - 5000) * 17 // 32, 1e-6)
+
+
 def network(seed: int = 0, config: VisionConfig = CONFIG) -> Any:
     """Random weights; norms and biases too, so that nothing is trivially zero."""
     torch.manual_seed(seed)
@@ -337,7 +345,6 @@ def test_a_transformers_cuts_in_steps_keep_the_budget_and_are_healed_on_the_way(
     headed: Any, given: pictures.Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(effort.PICTURE_EFFORTS, "quick", TINY)
-    bytes_of = lambda b: 5000 + sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
     costs = Costs(bytes_of, int(0.45 * bytes_of(anatomy(headed))))
     plan = pictures.plan_pictures(headed, given, costs, "0" * 64, "quick")
     told: list[pictures.Plan] = []
@@ -360,20 +367,17 @@ def test_bits_are_decided_once_for_all_steps(
     headed: Any, given: pictures.Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(effort.PICTURE_EFFORTS, "quick", TINY)
-    eight = lambda b: 5000 + sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
-    four = Four(lambda b: 5000 + (eight(b) - 5000) * 17 // 32, 1e-6)
-    costs = Costs(eight, int(0.35 * eight(anatomy(headed))), four=four)
+    costs = Costs(bytes_of, int(0.35 * bytes_of(anatomy(headed))), four=FOUR_BITS)
     plan = pictures.plan_pictures(headed, given, costs, "0" * 64, "quick")
     made = pictures.fit_pictures(headed, plan, given, costs, "quick", steps=2)
     assert made.model.block_scales
-    assert 0.8 * costs.budget < four.bytes_of(anatomy(made.model)) == made.plan.predicted_bytes <= costs.budget
+    assert 0.8 * costs.budget < FOUR_BITS.bytes_of(anatomy(made.model)) == made.plan.predicted_bytes <= costs.budget
 
 
 def test_a_vision_job_fits_its_budget_and_a_settled_plan_is_replayed(
     headed: Any, given: pictures.Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(effort.PICTURE_EFFORTS, "quick", TINY)
-    bytes_of = lambda b: 5000 + sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
     budget = int(0.6 * bytes_of(anatomy(headed)))
     costs = Costs(bytes_of, budget)
     plan = pictures.plan_pictures(headed, given, costs, "0" * 64, "quick")
@@ -400,9 +404,7 @@ def test_a_job_at_four_bits_trains_and_ends_on_its_grid(
     headed: Any, given: pictures.Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(effort.PICTURE_EFFORTS, "quick", TINY)
-    eight = lambda b: 5000 + sum(64 * 64 * g + 128 * f for g, f in zip(b.groups, b.ffn, strict=True))  # noqa: E731
-    four = Four(lambda b: 5000 + (eight(b) - 5000) * 17 // 32, 1e-6)
-    costs = Costs(eight, int(0.5 * eight(anatomy(headed))), four=four)
+    costs = Costs(bytes_of, int(0.5 * bytes_of(anatomy(headed))), four=FOUR_BITS)
     plan = pictures.plan_pictures(headed, given, costs, "0" * 64, "quick")
     assert set(plan.grids.values()) == {"INT4"}
     made = pictures.fit_pictures(headed, plan, given, costs, "quick")

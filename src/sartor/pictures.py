@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from sartor.carving import carving_of, four_grids, held_
+from sartor.carving import Told, carving_of, four_grids, held_
 from sartor.clock import Clock
 from sartor.effort import PictureEffort, picture_effort_of
 from sartor.model.network import anatomy, clone
@@ -28,7 +28,6 @@ from sartor.stages.recognition import kl_of, recognize, said_of
 from sartor.stages.tokens import sample
 from sartor.stages.tune import Course, Lessons, TuneConfig, may_mirror, tune_, views
 
-Told = Callable[[float, str], None]
 silent: Told = lambda share, note: None  # noqa: E731
 RHO = 0.3  # share of generic pictures in what is sensed of the adapted network, and in what is fitted
 
@@ -211,11 +210,12 @@ def fit_pictures(
     if (anew := kept("recover").load() is None) and plan.steps > 1:  # what those steps healed was not kept
         plan = replace(plan, settled=steps == 1, steps=1)
     if anew or carving.rounds:
-        small, plan, done = _removed(small, plan, lessons, pictures, costs, e, recover, steps, tell)
+        surgery = PictureSurgery(lessons, pictures, costs, e, recover, tell)
+        small, plan, done = surgery.cut(small, plan, steps)
         if plan.steps == 1:
             settled(plan)
         clock.lap("prune")
-        small, latents = _refit(small, teacher, plan, pictures, e.fitted, partial(tell, "fit"))
+        small, latents = surgery.fitted(small, plan, e.fitted, partial(tell, "fit"))
         pruning = done | {"validation_fitted": _judged(running(small), pictures)}
         if plan.steps > 1:  # what they have healed is kept only now
             settled(plan)
@@ -236,95 +236,87 @@ def keeps_all(model: Any, plan: Plan) -> bool:
     return all(map(is_full, masks)) and not plan.grids and not carving_of(model).rounds
 
 
-def _removed(
-    small: Any,
-    plan: Plan,
-    lessons: Lessons,
-    pictures: Pictures,
-    costs: Costs | MapCosts,
-    e: PictureEffort,
-    recover: TuneConfig,
-    steps: int,
-    tell: Tell,
-) -> tuple[Any, Plan, dict[str, Any]]:
-    """(The network without what goes, chosen anew where the plan is not settled; the plan as it was done; what went, and what validation says of it)."""
-    teacher, done = lessons.teacher, dict[str, Any]()
-    if not plan.settled and steps > 1:
-        small, plan, taken = cut_in_steps(small, plan, lessons, pictures, costs, e, recover, steps, tell)
-        done["steps"] = [asdict(step) for step in taken]
-    else:
-        plan = plan if plan.settled else _settled(plan, teacher, pictures, costs, e, tell)
-        small = carving_of(small).cut(small, plan)
-    done |= carving_of(small).gone(teacher, small)
-    done |= {"validation_whole": _judged(teacher, pictures), "validation_cut": _judged(running(small), pictures)}
-    return small, plan, done
+@dataclass(frozen=True)
+class PictureSurgery:
+    """What a cut is made by; `surgery.Surgery` for networks that see.
 
-
-def cut_in_steps(
-    small: Any,
-    plan: Plan,
-    lessons: Lessons,
-    pictures: Pictures,
-    costs: Costs | MapCosts,
-    e: PictureEffort,
-    recover: TuneConfig,
-    steps: int,
-    tell: Tell = lambda stage, share, note: None,
-) -> tuple[Any, Plan, list[Step]]:
-    """A transformer's cuts in about so many steps of equal damage (`buffer.py`), each healed by the fit and a little of recovery.
-
-    Args:
-        small: as it adapted, in fp32. plan: not settled. lessons: with the teacher, which is whole. recover: IN_STEPS of it are spent here.
-    Returns:
-        (the cut network, the plan of what was done, every step).
+    Attributes:
+        lessons: with the teacher, the whole network as it adapted. costs: what file and time may be. training: of recovery.
     """
-    carving, teacher = carving_of(small), lessons.teacher
-    held = sample(pictures.validation, e.checked, plan.seed)
-    said, felt = said_of(teacher, held), [_needed(teacher, plan, pictures, e)]
-    priced = _measured(costs, plan)
-    at_once = carving.allot(teacher, felt[0], priced)
-    whole, priced = _as_allotted(plan, teacher, at_once), priced.at(at_once.four)  # bits are decided once
-    left = list(range(steps))  # trainings, one for each step, however many are tried
 
-    def heal(network: Any) -> Any:
-        network, latents = _refit(network, teacher, replace(plan, grids={}), pictures, e.fitted // 2)
-        if left:
-            part = recover.part(IN_STEPS / steps)
-            trained(network, latents, lessons, pictures, part, plan.seed + 1 + left.pop())
-        return network
+    lessons: Lessons
+    pictures: Pictures
+    costs: Costs | MapCosts
+    effort: PictureEffort
+    training: TuneConfig
+    tell: Tell
 
-    small, done, taken = buffered(
-        small,
-        whole,
-        lambda network: felt.pop() if felt else _needed(running(network), plan, pictures, e),
-        heal,
-        lambda network: kl_of(running(network), held, said),
-        steps,
-        tell=partial(tell, "prune"),
-        aim=lambda effects, lost: _masked(whole, carving.allot(teacher, effects, priced)),
-    )
-    return small, replace(done, predicted_bytes=priced.bytes_of(anatomy(small))), taken
+    def cut(self, small: Any, plan: Plan, steps: int) -> tuple[Any, Plan, dict[str, Any]]:
+        """(The network without what goes, chosen anew where the plan is not settled; the plan as it was done; what went, and what validation says of it)."""
+        teacher, done = self.lessons.teacher, dict[str, Any]()
+        if not plan.settled and steps > 1:
+            small, plan, taken = self.in_steps(small, plan, steps)
+            done["steps"] = [asdict(step) for step in taken]
+        else:
+            plan = plan if plan.settled else self._settled(plan)
+            small = carving_of(small).cut(small, plan)
+        done |= carving_of(small).gone(teacher, small)
+        said = {"whole": _judged(teacher, self.pictures), "cut": _judged(running(small), self.pictures)}
+        return small, plan, done | {f"validation_{name}": found for name, found in said.items()}
 
+    def in_steps(self, small: Any, plan: Plan, steps: int) -> tuple[Any, Plan, list[Step]]:
+        """A transformer's cuts in about so many steps of equal damage (`buffer.py`), each healed by the fit and a little of recovery, of which IN_STEPS is spent here.
 
-def _needed(network: Any, plan: Plan, pictures: Pictures, e: PictureEffort, told: Told = silent) -> Effects:
-    """What a network that has adapted needs, for the user's pictures and, by the plan's share, for generic ones."""
-    user, _, generic = felt_pictures(network, pictures, e, plan.seed, told)
-    return blended(user, generic, plan.rho) if generic else user
+        Args:
+            small: as it adapted, in fp32. plan: not settled.
+        Returns:
+            (the cut network, the plan of what was done, every step).
+        """
+        carving, teacher = carving_of(small), self.lessons.teacher
+        held = sample(self.pictures.validation, self.effort.checked, plan.seed)
+        said, felt = said_of(teacher, held), [self._needed(teacher, plan)]
+        priced = _measured(self.costs, plan)
+        at_once = carving.allot(teacher, felt[0], priced)
+        whole, priced = _as_allotted(plan, teacher, at_once), priced.at(at_once.four)  # bits are decided once
+        left = list(range(steps))  # trainings, one for each step, however many are tried
 
+        def heal(network: Any) -> Any:
+            network, latents = self.fitted(network, replace(plan, grids={}), self.effort.fitted // 2)
+            if left:
+                part, seed = self.training.part(IN_STEPS / steps), plan.seed + 1 + left.pop()
+                trained(network, latents, self.lessons, self.pictures, part, seed)
+            return network
 
-def _refit(
-    small: Any, teacher: Any, plan: Plan, pictures: Pictures, many: int, told: Told = silent
-) -> tuple[Any, Latents]:
-    """What is left fitted to the whole network's stream on so many pictures of the user's and half as many generic ones, as training goes on with it."""
-    own, others = sample(pictures.train, many, plan.seed), sample(pictures.generic, many // 2, plan.seed)
-    return carving_of(small).fit(small, teacher, own, others, plan, told)
+        small, done, taken = buffered(
+            small,
+            whole,
+            lambda network: felt.pop() if felt else self._needed(running(network), plan),
+            heal,
+            lambda network: kl_of(running(network), held, said),
+            steps,
+            tell=partial(self.tell, "prune"),
+            aim=lambda effects, lost: _masked(whole, carving.allot(teacher, effects, priced)),
+        )
+        return small, replace(done, predicted_bytes=priced.bytes_of(anatomy(small))), taken
 
+    def fitted(self, small: Any, plan: Plan, many: int, told: Told = silent) -> tuple[Any, Latents]:
+        """What is left fitted to the whole network's stream on so many pictures of the user's and half as many generic ones, as training goes on with it."""
+        own, others = (
+            sample(p, n, plan.seed) for p, n in ((self.pictures.train, many), (self.pictures.generic, many // 2))
+        )
+        return carving_of(small).fit(small, self.lessons.teacher, own, others, plan, told)
 
-def _settled(plan: Plan, whole: Any, pictures: Pictures, costs: Costs | MapCosts, e: PictureEffort, tell: Tell) -> Plan:
-    """The plan with its cuts chosen anew, within the same costs, by what the network needs now that it has adapted."""
-    told = lambda share, note: tell("prune", share, f"the adapted network's {note}")  # noqa: E731
-    effects = _needed(whole, plan, pictures, e, told)
-    return _as_allotted(plan, whole, carving_of(whole).allot(whole, effects, _measured(costs, plan)))
+    def _needed(self, network: Any, plan: Plan, told: Told = silent) -> Effects:
+        """What a network that has adapted needs, for the user's pictures and, by the plan's share, for generic ones."""
+        user, _, generic = felt_pictures(network, self.pictures, self.effort, plan.seed, told)
+        return blended(user, generic, plan.rho) if generic else user
+
+    def _settled(self, plan: Plan) -> Plan:
+        """The plan with its cuts chosen anew, within the same costs, by what the network needs now that it has adapted."""
+        teacher = self.lessons.teacher
+        told = lambda share, note: self.tell("prune", share, f"the adapted network's {note}")  # noqa: E731
+        effects = self._needed(teacher, plan, told)
+        return _as_allotted(plan, teacher, carving_of(teacher).allot(teacher, effects, _measured(self.costs, plan)))
 
 
 def _measured(costs: Costs | MapCosts, plan: Plan) -> Any:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sartor.export.onnx_parts import FLOAT, IR, OPSET, UINT8, node, onnx_package, save
@@ -78,7 +77,7 @@ class _File:
             return f"{name}.weight"
         numbers, scales = rounded(weight)
         # zeros are what is meant where there are none, but ONNX Runtime changes weights to unsigned ones where it must, and only zero points that are there with them
-        stored = {"int8": numbers, "scales": scales, "zeros": torch.zeros_like(scales, dtype=torch.int8)}
+        stored = {"int8": numbers, "scales": scales, "zeros": np.zeros(len(scales), np.int8)}
         self.held |= {f"{name}.{part}": value for part, value in stored.items()}
         self.add("DequantizeLinear", [f"{name}.{part}" for part in stored], f"{name}.weight", axis=0)
         return f"{name}.weight"
