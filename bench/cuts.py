@@ -1,20 +1,23 @@
-"""Pruning alone: a share of FFN and attention removed without any training, ours beside published methods.
+"""Pruning alone: a share of FFN and attention removed, ours beside published methods, as it is and after recovery.
 
     pip install -e '.[bench]'
-    python bench/cuts.py MODEL --data DIR [DIR ...] [--generic DIR] [--removed 0.2 0.3 0.4] [--seeds 1] [--rows 128]
+    python bench/cuts.py MODEL --data DIR [DIR ...] [--generic DIR] [--removed 0.2 0.3 0.4] [--seeds 0] [--rows 128] [--train 0] [--only Sartor FLAP]
 
 Every method sees the same rows of the user's training split (and, where it uses them, the same generic rows), removes the same share of the
 parameters of attention and FFN, and repairs as its paper says. Bits per byte of 48 KB of held-out test text, in PyTorch, with the user's and with
-generic text. Every cell is cached. Results: a table on stdout.
+generic text; with `--train` also after recovery on so many rows, the same for all: KL to what the whole network says of the user's training split and of generic rows. 800 rows are about what a standard
+job's recovery sees on two fast cores. Every cell is cached. Results: a table on stdout.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,16 +27,18 @@ import torch
 from ground_truth import opened, remembered
 from rivals import RIVALS, Ranking, Seen, look
 
+from sartor.effort import effort_of
 from sartor.memory import keep_freed
 from sartor.model.network import BLOCK, Anatomy, anatomy, clone, linear, linears_of, query_rows
-from sartor.model.precision import running, running_dtype
+from sartor.model.precision import running
 from sartor.numerics.allocate import Ladder, allocate
 from sartor.numerics.compensate import refit
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.calibrate import Site
 from sartor.stages.decide import LEAST_BLOCKS, kept_groups
+from sartor.stages.distil import Anchor, DistilConfig, anchor, distil_, joined
 from sartor.stages.fit import Evidence, evidence_of, fit
-from sartor.stages.masters import put_
+from sartor.stages.masters import free, put_
 from sartor.stages.measure import score
 from sartor.stages.probe import Effects, blended, effects_of, order_units, recovered
 from sartor.stages.prune import cut_
@@ -41,7 +46,7 @@ from sartor.stages.sensitivity import feel, together
 from sartor.stages.tokens import Window, cut_windows, encode_windows, sample, training_rows
 
 TEST_BYTES = 49_152
-CELLS = 2  # of the cache: what a method does has changed so often
+CELLS = 3  # of the cache: what a method does has changed so often
 
 
 def chosen(a: Any, r: Ranking, removed: float) -> list[tuple[list[int], list[int]]]:
@@ -149,9 +154,9 @@ def stream_repaired(model: Any, plan: Plan, evidence: Evidence) -> Any:
 
 
 def ours(
-    model: Any, own: torch.Tensor, generic: torch.Tensor, seed: int
+    model: Any, own: torch.Tensor, generic: torch.Tensor, seed: int, only: Sequence[str] | None
 ) -> dict[str, tuple[Ranking, Callable[..., Any]]]:
-    """Sartor's arms: as it is, and with parts exchanged."""
+    """Sartor's arms: as it is, and with parts exchanged; None for `only`: all."""
     half, a = running(model), anatomy(model)
     halves = [feel(half, r, seed) for r in own.chunk(2)]
     user, one, two, other = (effects_of(a, f) for f in (together(*halves), *halves, feel(half, generic, seed)))
@@ -166,7 +171,7 @@ def ours(
     def repaired(key: str) -> Callable[..., Any]:
         return lambda m, plan, seen: stream_repaired(m, plan, evidence[key])
 
-    return {
+    arms = {
         "Sartor": (ranking, repaired("both")),
         "Sartor, effects from own text only": (by_effects(user), repaired("both")),
         "Sartor, effects mixed": (by_effects(blended(user, other, 0.3)), repaired("both")),
@@ -175,15 +180,53 @@ def ours(
         "Sartor, repair on the dense stream": (ranking, by_moments),
         "Sartor, no repair": (ranking, without_repair),
     }
+    return {name: arm for name, arm in arms.items() if name in (only or arms)}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a cut network is trained on: rows and what the whole one says of them, and text of the user's that judges."""
+
+    said: Anchor
+    validation: Sequence[Window]
+    config: DistilConfig
+    seed: int
+
+
+def lesson_of(p: Any, dense: Any, rows: int, seed: int) -> Lesson:
+    """A standard job's, but for what ends it: so many rows instead of seconds."""
+    e = effort_of("standard")
+    own = sample(training_rows(p.texts.train, p.tokenizer), e.training.lessons, seed)
+    generic = sample(training_rows(p.texts.generic_train, p.tokenizer), e.rows, seed)
+    validation = encode_windows(cut_windows(p.texts.validation, e.validation_bytes), p.tokenizer)
+    config = replace(e.training.recover, seconds=math.inf, rows=rows)
+    return Lesson(joined(anchor(dense, own), anchor(dense, generic)), validation, config, seed)
 
 
 def cell(
-    model: Any, plan: Plan, repair: Callable[..., Any], seen: Seen, windows: tuple[Sequence[Window], Sequence[Window]]
+    model: Any,
+    plan: Plan,
+    repair: Callable[..., Any],
+    seen: Seen,
+    windows: tuple[Sequence[Window], Sequence[Window]],
+    lesson: Lesson | None,
 ) -> list[float]:
-    """Bits per byte of the user's and of generic text, and seconds."""
+    """Bits per byte of the user's and of generic text, the same after training where there is a lesson, and seconds."""
     started = time.monotonic()
-    cut = repair(model, plan, seen).to(running_dtype())
-    return [*(score(cut, w).bits_per_byte for w in windows), time.monotonic() - started]
+    cut = repair(model, plan, seen)
+    found = [score(running(cut), w).bits_per_byte for w in windows]
+    if lesson:
+        small = running(cut)
+        distil_(small, free(cut), None, lesson.said, lesson.validation, lesson.config, lesson.seed)
+        found += [score(small, w).bits_per_byte for w in windows]
+    return [*found, time.monotonic() - started]
+
+
+def told(found: Sequence[float], base: Sequence[float]) -> str:
+    """Of the user's text and of generic text, beside the whole network."""
+    return "  ".join(
+        f"{name} {x:.3f} ({x / b - 1:+.1%})" for name, x, b in zip(("user", "generic"), found, base, strict=True)
+    )
 
 
 def main() -> None:
@@ -192,35 +235,37 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--generic")
     parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.3, 0.4])
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rows", type=int, default=128, help="of 256 tokens, of the user's training split")
+    parser.add_argument("--train", type=int, default=0, help="rows of recovery")
+    parser.add_argument("--only", nargs="+", help="names of arms; all where it is left out")
     a = parser.parse_args()
     keep_freed()
     for data in a.data:
-        p, _ = opened(a.model, data, a.generic)
+        p, dense = opened(a.model, data, a.generic)
         user = encode_windows(cut_windows(p.user.test, TEST_BYTES), p.tokenizer)
         general = encode_windows(cut_windows(p.generic.test, TEST_BYTES), p.tokenizer)
-        dense = running(p.model)
         base = score(dense, user).bits_per_byte, score(dense, general).bits_per_byte
         print(f"{Path(data).name}: dense {base[0]:.3f}, generic {base[1]:.3f} bits per byte", flush=True)
-        for seed in range(a.seeds):
+        for seed in a.seeds:
             own = sample(training_rows(p.texts.train, p.tokenizer), a.rows, seed)
             generic = sample(training_rows(p.texts.generic_train, p.tokenizer), a.rows, seed)
-            shape = anatomy(p.model)
-            seen = look(running(p.model), own)
-            arms = {name: (rank(seen), REPAIR[name]) for name, rank in RIVALS.items()} | ours(
-                p.model, own, generic, seed
-            )
+            shape, seen = anatomy(p.model), look(dense, own)
+            lesson = lesson_of(p, dense, a.train, seed) if a.train else None
+            arms = {name: (rank(seen), REPAIR[name]) for name, rank in RIVALS.items() if name in (a.only or RIVALS)}
+            arms |= ours(p.model, own, generic, seed, a.only)
             for removed in a.removed:
                 for name, (ranking, repair) in arms.items():
                     kept = chosen(shape, ranking, removed)
-                    key = CELLS, p.source.sha256, name, json.dumps(kept), own, generic
-                    run = partial(cell, p.model, plan_of(shape, kept, seed), repair, seen, (user, general))
-                    mine, theirs, seconds = remembered(run, "cut", *key)
-                    print(
-                        f"{removed:.0%} removed, seed {seed}: {name:46s} user {mine:.3f} ({mine / base[0] - 1:+.1%})  generic {theirs:.3f} ({theirs / base[1] - 1:+.1%})",
-                        flush=True,
-                    )
+                    key = CELLS, p.source.sha256, name, json.dumps(kept), own, generic, a.train, seed
+                    run = partial(cell, p.model, plan_of(shape, kept, seed), repair, seen, (user, general), lesson)
+                    *found, seconds = remembered(run, "cut", *key)
+                    for what, of in (("cut", found[:2]), (f"trained on {a.train}", found[2:])):
+                        if of:
+                            print(
+                                f"{removed:.0%} removed, seed {seed}: {name:46s} {what:16s} {told(of, base)}",
+                                flush=True,
+                            )
                     print(f"  ({seconds:.0f} s)", file=sys.stderr)
 
 

@@ -37,6 +37,7 @@ class DistilConfig:
         seconds: wall-clock budget. rate: peak learning rate of AdamW. batch_rows: rows a step at most; fewer where there is no time for `steps` of so many: short trainings are made of steps (docs/log.md). user_share: share of all rows
         with cross entropy where there are such rows. checks: how often validation is measured. patience: checks in a row clearly above the best before stopping.
         averaged: judged and kept is the mean of the weights (`Mean`), instead of the weights of the moment.
+        rows: seen instead of seconds, for comparisons that shall say the same on every machine (those do not go on where they were interrupted).
     """
 
     seconds: float = 300.0
@@ -47,14 +48,16 @@ class DistilConfig:
     checks: int = 8
     patience: int = 3
     averaged: bool = True
+    rows: int = 0
 
     def __post_init__(self) -> None:
-        if self.seconds < 0 or not 0 <= self.user_share <= 1 or min(self.batch_rows, self.steps) < 1:
+        if min(self.seconds, self.rows) < 0 or not 0 <= self.user_share <= 1 or min(self.batch_rows, self.steps) < 1:
             raise ValueError(f"not a valid training: {self}")
 
     def part(self, share: float) -> DistilConfig:
         """A shorter one."""
-        return replace(self, seconds=self.seconds * share)
+        rows = max(1, round(self.rows * share)) if self.rows else 0
+        return replace(self, seconds=self.seconds * share, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,11 @@ def distil_(
     named = {n: p.requires_grad_(True) for n, p in model.named_parameters() if n in latents.masters}
     optimizers = {n: Adam(latents.masters[n], config.rate) for n in named}
     gradients_(named)
-    length = max(config.seconds - before, 1e-9)
     mine, others = Rows(len(own), seed), Rows(len(said.rows), seed + 1)
     bpb = lambda network: score(network, validation).bits_per_byte  # noqa: E731
     watch = Watch(model, latents, bpb, best or InMemory(), before, config.averaged)
-    batches = Batches(PART, 1, config.batch_rows, config.steps, config.seconds)
-    while (share := (time.monotonic() - started) / length) < 1 and watch.bad < config.patience:
+    batches = Batches(PART, 1, config.batch_rows, config.steps, config.seconds, config.rows)
+    while (share := batches.done(time.monotonic() - started, before)) < 1 and watch.bad < config.patience:
         n_own = _due(batches.seen + batches.many, share_own) - _due(batches.seen, share_own)
         loss = _backward(model, own[mine.deal(n_own)], said, others.deal(batches.many - n_own))
         update_(named, optimizers, config.rate * warm_then_cosine(share))

@@ -110,22 +110,33 @@ class Rows:
 
 
 class Batches:
-    """How many rows the next step takes: as many as leave time for enough steps (`affordable_batch`), at the speed since this was made.
+    """How many rows the next step takes: as many as leave time for enough steps (`affordable_batch`), at the speed since this was made; and how far the training is.
 
     Attributes:
         many: rows of the step to come. seen: rows of all steps so far.
     """
 
-    def __init__(self, first: int, least: int, most: int, steps: int, seconds: float) -> None:
-        """Args: first: rows of the step before any speed is known. least, most: rows of a step. steps, seconds: how many there shall be, in which time."""
-        self.least, self.most, self.steps, self.seconds = min(least, most), most, steps, seconds
+    def __init__(self, first: int, least: int, most: int, steps: int, seconds: float, rows: int = 0) -> None:
+        """Args: first: rows of the step before any speed is known. least, most: rows of a step. steps, seconds: how many there shall be, in which time; rows: of the whole training, where those end it instead."""
+        if rows:  # then speed is of no consequence
+            first = least = most = affordable_batch(min(least, most), most, steps, rows, 1.0)
+        self.least, self.most, self.steps, self.seconds, self.rows = min(least, most), most, steps, seconds, rows
         self.many, self.seen, self.started = min(first, most), 0, time.monotonic()
 
     def stepped(self) -> None:
         """To be called after every step."""
         self.seen += self.many
-        speed = self.seen / (time.monotonic() - self.started)
-        self.many = affordable_batch(self.least, self.most, self.steps, speed, self.seconds)
+        if not self.rows:
+            speed = self.seen / (time.monotonic() - self.started)
+            self.many = affordable_batch(self.least, self.most, self.steps, speed, self.seconds)
+
+    def done(self, seconds: float, before: float) -> float:
+        """The share of the training that is done.
+
+        Args:
+            seconds: since it began. before: trained ahead of an interruption.
+        """
+        return self.seen / self.rows if self.rows else seconds / max(self.seconds - before, 1e-9)
 
 
 class Kept(Protocol):

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from sartor.numerics.schedule import affordable_batch, warm_then_cosine
+from sartor.numerics.schedule import warm_then_cosine
 from sartor.stages.masters import Adam, Batches, InMemory, Kept, Latents, Rows, put_, update_
 from sartor.stages.recognition import recognize
 from sartor.stages.watch import Watch
@@ -121,14 +121,12 @@ def tune_(
     put_(model, latents)
     named = {n: p.requires_grad_(True) for n, p in model.named_parameters() if n in latents.masters}
     optimizers = {n: Adam(latents.masters[n], config.rate, relative=True) for n in named}
-    length = max(config.seconds - before, 1e-9)
     share_strange = OTHERS if lessons.teacher is not None and len(lessons.others) else 0.0
     rows, others = Rows(len(lessons.pixels), seed), Rows(len(lessons.others), seed + 1)
     generator = torch.Generator().manual_seed(seed)
     watch = Watch(model, latents, lambda network: _nats(network, validation), best or InMemory(), before)
-    batches = _batches(config)
-    done = lambda: batches.seen / config.pictures if config.pictures else (time.monotonic() - started) / length  # noqa: E731
-    while (share := done()) < 1:
+    batches = Batches(PART, FEWEST, config.batch, config.steps, config.seconds, config.pictures)
+    while (share := batches.done(time.monotonic() - started, before)) < 1:
         strange = round(share_strange * batches.many)
         loss = _backward(model, lessons, rows.deal(batches.many - strange), others.deal(strange), generator)
         update_(named, optimizers, config.rate * warm_then_cosine(share))
@@ -143,13 +141,6 @@ def tune_(
     watch.end_(seconds)
     model.requires_grad_(False)
     return Course(tuple(watch.curve), batches.seen, seconds)
-
-
-def _batches(config: TuneConfig) -> Batches:
-    if not config.pictures:
-        return Batches(PART, FEWEST, config.batch, config.steps, config.seconds)
-    many = affordable_batch(FEWEST, config.batch, config.steps, config.pictures, 1.0)
-    return Batches(many, many, many, config.steps, 0.0)
 
 
 def _nats(model: Any, validation: tuple[Tensor, Tensor]) -> float:
