@@ -49,7 +49,7 @@ class Originals:
     def written(p: PreparedPictures, folder: Path) -> Originals:
         whole = p.dense
         if p.head.depth < p.depth:
-            at_end = choose_head(p.whole, p.album.train.pixels, p.labels[0], p.classes, first=p.depth)
+            at_end = choose_head(p.whole, p.album.train.pixels, p.labels[0], p.classes, first=p.depth, own=p.own)
             whole = with_head(p.whole, at_end)
         files = Originals(folder / "whole.onnx", folder / "whole-int8.onnx", folder / "read.onnx")
         seen.write(files.whole, whole, "fp32")
@@ -130,7 +130,14 @@ def measure_pictures(
             "dropped": p.album.dropped,
             "sha256": p.photos_sha256(),
         },
-        "head": {"depth": p.head.depth, "of": p.depth, "nats": p.head.nats, "side": side, "of_side": test.shape[-1]},
+        "head": {
+            "depth": p.head.depth,
+            "of": p.depth,
+            "nats": p.head.nats,
+            "own": p.head.own,
+            "side": side,
+            "of_side": test.shape[-1],
+        },
         "versions": versions("sartor", "torch", "onnx", "onnxruntime", "pillow") | computing(),
     }
 

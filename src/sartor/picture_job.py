@@ -15,6 +15,7 @@ from sartor.data.album import Album, split
 from sartor.data.photos import read_photos
 from sartor.errors import DataError, InputError
 from sartor.job import Job
+from sartor.model.classifier import rows_for
 from sartor.model.graph import Graph
 from sartor.model.kinds import load_seer
 from sartor.pictures import Pictures
@@ -39,6 +40,7 @@ class PreparedPictures:
 
     Attributes:
         whole: the network as it came. dense: the same, as far as it is read, with the head. labelled: the classes are the user's, not clusters of their pictures.
+        own: what the head that the network came with says of these classes, or None.
     """
 
     def __init__(self, job: Job, source: Source, tell: Tell) -> None:
@@ -57,7 +59,12 @@ class PreparedPictures:
         tell("open", 0.6, "a head on features as they are")
         self.labelled = self.album.train.labels is not None
         self.labels, self.classes = self._classes(job.seed)
-        self.head: Head = choose_head(self.whole, self.album.train.pixels, self.labels[0], self.classes, job.seed)
+        self.own, note = (
+            rows_for(source.folder, self.whole, source.classes, self.album.classes) if self.labelled else (None, "")
+        )
+        self.notes += [note] if note else []
+        train = self.album.train.pixels
+        self.head: Head = choose_head(self.whole, train, self.labels[0], self.classes, job.seed, own=self.own)
         self.dense = with_head(self.whole, self.head)
         self.parameters = sum(p.numel() for p in self.whole.parameters())
         self.original_fp16 = 2 * self.parameters

@@ -159,7 +159,7 @@ def headed(p: PreparedPictures, side: int, seed: int) -> tuple[Any, float]:
     """The network for smaller pictures, read behind the same layer, and the nats of its head."""
     network = load_vision(p.source.folder, side)
     train, depth = smaller(p.album.train.pixels, side), p.head.depth
-    head = choose_head(network, train, p.labels[0], p.classes, seed, first=depth, last=depth)
+    head = choose_head(network, train, p.labels[0], p.classes, seed, first=depth, last=depth, own=p.own)
     return with_head(network, head), head.nats
 
 

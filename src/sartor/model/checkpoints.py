@@ -228,7 +228,7 @@ def _pixels(folder: Path, raw: dict[str, Any], row: VisionFamily) -> tuple[Any, 
     return mean, std
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = {str(n) for n in read_json(index).get("weight_map", {}).values()}
@@ -254,7 +254,7 @@ def _tensors(folder: Path, row: VisionFamily) -> dict[str, Float[Tensor, ...]]:
     found: dict[str, Tensor] = {}
     end = row.patches + ".weight"
     try:
-        for file in _files(folder):
+        for file in weight_files(folder):
             with safe_open(file, "pt") as f:
                 names |= dict.fromkeys(f.keys(), file)
         start = [n.removesuffix(end) for n in names if n == end or n.endswith("." + end)]

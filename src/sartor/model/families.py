@@ -112,6 +112,7 @@ class VisionFamily:
     scales: dict[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     unread: tuple[str, ...] = ("pooler.", "classifier.", "decoder.", "embeddings.mask_token")
+    classifier: tuple[str, ...] = ("classifier.",)
     antialias: bool = False
     mean: Channels = IMAGENET[0]
     std: Channels = IMAGENET[1]
@@ -175,6 +176,7 @@ def _clip(name: str) -> VisionFamily:
         first_norm="pre_layrnorm",
         optional=(e + "patch_embedding.bias",),
         unread=(*_TEXT, e + "position_ids"),
+        classifier=(),  # it reads the mean of patches that no norm has seen
         mean=CLIP[0],
         std=CLIP[1],
     )
@@ -194,6 +196,7 @@ VISION: dict[str, VisionFamily] = {
             _BERT,
             positioned=2,
             unread=_HEADS,
+            classifier=("cls_classifier.", "classifier."),
         ),
         VisionFamily("dinov2", _PATCHES, _POSITION, (_CLASS,), "encoder.layer.{}.", _DINO, scales=_LAMBDA),
         VisionFamily(
@@ -220,6 +223,7 @@ VISION: dict[str, VisionFamily] = {
             scales=_GAMMA,
             optional=("dist_token", "reg_token", "ls1.gamma", "ls2.gamma"),
             unread=("head.", "head_dist.", "mask_token"),
+            classifier=("head.",),
             antialias=True,
             mean=HALF,
             std=HALF,

@@ -165,6 +165,7 @@ def _bits(r: dict[str, Any]) -> str:
 def _read_at(head: dict[str, Any]) -> str:
     return (
         f"answers are read behind layer {head['depth']} of {head['of']}: {head['nats']:.3f} nats on pictures left out"
+        + (f"; {head['own']} of its classes the model's own head knows by name" if head.get("own") else "")
         + (f"; pictures of {head['side']} pixels a side" if "side" in head else "")
     )
 

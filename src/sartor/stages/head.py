@@ -1,7 +1,8 @@
 """A head for the user's classes on features as they are: where they are clearest is where the network is read.
 
 A pre-trained network's last layers belong to what it was trained for last. So the head is fitted behind each of the later layers, and the depth with the fewest nats on pictures that
-were left out (folds of the training split) is taken. Without labels the classes are clusters of the user's own pictures: what a cut must keep apart.
+were left out (folds of the training split) is taken. Where the network came with a head that knows the user's classes, its rows for them are what another fit behind the last layer is pulled towards, instead of
+zero. Without labels the classes are clusters of the user's own pictures: what a cut must keep apart.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from sartor.model import graph_channels
+from sartor.model.classifier import Rows
 from sartor.model.graph import Graph
 from sartor.model.graph_channels import ended, waists
 from sartor.model.network import clone, embed, layers_of
@@ -24,6 +26,12 @@ from sartor.model.vision import FEATURES, Vision, cut_layers_
 from sartor.stages.recognition import BATCH
 
 STRENGTHS = (0.03, 0.3, 3.0)  # of the pull of weights towards zero, for features of variance one
+OWN_STRENGTHS = (
+    0.3,
+    3.0,
+    30.0,
+    300.0,
+)  # and towards the rows that the network came with; at the last these are taken as they are
 FOLDS = 4
 STEPS = 60
 PICTURES_A_CLUSTER, MOST_CLUSTERS = 12, 32
@@ -31,12 +39,13 @@ PICTURES_A_CLUSTER, MOST_CLUSTERS = 12, 32
 
 @dataclass(frozen=True)
 class Head:
-    """Behind which layer it reads, its weights, and the nats a picture it cost on pictures left out."""
+    """Behind which layer it reads, its weights, and the nats a picture it cost on pictures left out. own: for how many classes it began with rows of the network's own head."""
 
     depth: int
     weight: Float[Tensor, "c f"]
     bias: Float[Tensor, " c"]
     nats: float
+    own: int = 0
 
 
 def depths(model: Any) -> int:
@@ -74,24 +83,30 @@ def _of_maps(model: Graph, pixels: Tensor) -> list[Tensor]:
 
 
 def fit_head(
-    features: Float[Tensor, "n f"], labels: Int[Tensor, " n"], classes: int, strength: float
+    features: Float[Tensor, "n f"],
+    labels: Int[Tensor, " n"],
+    classes: int,
+    strength: float,
+    towards: Rows | None = None,
 ) -> tuple[Float[Tensor, "c f"], Float[Tensor, " c"]]:
     """Multinomial logistic regression in which every class weighs the same, on standardized features; the scaling is folded into the weights.
 
     Args:
-        strength: of the pull towards zero.
+        strength: of the pull towards zero, or towards these weights. The biases are free.
     """
     mean, deviation = features.mean(0), features.std(0).clamp_min(1e-6)
     x = (features - mean) / deviation
-    w = torch.zeros(classes, x.shape[1], requires_grad=True)
-    b = torch.zeros(classes, requires_grad=True)
+    start, b = torch.zeros(classes, x.shape[1]), torch.zeros(classes)
+    if towards is not None:
+        start, b = towards.weight * deviation, towards.bias + towards.weight @ mean
+    w, b = start.clone().requires_grad_(True), b.requires_grad_(True)
     weight = 1 / torch.bincount(labels, minlength=classes).clamp_min(1).float()
     optimizer = torch.optim.LBFGS([w, b], max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         nats = nn.functional.cross_entropy(x @ w.T + b, labels, weight=weight)
-        total = nats + strength / 2 * w.square().sum() / classes
+        total = nats + strength / 2 * (w - start).square().sum() / classes
         total.backward()
         return total
 
@@ -108,27 +123,35 @@ def choose_head(
     seed: int = 0,
     first: int | None = None,
     last: int | None = None,
+    own: Rows | None = None,
 ) -> Head:
-    """The head, and the depth it reads at, of least nats on pictures left out; from behind layer `first` (None: over half of them) to behind layer `last` (None: all)."""
+    """The head, and the depth it reads at, of least nats on pictures left out; from behind layer `first` (None: over half of them) to behind layer `last` (None: all).
+
+    Args:
+        own: of the head that the network came with, for these classes.
+    """
     first = first or depths(model) // 2 + 1
     read = read_out(running(model), pixels, first)[: None if last is None else last - first + 1]
     fold = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)) % FOLDS
-    best: tuple[float, int, float] | None = None
-    for depth, features in enumerate(read, first):
-        for strength in STRENGTHS:
-            nats = _left_out(features, labels, classes, strength, fold)
-            if best is None or nats < best[0]:
-                best = nats, depth, strength
-    assert best is not None
-    nats, depth, strength = best
-    return Head(depth, *fit_head(read[depth - first], labels, classes, strength), nats)
+    tried: list[tuple[int, float, Rows | None]] = [
+        (d, s, None) for d in range(first, first + len(read)) for s in STRENGTHS
+    ]
+    if own and first + len(read) > depths(model):
+        tried += [(depths(model), s, own) for s in OWN_STRENGTHS]
+    nats = [_left_out(read[d - first], labels, classes, strength, fold, towards) for d, strength, towards in tried]
+    best = min(range(len(tried)), key=nats.__getitem__)
+    depth, strength, towards = tried[best]
+    known = towards.known if towards else 0
+    return Head(depth, *fit_head(read[depth - first], labels, classes, strength, towards), nats[best], known)
 
 
-def _left_out(features: Tensor, labels: Tensor, classes: int, strength: float, fold: Tensor) -> float:
+def _left_out(
+    features: Tensor, labels: Tensor, classes: int, strength: float, fold: Tensor, towards: Rows | None
+) -> float:
     """Mean nats of every fold by a head of the others."""
     total = 0.0
     for f in range(FOLDS):
-        w, b = fit_head(features[fold != f], labels[fold != f], classes, strength)
+        w, b = fit_head(features[fold != f], labels[fold != f], classes, strength, towards)
         here = fold == f
         total += float(nn.functional.cross_entropy(features[here] @ w.T + b, labels[here], reduction="sum"))
     return total / len(labels)
