@@ -160,6 +160,11 @@ def test_a_job_by_either_way_keeps_its_budget_and_says_so(
         assert set(plan.grids.values()) == {"IQ4_NL"}
     else:
         assert any(s["kept"] for s in r["pruning"]["steps"])
+        assert "made in steps" in (tmp_path / "o" / "report.html").read_text()
+        capsys.readouterr()
+        assert main(["inspect", str(tmp_path / "o")]) == 0
+        told = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert sum(line[-1:] == ["kept"] for line in told) == sum(s["kept"] for s in r["pruning"]["steps"])
 
 
 def test_a_job_in_steps_resumes_from_before_them(place: dict[str, Path], tmp_path: Path, tiny: None) -> None:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from sartor.report import svg
-from sartor.report.layers import parts_of
+from sartor.report.layers import STEPS, parts_of, step_rows
 from sartor.report.text import generic_effect, mb, rows
 
 STYLE = """
@@ -93,7 +93,14 @@ def _layers(r: dict[str, Any]) -> str:
         f"<h2>Layers</h2><p>Blue: what was kept. Below: what the removal of a layer's parts would cost on <b class=u>your</b> and on <b class=g>generic</b> text (nats per token, square-root scale). {worth} "
         f"A layer is called personalized where the two intervals do not meet.</p>"
         + layer_map(r["layers"], "query groups")
+        + stepped(r["pruning"], "query groups")
     )
+
+
+def stepped(pruning: dict[str, Any], groups: str) -> str:
+    """What every step of a cut cost, where it was made in steps."""
+    steps = step_rows(pruning, groups)
+    return f"<p>The cuts were made in steps, each healed before the next:</p>{tabled(STEPS, steps)}" if steps else ""
 
 
 def layer_map(layers: Sequence[dict[str, Any]], groups: str) -> str:

@@ -52,5 +52,22 @@ def map_rows(plan: Plan, whole: Graph) -> list[dict[str, Any]]:
     ]
 
 
+STEPS = ("step", "went", "foretold, nats", "real, nats", "")
+
+
+def step_rows(pruning: Mapping[str, Any], groups: str) -> list[tuple[str, str, str, str, str]]:
+    """One row a step of a cut that was made in steps, under STEPS; `groups` is what heads are called."""
+    return [
+        (
+            str(n),
+            f"{s['blocks']} blocks of channels, {s['groups']} {groups}",
+            f"{s['allowed']:.3f}",
+            f"{s['real']:.3f}",
+            "kept" if s["kept"] else "taken back",
+        )
+        for n, s in enumerate(pruning.get("steps", ()), 1)
+    ]
+
+
 def _told(layer: LayerPlan) -> dict[str, Any]:
     return {"user": layer.user, "generic": layer.generic, "verdict": layer.verdict}

@@ -7,8 +7,8 @@ from html import escape
 from typing import Any
 
 from sartor.report import svg
-from sartor.report.html import fine_print, layer_map, opening, tabled, training
-from sartor.report.text import aligned, layer_lines, mb
+from sartor.report.html import fine_print, layer_map, opening, stepped, tabled, training
+from sartor.report.text import aligned, layer_lines, mb, step_lines
 
 ACCURACY = "accuracy"
 NAMES = {ACCURACY: "named as you do, your pictures", "feature agreement": "features alike, your pictures"}
@@ -147,6 +147,7 @@ def inspection(r: dict[str, Any]) -> str:
         _read_at(r["head"]),
         f"cut: {_went(r)}; {_bits(r)}; {'; '.join(f'{name} {_judged(x)}' for name, x in _buffer(cut))}",
         f"predicted damage {p['predicted_damage']:.3f} nats a picture before recovery; price {p['price'] * 1e6:.4f} nats per MB",
+        *step_lines(cut, "heads"),
     ]
     return "\n".join(lines)
 
@@ -321,7 +322,7 @@ def _cuts(r: dict[str, Any]) -> str:
     nats = ", ".join(f"{x['nats']:.3f} {name}" for name, x in stops)
     return (
         f"<h2>What the cuts did</h2><p>{_went(r)} went; {_bits(r)}. Validation pictures {_answers(r['data']['labelled'])}, before recovery "
-        f"(nats a picture: {nats}):</p>{svg.bars(bars, '', 'validation, step by step', lambda x, _: f'{x:.1%}')}"
+        f"(nats a picture: {nats}):</p>{svg.bars(bars, '', 'validation, step by step', lambda x, _: f'{x:.1%}')}{stepped(cut, 'heads')}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sartor.report.layers import parts_of
+from sartor.report.layers import STEPS, parts_of, step_rows
 
 
 def mb(n: float | None) -> str:
@@ -102,8 +102,15 @@ def inspection(r: dict[str, Any]) -> str:
     lines += [
         "",
         f"vocabulary {p['vocabulary']} tokens; grids {', '.join(p['grids'])}; predicted damage {p['predicted_damage']:.3f} nats per token before recovery; price {p['price'] * 1e6:.4f} nats per MB",
+        *step_lines(r["pruning"], "query groups"),
     ]
     return "\n".join(lines)
+
+
+def step_lines(pruning: dict[str, Any], groups: str) -> list[str]:
+    """What every step of a cut cost, where it was made in steps."""
+    steps = step_rows(pruning, groups)
+    return ["", *("  ".join(cell.rjust(14) for cell in row) for row in (STEPS, *steps))] if steps else []
 
 
 def generic_effect(layer: dict[str, Any], part: str) -> str:
