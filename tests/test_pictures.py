@@ -32,7 +32,8 @@ from sartor.stages.sensitivity import feel
 from sartor.stages.tune import Lessons, TuneConfig, may_mirror, tune_, views
 
 CONFIG = VisionConfig("dinov2", 64, 4, 256, layers=4, size=32, patch=8, classes=0)
-TINY = effort.PictureEffort(32, 0.9, 6, 16, 24, TuneConfig(1.0, 1e-3, checks=2), TuneConfig(1.0, 1e-3, checks=2))
+COUNTED = TuneConfig(math.inf, 1e-3, checks=2, pictures=320)  # the same on a busy machine
+TINY = effort.PictureEffort(32, 0.9, 6, 16, 24, COUNTED, COUNTED)
 
 
 def bytes_of(a: Any) -> int:
