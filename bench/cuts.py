@@ -27,10 +27,10 @@ import torch
 from ground_truth import opened, remembered
 from rivals import RIVALS, Ranking, Seen, look
 
-from sartor.effort import effort_of
+from sartor.effort import EFFORTS
 from sartor.memory import keep_freed
 from sartor.model.network import BLOCK, Anatomy, anatomy, clone, linear, linears_of, query_rows
-from sartor.model.precision import running
+from sartor.model.precision import running, running_dtype
 from sartor.numerics.allocate import Ladder, allocate
 from sartor.numerics.compensate import refit
 from sartor.plan import LayerPlan, Plan, to_mask
@@ -153,6 +153,17 @@ def stream_repaired(model: Any, plan: Plan, evidence: Evidence) -> Any:
     return small
 
 
+OURS = (
+    "Sartor",
+    "Sartor, effects from own text only",
+    "Sartor, effects mixed",
+    "Sartor, effects and repair from own text",
+    "Sartor, effects and repair from generic text",
+    "Sartor, repair on the dense stream",
+    "Sartor, no repair",
+)
+
+
 def ours(
     model: Any, own: torch.Tensor, generic: torch.Tensor, seed: int, only: Sequence[str] | None
 ) -> dict[str, tuple[Ranking, Callable[..., Any]]]:
@@ -171,16 +182,16 @@ def ours(
     def repaired(key: str) -> Callable[..., Any]:
         return lambda m, plan, seen: stream_repaired(m, plan, evidence[key])
 
-    arms = {
-        "Sartor": (ranking, repaired("both")),
-        "Sartor, effects from own text only": (by_effects(user), repaired("both")),
-        "Sartor, effects mixed": (by_effects(blended(user, other, 0.3)), repaired("both")),
-        "Sartor, effects and repair from own text": (by_effects(user), repaired("mine")),
-        "Sartor, effects and repair from generic text": (by_effects(other), repaired("theirs")),
-        "Sartor, repair on the dense stream": (ranking, by_moments),
-        "Sartor, no repair": (ranking, without_repair),
-    }
-    return {name: arm for name, arm in arms.items() if name in (only or arms)}
+    arms = (
+        (ranking, repaired("both")),
+        (by_effects(user), repaired("both")),
+        (by_effects(blended(user, other, 0.3)), repaired("both")),
+        (by_effects(user), repaired("mine")),
+        (by_effects(other), repaired("theirs")),
+        (ranking, by_moments),
+        (ranking, without_repair),
+    )
+    return {name: arm for name, arm in zip(OURS, arms, strict=True) if name in (only or OURS)}
 
 
 @dataclass(frozen=True)
@@ -195,7 +206,7 @@ class Lesson:
 
 def lesson_of(p: Any, dense: Any, rows: int, seed: int) -> Lesson:
     """A standard job's, but for what ends it: so many rows instead of seconds."""
-    e = effort_of("standard")
+    e = EFFORTS["standard"]  # not fitted to this machine's pace
     own = sample(training_rows(p.texts.train, p.tokenizer), e.training.lessons, seed)
     generic = sample(training_rows(p.texts.generic_train, p.tokenizer), e.rows, seed)
     validation = encode_windows(cut_windows(p.texts.validation, e.validation_bytes), p.tokenizer)
@@ -240,7 +251,10 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=0, help="rows of recovery")
     parser.add_argument("--only", nargs="+", help="names of arms; all where it is left out")
     a = parser.parse_args()
+    if unknown := set(a.only or ()) - {*RIVALS, *OURS}:
+        parser.error(f"there is no arm '{unknown.pop()}': take some of {', '.join((*OURS, *RIVALS))}")
     keep_freed()
+    computed = f"{running_dtype()} on {torch.get_default_device()}"
     for data in a.data:
         p, dense = opened(a.model, data, a.generic)
         user = encode_windows(cut_windows(p.user.test, TEST_BYTES), p.tokenizer)
@@ -257,7 +271,7 @@ def main() -> None:
             for removed in a.removed:
                 for name, (ranking, repair) in arms.items():
                     kept = chosen(shape, ranking, removed)
-                    key = CELLS, p.source.sha256, name, json.dumps(kept), own, generic, a.train, seed
+                    key = CELLS, p.source.sha256, name, json.dumps(kept), own, generic, a.train, seed, computed
                     run = partial(cell, p.model, plan_of(shape, kept, seed), repair, seen, (user, general), lesson)
                     *found, seconds = remembered(run, "cut", *key)
                     for what, of in (("cut", found[:2]), (f"trained on {a.train}", found[2:])):

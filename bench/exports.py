@@ -22,7 +22,7 @@ from sartor.api import compress
 from sartor.export.runtimes import aligned
 from sartor.files import write_whole
 from sartor.model.kinds import kind_of
-from sartor.picture_api import measure_exports
+from sartor.picture_exports import measure_exports
 from sartor.progress import Progress
 from sartor.sources import resolve
 from sartor.stages.distil import DistilConfig

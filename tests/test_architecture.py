@@ -43,6 +43,7 @@ RANK = {
     "picture_evaluate": 12,
     "picture_api": 13,
     "text_exports": 13,
+    "picture_exports": 13,
     "doctor": 8,
     "controls": 10,
     "api": 14,

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from sartor.cli import main
 from sartor.export import graph_file
 from sartor.job import Job
+from sartor.model import graph_channels
 from sartor.model.checkpoints import load_vision
 from sartor.model.classifier import Rows, rows_for
 from sartor.model.kinds import load_seer
@@ -18,8 +20,9 @@ from sartor.picture_job import PreparedPictures
 from sartor.sources import resolve
 from sartor.stages.head import choose_head, fit_head, read_out, with_head
 from sartor.stages.recognition import recognize
-from tests.test_graph import CLASSES, Maker, plain, residual
-from tests.test_picture_jobs import NAMES, put_photos
+from tests.test_graph import CLASSES, Maker, fire, plain, residual
+from tests.test_map_jobs import network as maps
+from tests.test_picture_jobs import NAMES, fitted_by_command, put_photos, put_tiny, report
 from tests.test_pictures import drawn, network
 from tests.test_vision_families import SIZES, pictures, rewritten, timm_names
 
@@ -92,6 +95,10 @@ def test_timms_names_are_known_and_a_file_beside_the_model_goes_before(tmp_path:
     by_file, _ = rows_for(tmp_path, whole, resolve(str(tmp_path)).classes, ["c", "n1"])
     assert by_file is not None
     assert by_file.known == 1
+    by_config, note = rows_for(tmp_path, whole, ["one", "too", "few"], ["n1", "n4"])
+    assert by_config is not None
+    assert by_config.known == 2
+    assert "labels.txt names 3 classes" in note
 
 
 def test_a_convolutional_networks_rows_are_named_by_a_file_beside_it(tmp_path: Path) -> None:
@@ -106,8 +113,18 @@ def test_a_convolutional_networks_rows_are_named_by_a_file_beside_it(tmp_path: P
     assert not note
     rows, note = rows_for(source.folder, whole, source.classes[1:], ASKED)
     assert rows is None
-    assert f"4 classes are named and the model's own head has {CLASSES} rows" in note
-    assert rows_for(source.folder, plain(Maker(0)), NAMED, ASKED) == (None, "")  # a layer stands in front of its head
+    assert f"labels.txt names 4 classes and the model's own head has {CLASSES} rows" in note
+    for other in (plain, fire):  # a layer stands in front of the head; the head reads every place of the map
+        rows, note = rows_for(source.folder, other(Maker(0)), NAMED, ASKED)
+        assert rows is None
+        assert "no head of its own reads" in note
+    rows, note = rows_for(source.folder, whole, NAMED, ["not", "there"])
+    assert rows is None
+    assert "none of your classes" in note
+    decomposed = rows_for(source.folder, whole, ["K\u00e4se", *NAMED[1:]], ["Ka\u0308se"])[0]  # as macOS spells folders
+    assert decomposed is not None
+    (tmp_path / "labels.txt").write_text("\n".join(NAMED) + "\n\n", encoding="utf-8-sig")
+    assert list(resolve(str(tmp_path / "net.onnx")).classes) == NAMED
 
 
 def test_rows_that_know_the_classes_beat_few_pictures_and_others_are_left_alone() -> None:
@@ -122,7 +139,7 @@ def test_rows_that_know_the_classes_beat_few_pictures_and_others_are_left_alone(
     assert better.nats.mean() < plain_one.nats.mean()
     torch.manual_seed(0)
     wrong = Rows(own.weight[[1, 2, 0]] * 3, own.bias[[1, 2, 0]], 3)
-    assert choose_head(model, *few, 3, own=wrong).nats <= alone.nats
+    assert choose_head(model, *few, 3, own=wrong).own == 0
 
 
 def test_a_strong_pull_leaves_rows_as_they_are() -> None:
@@ -149,4 +166,33 @@ def test_a_job_takes_rows_of_its_users_classes(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("\n".join(NAMES))
     p = PreparedPictures(ask, resolve(ask.model), lambda *_: None)
     assert p.own is None
-    assert "it is not used" in p.notes[0]
+    assert "is not used" in p.notes[0]
+
+
+def test_a_whole_job_begins_with_rows_that_know_its_classes_and_is_measured_again_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_tiny(monkeypatch)
+    place = {name: tmp_path / name for name in ("photos", "loose", "generic")}
+    put_photos(place)
+    pixels, labels = drawn(900, 41)
+    body = graph_channels.ended(maps())
+    knows = graph_channels.with_head(body, *fit_head(body(pixels), labels, 3, 0.03))
+    place["model"] = tmp_path / "net.onnx"
+    graph_file.write(place["model"], knows)
+    (tmp_path / "labels.txt").write_text("\n".join(NAMES))
+    fitted = fitted_by_command(place, tmp_path / "out", "--size", "45%", "--controls", "none")
+    told = report(fitted)
+    assert told["head"]["own"] == 3
+    assert "3 of its classes the model's own head knows by name" in (fitted / "report.html").read_text()
+    capsys.readouterr()
+    again = ["eval", str(fitted), "--data", str(place["photos"]), "--generic", str(place["generic"]), "--json"]
+    assert main([*again, "--model", str(place["model"])]) == 0
+    assert json.loads(capsys.readouterr().out)["user"]["dense"] == told["user"]["dense"]
+    (tmp_path / "labels.txt").unlink()
+    assert main([*again, "--model", str(place["model"])]) == 2
+    assert "knew 3 of your classes by name, now it knows 0" in capsys.readouterr().err
+    (tmp_path / "labels.txt").write_text("one\ntwo")
+    fitted = fitted_by_command(place, tmp_path / "other", "--size", "45%", "--controls", "none")
+    assert any("labels.txt names 2 classes" in note for note in report(fitted)["notes"])
+    assert report(fitted)["head"]["own"] == 0

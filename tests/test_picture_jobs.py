@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import sartor
-from sartor import effort
+from sartor import effort, picture_exports
 from sartor.cli import main
 from sartor.export import onnxrt
 from sartor.picture_api import ARTIFACT
@@ -178,6 +178,16 @@ def test_exports_are_compared_in_one_table(
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("ONNX Runtime")]) == 3
     assert (tmp_path / "all" / "onnx-int4.onnx").read_bytes() == (fitted / ARTIFACT).read_bytes()
+    kept = json.loads((tmp_path / "all" / "exports.json").read_text())
+    own, told = kept["rows"][2], report(fitted)
+    assert own["pictures"] == told["user"]["pictures"] <= picture_exports.HELD_OUT
+    assert own["accuracy"] == told["user"]["artifact"]  # the same file on the same held-out photos
+    page = (tmp_path / "all" / "exports.html").read_text()
+    assert page.count("<svg") == 2
+    assert "secret" not in page + json.dumps(kept)
+    assert main([*ask[:2], "--data", str(place["generic"]), *ask[4:], "--out", str(tmp_path / "no")]) == 2
+    assert "not those this artifact was fitted to" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
     assert main(["export", str(fitted), "--to", "toaster", "--out", str(tmp_path / "x")]) == 2
     assert "executorch-int8" in capsys.readouterr().err
 
@@ -244,6 +254,14 @@ def test_a_job_in_steps_resumes_and_its_controls_are_alike(place: dict[str, Path
     sartor.compress(*ask, **more, resume=True)
     told = report(tmp_path / "out")
     assert any(s["kept"] for s in told["pruning"]["steps"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "made in steps" in page
+    assert "share, 95% interval" in page
+    by_class = told["user"]["by_class"]
+    assert len(by_class) == 3
+    assert sum(c["pictures"] for c in by_class) == told["user"]["pictures"]
+    assert sum(c["right"] for c in by_class) == round(told["user"]["artifact"] * told["user"]["pictures"])
+    assert all(c["ci95"][0] <= c["right"] / c["pictures"] <= c["ci95"][1] for c in by_class)
     assert told["plan"]["predicted_damage"] > 0
     assert told["bytes"]["artifact"] <= told["bytes"]["budget"]
     arms = [c for c in told["controls"] if "calibration" in c["name"]]

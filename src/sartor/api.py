@@ -27,7 +27,8 @@ from sartor.model.network import anatomy, layers_of
 from sartor.model.precision import computing, running
 from sartor.numerics.metrics import Score
 from sartor.paging import as_usual_, paging
-from sartor.picture_api import compress_pictures, evaluate_pictures_again, export_pictures, is_picture_artifact
+from sartor.picture_api import compress_pictures, evaluate_pictures_again, is_picture_artifact
+from sartor.picture_exports import export_pictures
 from sartor.pictures import Fitted
 from sartor.pipeline import Compressed, apply_plan, make_plan
 from sartor.plan import Budget, Plan

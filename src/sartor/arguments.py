@@ -31,8 +31,9 @@ EXPORT = """Write a fitted model for other runtimes. Language models: gguf, onnx
 onnxruntime-genai's configuration beside it), executorch (model.pte for phones: eight bits, at most 1024 tokens; nine minutes for 135 M parameters on one core).
 Each is reopened and compared with PyTorch and with llama.cpp on model.gguf; with --data also in bits per byte of your held-out text.
 Models that see: onnx (as it was fitted), onnx-fp32, onnx-int8, onnx-int4, executorch-fp32, executorch-int8, litert-fp32, litert-int8, litert-int4, coreml-fp16, coreml-int8, coreml-int4;
-convolutional networks neither onnx-int4 nor litert-int4, nor executorch-int8 with grouped convolutions or concatenations (as SqueezeNet has).
-With --data every file is reopened in its own runtime and compared with PyTorch on some of the photos. One table, one row a runtime.
+convolutional networks no int4, nor executorch-int8 with grouped convolutions or concatenations (as SqueezeNet has).
+With --data every file is reopened in its own runtime, compared with PyTorch and with the names of the photos that were held out, and timed.
+Either way one table, one row a runtime, also as exports.html and exports.json beside the files.
 
 examples:
   sartor export fitted/ --to onnx --out phone/          # sartor run phone/ "Dear Anna," then generates in ONNX Runtime
@@ -212,4 +213,10 @@ def _add_export(e: argparse.ArgumentParser) -> None:
         "--to", nargs="+", default=[], metavar="RUNTIME", help="as above (with --data: all that are installed)"
     )
     e.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the files")
-    e.add_argument("--data", type=Path, metavar="DIR", help="photos or texts to compare on")
+    e.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="the photos or texts that it was fitted to: those held out are compared on",
+    )
+    e.add_argument("--labels", type=Path, metavar="CSV", help="labels of the photos, where a file says them")

@@ -21,25 +21,32 @@ from sartor.progress import Progress
 
 def do_export(a: argparse.Namespace) -> None:
     """Write, and compare: language models always, models that see where there are photos."""
-    from sartor import picture_api, text_exports
+    from sartor import picture_api, picture_exports, storage, text_exports
     from sartor.api import export
     from sartor.errors import InputError
     from sartor.export import runtimes
     from sartor.export.text_runtimes import RUNTIMES
+    from sartor.report import exports
 
     if not a.data and len(a.to) != 1:
         raise InputError("name one runtime with --to; with --data several are compared")
     _no_bars()
+    spec = storage.original_of(a.folder)
     if not picture_api.is_picture_artifact(a.folder):
         there, others = text_exports.installed()
         if "executorch" in (a.to or there):
             print("ExecuTorch's file takes minutes to lower; leave it out by naming others with --to", file=sys.stderr)
-        print(text_exports.table(text_exports.measure_text_exports(a.folder, a.to, a.data, a.out)))
+        rows = text_exports.measure_text_exports(a.folder, a.to, a.data, a.out)
+        print(text_exports.table(rows))
+        exports.write(a.out, spec, text_exports.about(rows), text_exports.HEAD, text_exports.cells(rows), rows)
         print(f"\nwritten: {', '.join(RUNTIMES[name].file for name in a.to or there)} in {a.out}", file=sys.stderr)
         if others and not a.to:
             print(f"left out: {'; '.join(others)}", file=sys.stderr)
     elif a.data:
-        print(runtimes.table(picture_api.measure_exports(a.folder, a.to, a.data, a.out)))
+        rows = picture_exports.measure_exports(a.folder, a.to, a.data, a.out, a.labels)
+        print(f"{runtimes.table(rows)}\n\n{runtimes.about(rows)}")
+        exports.write(a.out, spec, runtimes.about(rows), runtimes.HEAD, runtimes.cells(rows), rows)
+        print(f"written: {len(rows)} rows and their files in {a.out}, as a page in exports.html", file=sys.stderr)
     else:
         print(f"written: {export(a.folder, a.to[0], a.out)}", file=sys.stderr)
 

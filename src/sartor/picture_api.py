@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,15 @@ from typing import Any
 import torch
 
 from sartor import picture_storage, storage
-from sartor.data.photos import read_photos
 from sartor.errors import BudgetError, InputError, OutputError
-from sartor.export import onnx_text, runtimes, seen
+from sartor.export import onnx_text, seen
 from sartor.export.worker import peak_memory
 from sartor.files import write_whole
 from sartor.job import Job
 from sartor.model.graph import Graph
 from sartor.model.network import anatomy
 from sartor.picture_evaluate import Originals, measure_pictures, picture_controls
-from sartor.picture_job import PreparedPictures
+from sartor.picture_job import PreparedPictures, refuse_other_photos
 from sartor.picture_view import View, view_again, view_of
 from sartor.pictures import Fitted, fit_pictures, plan_pictures
 from sartor.plan import Plan
@@ -32,7 +30,6 @@ from sartor.report.pictures import page
 from sartor.sources import Source, fetched, resolve
 
 ARTIFACT = "model.onnx"
-COMPARED = 16  # photos, when exports are compared
 
 
 def compress_pictures(job: Job, source: Source, folder: Path | None, tell: Tell, memory: dict[str, int]) -> Fitted:
@@ -48,7 +45,7 @@ def compress_pictures(job: Job, source: Source, folder: Path | None, tell: Tell,
     point = None
     if folder:
         point = storage.Checkpoint(folder, asdict(job) | {"pictures": p.fingerprint()})
-        p.notes = storage.told_of(point)
+        p.notes += storage.told_of(point)
     seconds = {"open": time.monotonic() - started}
     view = _view(p, job, point, seconds, tell)
     plan = storage.planned(point, seconds, lambda: _decide(p, view, job, tell))
@@ -112,7 +109,7 @@ def _finish(
         report = measure_pictures(p, view.side, originals, artifact, held, tell)
         seconds["measure"] = time.monotonic() - started - seconds["export"]
         report["data"]["mirrored"] = made.mirror
-        report["head"]["sides"] = view.sides
+        report["head"] |= {"sides": view.sides, "nats": view.head.nats, "own": view.head.own}
         report["speed"]["asked"] = job.faster
         report["weights"] = weights
         report |= _told(p, job, made, memory)
@@ -176,49 +173,19 @@ def evaluate_pictures_again(
         raise InputError("--model is not the original this artifact was made from: its sha256 differs")
     told = str(generic) if generic else None
     job = Job(spec, str(data), f"{old['bytes']['budget']}B", effort=old["effort"], generic=told, seed=old["seed"])
-    p = PreparedPictures(replace(job, labels=str(labels) if labels else None), source, tell)
+    job, began = replace(job, labels=str(labels) if labels else None), old["head"].get("own", 0)
+    p = PreparedPictures(job, source, tell, known=began > 0)
     held, _, classes = picture_storage.load(folder)
-    was, known = old["data"], (p.album.classes if p.labelled else ())
-    same = was["sha256"] == p.photos_sha256() if "sha256" in was else p.album.counts() == was["pictures"]
-    if tuple(classes) != known or not same:
+    refuse_other_photos(old, p.album, p.photos_sha256(), classes, p.labelled)
+    if (p.head.own, p.head.depth) != (began, old["head"]["depth"]):
         raise InputError(
-            "the photos or their classes are not those this artifact was fitted to: with others, what was held out would be mixed with what it learnt; give the same folder"
+            f"the original's head knew {began} of your classes by name, now it knows {p.head.own}: put its config.json and labels.txt back as they were"
         )
     with tempfile.TemporaryDirectory() as tmp:
         fresh = measure_pictures(p, held.size, Originals.written(p, Path(tmp)), folder / ARTIFACT, held, tell)
     fresh["data"]["mirrored"] = old["data"]["mirrored"]
-    fresh["head"]["sides"], fresh["speed"]["asked"] = old["head"]["sides"], old["speed"]["asked"]
+    fresh["head"], fresh["speed"]["asked"] = old["head"], old["speed"]["asked"]
     return old | fresh | {"controls": [], "seconds": {}}
-
-
-def export_pictures(folder: Path, to: str, out: Path) -> Path:
-    """Write a saved artifact for a runtime: onnx (its exact weights), or a row of `runtimes.ROWS`.
-
-    Raises:
-        InputError: there is no such runtime. MissingExtra: its packages are not installed.
-    """
-    model, _, _ = picture_storage.load(folder)
-    name = _row_name(to, model)
-    row = runtimes.row_of(name)
-    file = storage.claim_folder(out) / f"model{row.ending}"
-    runtimes.write(name, file, model)
-    return file
-
-
-def _row_name(to: str, model: Any) -> str:
-    """onnx is what a model is fitted as."""
-    return f"onnx-{seen.fitted_weights(model)}" if to == "onnx" else to
-
-
-def measure_exports(folder: Path, names: Sequence[str], photos: Path, out: Path) -> list[dict[str, Any]]:
-    """Write a saved artifact for these runtimes (none: for all), reopen each file in its own and compare it with PyTorch on some of the photos: `runtimes.measure_all`."""
-    model, _, _ = picture_storage.load(folder)
-    names = [_row_name(name, model) for name in names]
-    for name in names:
-        runtimes.row_of(name)
-    pixels = read_photos(photos, model.size, loose=True).pixels
-    some = pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:COMPARED]]
-    return runtimes.measure_all(model, storage.claim_folder(out), some, names or None)
 
 
 def is_picture_artifact(folder: Path) -> bool:

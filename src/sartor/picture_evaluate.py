@@ -161,7 +161,24 @@ def _user(p: PreparedPictures, ours: Answers, theirs: Answers) -> dict[str, Any]
         "change_ci95": list(paired_interval(ours.right, theirs.right)),
         "nats": float(ours.nats.mean()),
         "dense_nats": float(theirs.nats.mean()),
+        "by_class": _by_class(p.labels[2].numpy(), p.classes, ours, theirs),
     }
+
+
+def _by_class(labels: np.ndarray, classes: int, ours: Answers, theirs: Answers) -> list[dict[str, Any]]:
+    """Every class in the order of classes.json: held-out pictures, and how many of them were named right, with the interval of that share."""
+    found = []
+    for mine in (labels == c for c in range(classes)):
+        right, ci = ours.right[mine], list(wilson(ours.right[mine])) if mine.any() else [0.0, 1.0]
+        found.append(
+            {
+                "pictures": int(mine.sum()),
+                "right": int(right.sum()),
+                "ci95": ci,
+                "dense_right": int(theirs.right[mine].sum()),
+            }
+        )
+    return found
 
 
 def _generic(p: PreparedPictures, side: int, artifact: Path, original: Path) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ class PreparedPictures:
         own: what the head that the network came with says of these classes, or None.
     """
 
-    def __init__(self, job: Job, source: Source, tell: Tell) -> None:
+    def __init__(self, job: Job, source: Source, tell: Tell, known: bool = True) -> None:
+        """Args: known: the head that the network came with may know classes by name."""
         self.notes: list[str] = []  # that the report must say beside the model's and the photos' own
         self.budget = parse_budget(job.size, job.effort)
         self.source = source
@@ -60,7 +61,9 @@ class PreparedPictures:
         self.labelled = self.album.train.labels is not None
         self.labels, self.classes = self._classes(job.seed)
         self.own, note = (
-            rows_for(source.folder, self.whole, source.classes, self.album.classes) if self.labelled else (None, "")
+            rows_for(source.folder, self.whole, source.classes, self.album.classes)
+            if self.labelled and known
+            else (None, "")
         )
         self.notes += [note] if note else []
         train = self.album.train.pixels
@@ -89,21 +92,45 @@ class PreparedPictures:
         """sha256 over all that shapes a job: an interrupted one may only go on with the very same data."""
         digest = hashlib.sha256(self.photos_sha256().encode())
         digest.update(self.generic.train.numpy().tobytes() + self.generic.test.numpy().tobytes())
+        for part in (self.own.weight, self.own.bias) if self.own else ():
+            digest.update(part.numpy().tobytes())
         return digest.hexdigest()
 
     def photos_sha256(self) -> str:
         """The same over the user's photos, their labels and the splits that they are in."""
-        digest = hashlib.sha256()
-        for part in (self.album.train, self.album.validation, self.album.test):
-            digest.update(part.pixels.numpy().tobytes())
-        for labels in self.labels if self.labelled else ():  # clusters follow from the photos, but for the last digits
-            digest.update(labels.numpy().tobytes())
-        return digest.hexdigest()
+        return photos_sha256(self.album, self.labelled)
 
     @property
     def depth(self) -> int:
         """Places where the original can be read, one behind the other."""
         return depths(self.whole)
+
+
+def photos_sha256(album: Album, labelled: bool) -> str:
+    """sha256 over photos, the splits that they are in, and their labels where they have any: clusters follow from the photos, but for the last digits."""
+    digest, parts = hashlib.sha256(), (album.train, album.validation, album.test)
+    for part in parts:
+        digest.update(part.pixels.numpy().tobytes())
+    for part in parts if labelled else ():
+        assert part.labels is not None
+        digest.update(part.labels.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def refuse_other_photos(
+    report: dict[str, Any], album: Album, sha256: str, classes: Sequence[str], labelled: bool
+) -> None:
+    """Raises InputError for photos that the artifact of this report, with these classes, was not fitted to.
+
+    Args:
+        sha256: of `photos_sha256`.
+    """
+    was, known = report["data"], (album.classes if labelled else ())
+    same = was["sha256"] == sha256 if "sha256" in was else album.counts() == was["pictures"]
+    if tuple(classes) != tuple(known) or not same:
+        raise InputError(
+            "the photos or their classes are not those this artifact was fitted to: with others, what was held out would be mixed with what it learnt; give the same folder"
+        )
 
 
 def _labels(job: Job) -> Path | None:

@@ -32,7 +32,7 @@ from sartor.probing import Tell
 from sartor.stages.allot import Costs, Four, allot, refuse_impossible, smallest
 from sartor.stages.allot_maps import MapCosts
 from sartor.stages.curves import Curves
-from sartor.stages.head import choose_head, with_head
+from sartor.stages.head import Head, choose_head, with_head
 from sartor.stages.probe import recovered
 from sartor.stages.tokens import sample
 
@@ -41,9 +41,10 @@ SHARES = (1.0, 0.875, 0.75)  # of the side of the original's pictures, that are 
 
 @dataclass(frozen=True)
 class View:
-    """The network to fit, its pictures and what it may cost; `sides`: {side of a picture: [nats of its head on pictures left out, damage foretold of what else must go]}."""
+    """The network to fit, its head, pictures and what it may cost; `sides`: {side of a picture: [nats of its head on pictures left out, damage foretold of what else must go]}."""
 
     dense: Any
+    head: Head
     pictures: Pictures
     costs: Costs | MapCosts
     sides: dict[int, list[float]]
@@ -88,14 +89,14 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
     refuse_impossible(anatomy(p.dense), _priced(p, p.dense, 0.0))  # before any work is done
     four = _four_damage(p, job, tell)
     if job.faster is None:
-        return View(p.dense, p.pictures, _priced(p, p.dense, four), {})
+        return View(p.dense, p.head, p.pictures, _priced(p, p.dense, four), {})
     patch, views = p.whole.config.patch, list[View]()
     effects, curves, fastest, e = None, Curves(), 0.0, picture_effort_of(job.effort)
     sides = [patch * round(share * whole / patch) for share in SHARES]
     for n, r in enumerate(sides):
         told = lambda note, n=n: tell("view", n / len(sides), note)  # noqa: E731
         told(f"pictures of {r} pixels a side: what the head says of them")
-        dense, nats = (p.dense, p.head.nats) if r == whole else headed(p, r, job.seed)
+        dense, head = (p.dense, p.head) if r == whole else headed(p, r, job.seed)
         pictures = shrunk(p.pictures, r)
         told(f"pictures of {r} pixels a side: how long heads and channels take in the runtime")
         costs, most = timed(p, dense, _priced(p, dense, four), job.faster)
@@ -108,7 +109,7 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
             told("what fewer heads and channels cost")
             curves = priced(half, pictures, effects, costs, e, job.seed).curves
         costs = replace(costs, curves=curves)
-        views.append(View(dense, pictures, costs, {r: [nats, _damage(dense, effects, costs)]}))
+        views.append(View(dense, head, pictures, costs, {r: [head.nats, _damage(dense, effects, costs)]}))
     best = min(views, key=lambda v: sum(v.sides[v.side]))
     if sum(best.sides[best.side]) == float("inf"):
         raise BudgetError(
@@ -123,7 +124,7 @@ def _view_of_maps(p: PreparedPictures, job: Job, tell: Tell) -> View:
     if job.faster is not None:
         tell("view", 0.0, "how long channels take in the runtime")
         costs = timed_maps(p.dense, p.whole, costs, p.album.train.pixels, job.faster, job.seed)
-    return View(p.dense, p.pictures, costs, {})
+    return View(p.dense, p.head, p.pictures, costs, {})
 
 
 def view_again(p: PreparedPictures, job: Job, saved: dict[str, Any]) -> View:
@@ -132,11 +133,11 @@ def view_again(p: PreparedPictures, job: Job, saved: dict[str, Any]) -> View:
     limit = saved["limit"] if saved["limit"] is not None else float("inf")
     if isinstance(p.whole, Graph):
         again = replace(map_costs(p.dense, p.budget_bytes), prices=tuple(saved["prices"]), limit=limit)
-        return View(p.dense, p.pictures, again, {})
-    dense = p.dense if side == p.whole.size else headed(p, side, job.seed)[0]
+        return View(p.dense, p.head, p.pictures, again, {})
+    dense, head = (p.dense, p.head) if side == p.whole.size else headed(p, side, job.seed)
     costs = _priced(p, dense, saved.get("four"))
     costs = replace(costs, block_seconds=saved["block_seconds"], head_seconds=saved["head_seconds"], limit=limit)
-    return View(dense, shrunk(p.pictures, side), costs, {})
+    return View(dense, head, shrunk(p.pictures, side), costs, {})
 
 
 def shrunk(pictures: Pictures, side: int) -> Pictures:
@@ -155,12 +156,12 @@ def _damage(dense: Any, effects: Any, costs: Costs) -> float:
         return float("inf")
 
 
-def headed(p: PreparedPictures, side: int, seed: int) -> tuple[Any, float]:
-    """The network for smaller pictures, read behind the same layer, and the nats of its head."""
+def headed(p: PreparedPictures, side: int, seed: int) -> tuple[Any, Head]:
+    """The network for smaller pictures, read behind the same layer, and its head."""
     network = load_vision(p.source.folder, side)
     train, depth = smaller(p.album.train.pixels, side), p.head.depth
     head = choose_head(network, train, p.labels[0], p.classes, seed, first=depth, last=depth, own=p.own)
-    return with_head(network, head), head.nats
+    return with_head(network, head), head
 
 
 def bytes_of(dense: Any, weights: str = WEIGHTS) -> Callable[[Anatomy], int]:

@@ -144,11 +144,11 @@ def _converted(path: Path, spec: str, convert: Callable[[Path, Path, str], None]
 
 
 def _classes_in(folder: Path) -> tuple[str, ...]:
-    """The lines of LABELS, a class each."""
+    """The lines of LABELS, a class each; empty ones at the end are none."""
     file = folder / LABELS
     if not file.is_file() or file.stat().st_size > MOST_LABELS:
         return ()
-    return tuple(file.read_text(encoding="utf-8", errors="replace").splitlines())
+    return tuple(file.read_text(encoding="utf-8-sig", errors="replace").rstrip().splitlines())
 
 
 def _convert_onnx(path: Path, folder: Path, sha: str) -> None:

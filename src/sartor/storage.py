@@ -96,6 +96,11 @@ def report_of(folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def original_of(folder: Path) -> str:
+    """What the report of an artifact calls its model; "a model" where there is no report, as of one that was saved from Python."""
+    return str(report_of(folder)["model"]["spec"]) if (folder / "report.json").exists() else "a model"
+
+
 def refuse_other_texts(report: dict[str, Any], found: Corpus) -> None:
     """Raises InputError where these are not the texts that the artifact of this report was fitted to: what was held out would be mixed with what it learnt."""
     told = report["data"]

@@ -181,27 +181,28 @@ def _time_(rows: dict[str, dict[str, Any]], files: dict[str, Path], ground: Grou
                 rows[name][key] = max(rows[name].get(key, 0), found[key])
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """What `measure_text_exports` found, as aligned text."""
-    head = [
-        "runtime",
-        "MB",
-        "bits per byte",
-        "logits off",
-        "at most",
-        "same top-1",
-        "prompt t/s",
-        "tokens/s",
-        "peak MB",
-        "",
-    ]
-    body = [head]
+HEAD = ("runtime", "MB", "bits per byte", "logits off", "at most", "same top-1", "prompt t/s", "tokens/s", "peak MB", "")  # fmt: skip
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """What `measure_text_exports` found, in words, under HEAD."""
+    body = []
     for row in rows:
         bits = "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
         speed = [f"{row[k]:.0f}" for k in ("prompt_tokens_per_s", "generate_tokens_per_s")]
-        cells = [row["runtime"], f"{row['bytes'] / 1e6:.1f}", bits, f"{row['mean']:.3f}", f"{row['largest']:.2f}"]
-        body.append([*cells, f"{row['same_top1']:.1%}", *speed, f"{row['peak_rss_bytes'] / 1e6:.0f}", ""])
+        known = [row["runtime"], f"{row['bytes'] / 1e6:.1f}", bits, f"{row['mean']:.3f}", f"{row['largest']:.2f}"]
+        body.append([*known, f"{row['same_top1']:.1%}", *speed, f"{row['peak_rss_bytes'] / 1e6:.0f}", ""])
+    return body
+
+
+def about(rows: Sequence[dict[str, Any]]) -> str:
+    """What the figures are of."""
     said = f"Differences are from PyTorch's logits with the artifact's exact weights, on {rows[0]['tokens']} tokens."
     if any(row["runtime"] == executorch_text.NAME for row in rows):
         said += " ExecuTorch's file holds rounded ones, with which it was compared with PyTorch, too; its memory is with torch, which its Python side needs."
-    return f"{aligned(body, 1)}\n\n{said}"
+    return said
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The same as aligned text."""
+    return f"{aligned([HEAD, *cells(rows)], 1)}\n\n{about(rows)}"

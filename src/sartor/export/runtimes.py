@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from sartor.errors import InputError, MissingExtra, SartorError
@@ -149,7 +149,9 @@ ROWS: dict[str, Row] = {
         for w in litert.WEIGHTS
     },
     **{
-        f"coreml-{w}": Row(coreml.NAME, ".mlpackage", w, coreml.NEEDS, coreml.INSTALL, coreml.write, _read_coreml, MAC)
+        f"coreml-{w}": Row(
+            coreml.NAME, ".mlpackage", w, coreml.NEEDS, coreml.INSTALL, coreml.write, _read_coreml, MAC, w != "int4"
+        )
         for w in coreml.WEIGHTS
     },
 }
@@ -209,7 +211,9 @@ def alike(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> 
     return {"cosine": float(cosine.min()), "same_answers": None if same is None else float(same)}
 
 
-EMPTY = dict.fromkeys(("bytes", "cosine", "same_answers", "seconds", "peak_rss_bytes", "lowering_seconds"))
+EMPTY = dict.fromkeys(
+    ("bytes", "cosine", "same_answers", "accuracy", "pictures", "seconds", "peak_rss_bytes", "lowering_seconds")
+)
 
 
 def measure_all(
@@ -218,20 +222,23 @@ def measure_all(
     pixels: UInt8[Tensor, "n 3 s s"],
     only: Sequence[str] | None = None,
     rounds: int = ROUNDS,
+    labels: Int[Tensor, " n"] | None = None,
 ) -> list[dict[str, Any]]:
     """Write the network for every row of ROWS into `folder` as NAME.ENDING, reopen each file in its own runtime and compare it with PyTorch in fp32 on these pictures.
 
     Args:
-        only: names of ROWS, or None for all. rounds: pictures that are timed.
+        only: names of ROWS, or None for all. rounds: pictures that are timed. labels: of the pictures, as their owner named them.
 
     Returns:
-        For each row "runtime", "weights", "bytes", "cosine" (of features, the worst picture's), "same_answers" (share), "seconds" (a picture, the median, two threads),
+        For each row "runtime", "weights", "bytes", "cosine" (of features, the worst picture's), "same_answers" (share), "accuracy" (share named as labelled), "pictures", "seconds" (a picture, the median, two threads),
         "peak_rss_bytes" (of the process that runs it), "lowering_seconds" (the runtime's shared part counted in each) and "note"; what is not known is None and the note says why.
 
     Raises:
         InputError: `only` names a row that there is not.
     """
     wanted, rows = reference(model, pixels), []
+    if labels is not None:
+        wanted["labels"] = labels.numpy()
     able = [name for name, row in ROWS.items() if row.maps or not isinstance(model, Graph)]
     named = {name: row_for(name, model) for name in only or able}
     folder.mkdir(parents=True, exist_ok=True)
@@ -266,7 +273,9 @@ def _measure(
         result = row.run(file, pixels, THREADS, rounds)
     except SartorError as error:
         return found | {"note": str(error)}
-    found |= alike(result["outputs"], wanted)
+    found |= alike(result["outputs"], wanted) | {"pictures": len(pixels)}
+    if "labels" in wanted:
+        found["accuracy"] = float((result["outputs"]["logits"].argmax(1) == wanted["labels"]).mean())
     return found | {"seconds": result["seconds"], "peak_rss_bytes": result["peak_rss_bytes"], "note": row.note}
 
 
@@ -280,6 +289,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         cell("bytes", lambda x: f"{x / 1e6:.1f}"),
         cell("cosine", lambda x: f"{x:.5f}"),
         cell("same_answers", lambda x: f"{x:.1%}"),
+        cell("accuracy", lambda x: f"{x:.1%}"),
         cell("seconds", lambda x: f"{1e3 * x:.1f}"),
         cell("peak_rss_bytes", lambda x: f"{x / 1e6:.0f}"),
         cell("lowering_seconds", lambda x: f"{x:.0f}"),
@@ -287,10 +297,24 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+HEAD = ("runtime", "weights", "MB", "cosine", "same answers", "named right", "ms a picture", "peak MB", "lowering s", "note")  # fmt: skip
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """What `measure_all` found, in words, under HEAD."""
+    return [_cells(row) for row in rows]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """What `measure_all` found, as aligned text."""
-    head = ["runtime", "weights", "MB", "cosine", "same answers", "ms a picture", "peak MB", "lowering s", "note"]
-    return aligned([head, *map(_cells, rows)], 2)
+    """The same as aligned text."""
+    return aligned([HEAD, *cells(rows)], 2)
+
+
+def about(rows: Sequence[dict[str, Any]]) -> str:
+    """What the figures are of."""
+    many = max((r["pictures"] or 0 for r in rows), default=0)
+    held = ", held out when the model was fitted" if any(r["accuracy"] is not None for r in rows) else ""
+    return f"Cosine (the worst picture's) and same answers are to PyTorch in fp32, on {many} of your pictures{held}; times are medians with {THREADS} threads."
 
 
 def aligned(body: Sequence[Sequence[str]], left: int) -> str:

@@ -10,7 +10,6 @@ Sizes are the tensors' own, and config.json has to agree. Heads are left alone. 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 from sartor.errors import SourceError
 from sartor.model.families import QKV, VISION, VisionFamily
 from sartor.model.network import BLOCK
+from sartor.model.stored import names_in, read_json, stored
 from sartor.model.vision import Vision, VisionConfig
 
 SIDE = 224  # pixels that a picture gets unless the user says otherwise: what most of these networks were trained with
@@ -124,16 +124,6 @@ def _filled(config: VisionConfig, state: dict[str, Tensor]) -> Vision:
     return model.eval().requires_grad_(False)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"'{path.name}' cannot be read ({type(error).__name__}): fetch the model again") from error
-    if not isinstance(raw, dict):
-        raise SourceError(f"'{path.name}' is not a JSON object: fetch the model again")
-    return raw
-
-
 def is_timm(raw: dict[str, Any]) -> bool:
     return "architecture" in raw and "pretrained_cfg" in raw
 
@@ -228,49 +218,15 @@ def _pixels(folder: Path, raw: dict[str, Any], row: VisionFamily) -> tuple[Any, 
     return mean, std
 
 
-def weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = {str(n) for n in read_json(index).get("weight_map", {}).values()}
-        outside = [n for n in names if Path(n).name != n]
-        files = [folder / n for n in sorted(names)]
-        if outside or not files or not all(f.is_file() for f in files):
-            raise SourceError(f"not all of {len(files)} files of '{index.name}' are there: fetch the model again")
-        return files
-    found = sorted(folder.glob("*.safetensors"))
-    whole = [f for f in found if f.name == "model.safetensors"] or found
-    if len(whole) != 1:
-        raise SourceError(
-            f"the folder holds {len(found)} *.safetensors without an index, one was needed: name it model.safetensors"
-        )
-    return whole
-
-
 def _tensors(folder: Path, row: VisionFamily) -> dict[str, Float[Tensor, ...]]:
-    """What the file holds of the network, in fp32, without what all names begin with."""
-    from safetensors import safe_open
-
-    names: dict[str, Path] = {}
-    found: dict[str, Tensor] = {}
+    """What the files hold of the network, in fp32, without what all names begin with."""
+    names = names_in(folder)
     end = row.patches + ".weight"
-    try:
-        for file in weight_files(folder):
-            with safe_open(file, "pt") as f:
-                names |= dict.fromkeys(f.keys(), file)
-        start = [n.removesuffix(end) for n in names if n == end or n.endswith("." + end)]
-        if len(start) != 1:
-            raise SourceError(f"the checkpoint has {len(start)} tensors '{end}', one was needed: give one {row.name}")
-        for file in sorted(set(names.values())):
-            with safe_open(file, "pt") as f:
-                for name in f.keys():  # noqa: SIM118
-                    short = name.removeprefix(start[0])
-                    if not short.startswith(row.unread):
-                        found[short] = f.get_tensor(name).float()
-    except SourceError:
-        raise
-    except Exception as error:
-        raise SourceError(f"the weights cannot be read ({type(error).__name__}): fetch the model again") from error
-    return found
+    start = [n.removesuffix(end) for n in names if n == end or n.endswith("." + end)]
+    if len(start) != 1:
+        raise SourceError(f"the checkpoint has {len(start)} tensors '{end}', one was needed: give one {row.name}")
+    found = stored(folder, lambda name: not name.removeprefix(start[0]).startswith(row.unread))
+    return {name.removeprefix(start[0]): t for name, t in found.items()}
 
 
 def _split(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

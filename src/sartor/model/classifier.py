@@ -7,6 +7,7 @@ hyphens and underscores do not count. Of a network whose head reads something el
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sartor.errors import SourceError
-from sartor.model.checkpoints import is_timm, read_json, weight_files
+from sartor.model.checkpoints import is_timm
 from sartor.model.families import VISION
-from sartor.model.graph import LAYERS, Graph
+from sartor.model.graph import Graph, shapes
+from sartor.model.stored import read_json, stored
 from sartor.model.vision import FEATURES, Vision
 
 
@@ -32,28 +33,37 @@ class Rows:
     known: int
 
 
-def rows_for(folder: Path, network: Any, names: Sequence[str], classes: Sequence[str]) -> tuple[Rows | None, str]:
+def rows_for(folder: Path, network: Any, named: Sequence[str], classes: Sequence[str]) -> tuple[Rows | None, str]:
     """(The head's rows for these classes, None where it knows none of them; what a report must say of it, or "").
 
     Args:
-        folder: where the network was read from. names: of the head's classes in order, from a file beside the model; empty: what config.json says is taken.
+        folder: where the network was read from. named: names of the head's classes in order, from a file beside the model; where that does not fit, or is empty, what config.json says is taken.
     """
     found = _of_graph(network) if isinstance(network, Graph) else _of_transformer(folder, network)
-    if found is None:
-        return None, ""
-    weight, bias = found
-    names = names or _named(folder)
-    if names and len(names) != len(weight):
-        return None, f"{len(names)} classes are named and the model's own head has {len(weight)} rows: it is not used"
-    row_of = _rows_by_name(names)
-    rows = [row_of.get(_plain(name), -1) for name in classes]
-    known = sum(row >= 0 for row in rows)
-    at, there = torch.tensor(rows).clamp_min(0), torch.tensor(rows) >= 0
-    return (Rows(weight[at] * there[:, None], bias[at] * there, known), "") if known else (None, "")
+    many = 0 if found is None else len(found[0])
+    names, note = (named, "") if len(named) == many else (_named(folder), _unfit(len(named), many) if named else "")
+    if found is None or len(names) != many:
+        return None, note
+    row_of, device = _rows_by_name(names), next(network.parameters()).device
+    rows = torch.tensor([row_of.get(_plain(name), -1) for name in classes], device=device)
+    there, at = rows >= 0, rows.clamp_min(0)
+    known = int(there.sum())
+    if not known:
+        return None, note or (
+            "labels.txt names none of your classes: the model's own head is not used" if named else ""
+        )
+    weight, bias = (t.to(device) for t in found)
+    return Rows(weight[at] * there[:, None], bias[at] * there, known), note
+
+
+def _unfit(named: int, rows: int) -> str:
+    if not rows:
+        return "labels.txt lies beside the model, but no head of its own reads the features behind its last layer: the file is not used"
+    return f"labels.txt names {named} classes and the model's own head has {rows} rows: the file is not used"
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", name).strip().lower()
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", name)).strip().lower()
 
 
 def _rows_by_name(names: Sequence[str]) -> dict[str, int]:
@@ -80,32 +90,27 @@ def _named(folder: Path) -> list[str]:
     return [", ".join((str(name), *([str(about[name])] if name in about else []))) for name in said]
 
 
+POOLING = {"global_average_pool", "flatten"}
+
+
 def _of_graph(graph: Graph) -> tuple[Tensor, Tensor] | None:
-    """Weights and biases of the last linear layer, where it reads the pooled last map itself."""
+    """Weights and biases of the last linear layer, where it reads means of the last map's channels and nothing else."""
     between = graph.nodes[graph.before_pool : graph.ends]
-    if graph.head is None or graph.before_pool == graph.ends or any(node.op in LAYERS for node in between):
+    if graph.head is None or not between or any(node.op not in POOLING for node in between):
         return None
     head: Any = graph.layers[graph.nodes[-1].name]
+    if head.weight.shape[1] != shapes(graph)[graph.nodes[graph.before_pool - 1].name][0]:  # every place of the map
+        return None
     bias = torch.zeros(len(head.weight)) if head.bias is None else head.bias.detach()
     return head.weight.detach().float(), bias.float()
 
 
 def _of_transformer(folder: Path, network: Vision) -> tuple[Tensor, Tensor] | None:
     """The same out of a checkpoint, for the class token beside the mean patch; a head that reads the class token alone gives the patches no weight."""
-    from safetensors import safe_open
-
     raw = read_json(folder / "config.json")
     row = VISION["timm" if is_timm(raw) else raw["model_type"]]
     pooled = (raw.get("model_args") or {}).get("global_pool", raw.get("global_pool", "token"))
-    found: dict[str, Tensor] = {}
-    try:
-        for file in weight_files(folder):
-            with safe_open(file, "pt") as f:
-                for name in f.keys():  # noqa: SIM118
-                    if name.startswith(row.classifier):
-                        found[name] = f.get_tensor(name).float()
-    except Exception as error:
-        raise SourceError(f"the weights cannot be read ({type(error).__name__}): fetch the model again") from error
+    found = stored(folder, lambda name: name.startswith(row.classifier))
     start = next((s for s in row.classifier if f"{s}weight" in found), None)
     if start is None or (is_timm(raw) and pooled not in ("token", "")):
         return None

@@ -7,8 +7,9 @@ from typing import Any
 
 from sartor.errors import InputError, SourceError
 from sartor.model import graph_saved
-from sartor.model.checkpoints import is_timm, load_vision, read_json
+from sartor.model.checkpoints import is_timm, load_vision
 from sartor.model.families import FAMILIES, VISION
+from sartor.model.stored import read_json
 
 
 def is_vision(folder: Path) -> bool:

@@ -36,9 +36,14 @@ def page(r: dict[str, Any]) -> str:
 
 def opening(r: dict[str, Any]) -> str:
     """Head of the page, and its title."""
+    return document(f"{r['model']['spec']}, fitted", "")
+
+
+def document(title: str, body: str) -> str:
+    """A page under a title; `body` is HTML."""
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Sartor report</title><style>{STYLE}</style>"
-        f"\n<h1>{escape(r['model']['spec'])}, fitted</h1>"
+        f"\n<h1>{escape(title)}</h1>{body}"
     )
 
 

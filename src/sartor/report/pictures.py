@@ -246,7 +246,27 @@ def _quality(r: dict[str, Any]) -> str:
     )
     return (
         f"<h2>Quality</h2><p>{told}. Measured in {escape(r['runtime'])} on the files themselves, on {u['pictures']} held-out pictures of yours that shaped nothing; "
-        f"whiskers are 95% intervals.{nats}</p>{svg.bars(bars, '', 'quality with 95% intervals', lambda x, _: worth(metric, x))}"
+        f"whiskers are 95% intervals.{nats}</p>{svg.bars(bars, '', 'quality with 95% intervals', lambda x, _: worth(metric, x))}{_classes(u)}"
+    )
+
+
+def _classes(u: dict[str, Any]) -> str:
+    """Class by class: of few pictures little is known, and the intervals say so."""
+    body = [
+        (
+            str(n),
+            str(c["pictures"]),
+            str(c["dense_right"]),
+            str(c["right"]),
+            f"{c['ci95'][0]:.0%} to {c['ci95'][1]:.0%}",
+        )
+        for n, c in enumerate(u.get("by_class", ()), 1)
+    ]
+    head = ("class", "held out", "right, original", "right, fitted", "share, 95% interval")
+    return (
+        f"<details><summary>every class (names in this order in classes.json)</summary>{tabled(head, body)}</details>"
+        if body
+        else ""
     )
 
 
