@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,124 @@ def mobilenet_v3() -> nn.Module:
     head = nn.Sequential(nn.Linear(24, 20), nn.Hardswish(), nn.Dropout(), nn.Linear(20, CLASSES))
     parts = {"features": features, "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "classifier": head}
     return nn.Sequential(OrderedDict(parts))
+
+
+class Same(nn.Conv2d):
+    """Padded as TensorFlow does it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides = [
+            max(0, (-(-n // s) - 1) * s + k - n)
+            for n, s, k in zip(x.shape[2:], self.stride, self.kernel_size, strict=True)
+        ]
+        x = nn.functional.pad(x, [p for t in reversed(sides) for p in (t // 2, t - t // 2)])
+        return nn.functional.conv2d(x, self.weight, None, self.stride, groups=self.groups)
+
+
+class LiteBlock(nn.Module):
+    """An inverted residual as timm names it; without widening, a separable convolution."""
+
+    def __init__(self, inside: int, out: int, kernel: int, stride: int, times: int, tensorflow: bool) -> None:
+        super().__init__()
+        wide, self.relu, self.alike = inside * times, nn.ReLU6(), stride == 1 and inside == out
+        self.order = ["conv_pw", "bn1", "relu", "conv_dw", "bn2", "relu", "conv_pwl", "bn3"]
+        if times == 1:
+            self.order = ["conv_dw", "bn1", "relu", "conv_pw", "bn2"]
+        shapes = {
+            "conv_pw": (inside, wide, 1, 1, 1),
+            "conv_dw": (wide, wide, kernel, stride, wide),
+            "conv_pwl": (wide, out, 1, 1, 1),
+        }
+        if times == 1:
+            shapes |= {"conv_pw": (inside, out, 1, 1, 1)}
+        width = inside
+        for name in self.order:
+            if name.startswith("conv"):
+                _, width, k, s, groups = shapes[name]
+                setattr(self, name, lite_conv(*shapes[name], tensorflow))
+            elif name.startswith("bn"):
+                setattr(self, name, nn.BatchNorm2d(width, eps=1e-3 if tensorflow else 1e-5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for name in self.order:
+            y = getattr(self, name)(y)
+        return x + y if self.alike else y
+
+
+def lite_conv(inside: int, out: int, kernel: int, stride: int, groups: int, tensorflow: bool) -> nn.Conv2d:
+    if tensorflow:
+        return Same(inside, out, kernel, stride, groups=groups, bias=False)
+    return nn.Conv2d(inside, out, kernel, stride, kernel // 2, groups=groups, bias=False)
+
+
+def efficientnet_lite(tensorflow: bool) -> nn.Module:
+    """A thin one: outputs, kernel, stride, times, blocks of each stage."""
+    rows = (
+        (4, 3, 1, 1, 1),
+        (6, 3, 2, 6, 2),
+        (8, 5, 2, 6, 2),
+        (10, 3, 2, 6, 2),
+        (12, 5, 1, 6, 2),
+        (14, 5, 2, 6, 2),
+        (16, 3, 1, 6, 1),
+    )
+    norm, width, stages = {"eps": 1e-3 if tensorflow else 1e-5}, 8, []
+    for out, kernel, stride, times, blocks in rows:
+        stages.append(
+            nn.Sequential(
+                *(
+                    LiteBlock(width if n == 0 else out, out, kernel, stride if n == 0 else 1, times, tensorflow)
+                    for n in range(blocks)
+                )
+            )
+        )
+        width = out
+    parts: dict[str, nn.Module] = {
+        "conv_stem": lite_conv(3, 8, 3, 2, 1, tensorflow),
+        "bn1": nn.BatchNorm2d(8, **norm),
+        "act": nn.ReLU6(),
+    }
+    parts |= {
+        "blocks": nn.Sequential(*stages),
+        "conv_head": lite_conv(width, 20, 1, 1, 1, tensorflow),
+        "bn2": nn.BatchNorm2d(20, **norm),
+    }
+    parts |= {
+        "act2": nn.ReLU6(),
+        "pool": nn.AdaptiveAvgPool2d(1),
+        "flat": nn.Flatten(),
+        "classifier": nn.Linear(20, CLASSES),
+    }
+    return nn.Sequential(OrderedDict(parts))
+
+
+@pytest.mark.parametrize(("architecture", "size"), [("efficientnet_lite0", 96), ("tf_efficientnet_lite1", 90)])
+def test_timms_efficientnet_lite_is_a_source_with_the_names_of_its_classes(
+    architecture: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SARTOR_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    model = lively(efficientnet_lite(architecture.startswith("tf_")).eval())
+    folder = tmp_path / "lite"
+    folder.mkdir()
+    save_file({n: v.contiguous() for n, v in model.state_dict().items()}, folder / "model.safetensors")
+    told = {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.6, 0.7], "input_size": [3, size, size]}
+    config = {"architecture": architecture, "pretrained_cfg": told, "label_names": list("abcde")}
+    (folder / "config.json").write_text(json.dumps(config))
+    source, x = resolve(str(folder)), pictures(2, size)
+    graph = load_seer(source.folder)
+    assert (graph.size, source.classes) == (size, tuple("abcde"))
+    mean, std = (torch.tensor(told[k])[:, None, None] for k in ("mean", "std"))
+    wanted = model((x / 255 - mean) / std)
+    assert (wanted[0] - wanted[1]).abs().max() > 1e-3
+    close(graph(x), wanted)
+    (folder / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {"mean": [0.5]}}))
+    with pytest.raises(SourceError, match="size of its pictures"):
+        resolve(str(folder))
+    (folder / "config.json").write_text(json.dumps(config | {"architecture": "efficientnet_b0"}))
+    with pytest.raises(SourceError, match="plain vision transformer"):
+        load_seer(resolve(str(folder)).folder)
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

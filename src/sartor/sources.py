@@ -135,8 +135,9 @@ def _from_torchvision(path: Path, spec: str) -> Source:
     return _converted(path, spec, _convert_torchvision)
 
 
-def _converted(path: Path, spec: str, convert: Callable[[Path, Path, str], None]) -> Source:
-    sha = sha256_of(path)
+def _converted(path: Path, spec: str, convert: Callable[[Path, Path, str], None], also: str = "") -> Source:
+    """Args: also: text that shapes the network beside the file."""
+    sha = hashlib.sha256((sha256_of(path) + also).encode()).hexdigest() if also else sha256_of(path)
     folder = cache_dir() / "models" / sha[:16]
     if not (folder / "source.json").exists():
         convert(path, folder, sha)
@@ -185,6 +186,15 @@ def _convert_torchvision(path: Path, folder: Path, sha: str) -> None:
     except Exception as error:
         raise SourceError(f"'{path.name}' is not a safetensors file ({str(error)[:80]}): save it again") from error
     _save_graph(from_torchvision(weights), folder, sha, "")
+
+
+def _convert_timm(path: Path, folder: Path, sha: str) -> None:
+    from sartor.model.cnn_families import from_timm
+    from sartor.model.stored import read_json, stored
+
+    _save_graph(
+        from_timm(stored(path.parent, lambda name: True), read_json(path.parent / "config.json")), folder, sha, ""
+    )
 
 
 def _save_graph(graph: Any, folder: Path, sha: str, note: str) -> None:
@@ -283,8 +293,23 @@ def _from_folder(path: Path) -> Source:
             else "no *.safetensors"
         )
         raise SourceError(f"'{path.name}' holds {why}: save the model with safe_serialization=True")
+    if _is_lite(path / "config.json") and len(weights) == 1:
+        from sartor.model.classifier import names_in
+
+        made = _converted(weights[0], path.name, _convert_timm, (path / "config.json").read_text(encoding="utf-8"))
+        return replace(made, classes=made.classes or tuple(names_in(path)))
     digest = hashlib.sha256("".join(sha256_of(w) for w in weights).encode()).hexdigest()
     return Source(path.name, path, digest, classes=_classes_in(path))
+
+
+def _is_lite(config: Path) -> bool:
+    """Whether this is one of timm's EfficientNet-Lites."""
+    from sartor.model.checkpoints import is_timm
+    from sartor.model.cnn_families import LITE
+    from sartor.model.stored import read_json
+
+    raw = read_json(config)
+    return is_timm(raw) and LITE.fullmatch(str(raw["architecture"])) is not None
 
 
 def _from_pypi(spec: str) -> Source:

@@ -134,7 +134,7 @@ def _timm(raw: dict[str, Any]) -> Said:
     odd = sorted(set(args) - HARMLESS)
     if not plain or odd:
         raise SourceError(
-            f"timm's '{name}' {f'with {odd[0]} ' if odd else ''}is not a plain vision transformer: Sartor reads timm's ViT, DeiT and DINOv2 (not giant)"
+            f"timm's '{name}' {f'with {odd[0]} ' if odd else ''}is not a plain vision transformer: Sartor reads timm's ViT, DeiT, DINOv2 (not giant) and EfficientNet-Lite"
         )
     # heads are 64 wide in all of them but the huge ones
     heads = {"tiny": 3, "small": 6, "medium": 8, "base": 12, "large": 16, "huge": 16}[plain[2]]

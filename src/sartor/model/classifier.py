@@ -41,7 +41,7 @@ def rows_for(folder: Path, network: Any, named: Sequence[str], classes: Sequence
     """
     found = _of_graph(network) if isinstance(network, Graph) else _of_transformer(folder, network)
     many = 0 if found is None else len(found[0])
-    names, note = (named, "") if len(named) == many else (_named(folder), _unfit(len(named), many) if named else "")
+    names, note = (named, "") if len(named) == many else (names_in(folder), _unfit(len(named), many) if named else "")
     if found is None or len(names) != many:
         return None, note
     row_of, device = _rows_by_name(names), next(network.parameters()).device
@@ -75,7 +75,7 @@ def _rows_by_name(names: Sequence[str]) -> dict[str, int]:
     return {name: row for name, (row, *others) in rows.items() if name and not others}
 
 
-def _named(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
     """What config.json calls the head's classes; empty where it does not, or is of no use."""
     if not (folder / "config.json").is_file():
         return []

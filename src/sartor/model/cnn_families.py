@@ -1,12 +1,13 @@
-"""Convolutional networks from torchvision's weights: what their names and shapes do not say is told here.
+"""Convolutional networks from torchvision's weights, and timm's EfficientNet-Lite: what their names and shapes do not say is told here.
 
 Widths, depths, kernels and groups are those of the weights; a family adds strides, activations and the order of parts.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -40,11 +41,12 @@ class _Noted(dict[str, Tensor]):
 
 @dataclass(frozen=True)
 class _Parts:
-    """Weights by name, and the draft that they go into."""
+    """Weights by name, and the draft that they go into. same: windows are padded as TensorFlow does it, an odd number at the end."""
 
     weights: Mapping[str, Tensor]
     draft: Draft
     eps: float = 1e-5
+    same: bool = False
 
     def has(self, name: str) -> bool:
         return f"{name}.weight" in self.weights
@@ -77,8 +79,11 @@ class _Parts:
     ) -> str:
         """A convolution that keeps the size but for its stride, the batch norm `norm` and an activation, where they are named."""
         weight = self.weights[f"{name}.weight"]
-        pads = [k // 2 if padding is None else padding for k in weight.shape[2:]]
-        sizes: dict[str, Any] = {"stride": (stride, stride), "padding": pads}
+        kernel, strides = list(weight.shape[2:]), (stride, stride)
+        sizes: dict[str, Any] = {"stride": strides, "padding": [k // 2 if padding is None else padding for k in kernel]}
+        if self.same:
+            pads = self.draft.same(x, kernel, strides, (1, 1), upper=True)
+            x, sizes["padding"] = self.draft.padded(x, pads, kernel, 0.0)
         sizes["groups"] = self.draft.shape[x][0] // weight.shape[1]
         bias = self.weights[f"{name}.bias"].float() if f"{name}.bias" in self.weights else None
         x = self.draft.conv(x, weight.float(), bias, name, **sizes)
@@ -167,6 +172,44 @@ FAMILIES: dict[str, tuple[str, Callable[[_Parts], str], float]] = {
 }
 
 
+# timm's names of them: those of "tf_" were trained in TensorFlow
+LITE = re.compile(r"(tf_)?efficientnet_lite[0-4]")
+STRIDES_LITE = (1, 2, 2, 2, 1, 2, 1)
+
+
+def _efficientnet_lite(p: _Parts) -> str:
+    x = p.conv(INPUT, "conv_stem", "bn1", 2, "relu6")
+    for stage, stride in enumerate(STRIDES_LITE):
+        for n in p.numbers(f"blocks.{stage}"):
+            name, own = f"blocks.{stage}.{n}", stride if n == 0 else 1
+            wide = p.has(f"{name}.conv_pwl")  # else nothing is widened first
+            y = p.conv(x, f"{name}.conv_pw", f"{name}.bn1", act="relu6") if wide else x
+            y = p.conv(y, f"{name}.conv_dw", f"{name}.bn{2 if wide else 1}", own, "relu6")
+            y = p.conv(y, f"{name}.conv_{'pwl' if wide else 'pw'}", f"{name}.bn{3 if wide else 2}")
+            x = p.added(x, y) if p.draft.shape[x] == p.draft.shape[y] else y
+    return p.linear(p.pooled(p.conv(x, "conv_head", "bn2", act="relu6")), "classifier")
+
+
+def from_timm(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Graph:
+    """The network of a timm state dict and config.json, an EfficientNet-Lite (Liu 2020; the plain ones and those that were trained in TensorFlow).
+
+    Raises:
+        SourceError: config.json does not say what is needed, or the weights do not fit together.
+    """
+    name, told = str(config["architecture"]), config["pretrained_cfg"]
+    try:
+        size, pixels = int(told["input_size"][1]), [tuple(float(x) for x in told[k]) for k in ("mean", "std")]
+        if size < 1 or any(len(x) != 3 for x in pixels) or min(pixels[1]) <= 0:
+            raise ValueError
+    except (LookupError, TypeError, ValueError) as error:
+        raise SourceError(
+            "config.json does not say the size of its pictures and the mean and deviation of their pixels: fetch the model again"
+        ) from error
+    tensorflow = name.startswith("tf_")
+    draft = Draft(size, *normalization(*pixels))  # type: ignore[arg-type]
+    return _built(weights, _efficientnet_lite, _Parts({}, draft, 1e-3 if tensorflow else 1e-5, tensorflow))
+
+
 def from_torchvision(weights: Mapping[str, Tensor], size: int = SIZE) -> Graph:
     """The network of a torchvision state dict, MobileNetV2 or V3, a ResNet or SqueezeNet, for pictures of `size` pixels a side.
 
@@ -179,14 +222,23 @@ def from_torchvision(weights: Mapping[str, Tensor], size: int = SIZE) -> Graph:
             f"these {len(weights)} weights are of no family that Sartor knows: give torchvision's {', '.join(FAMILIES)}, an ONNX file, or the folder of a transformers model"
         )
     _, build, eps = rows[0]
-    draft, noted = Draft(size, *normalization()), _Noted(weights)
+    return _built(weights, build, _Parts({}, Draft(size, *normalization()), eps))
+
+
+def _built(weights: Mapping[str, Tensor], build: Callable[[_Parts], str], parts: _Parts) -> Graph:
+    """The network that a family makes of all of these weights.
+
+    Raises:
+        SourceError: they do not fit together.
+    """
+    noted = _Noted(weights)
     try:
-        end = build(_Parts(noted, draft, eps))
+        end = build(replace(parts, weights=noted))
         if left := sorted(n for n in weights if n not in noted.read and not n.endswith("num_batches_tracked")):
             raise ValueError(f"{len(left)} of them belong to nothing, as {left[0]}")
-        return draft.graph(end)
+        return parts.draft.graph(end)
     except (LookupError, ValueError, RuntimeError) as error:
         why = str(error.args[0] if error.args else type(error).__name__).splitlines()[0][:100]
         raise SourceError(
-            f"these weights do not fit together ({why}): give torchvision's own, or an ONNX file"
+            f"these weights do not fit together ({why}): give torchvision's or timm's own, or an ONNX file"
         ) from error
