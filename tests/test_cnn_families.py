@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sartor.errors import InputError, SourceError
+from sartor.model.classifier import names_in, rows_for
 from sartor.model.cnn_families import SIZE, from_torchvision
 from sartor.model.kinds import kind_of, load_seer
 from sartor.sources import resolve
@@ -239,15 +240,22 @@ def test_timms_efficientnet_lite_is_a_source_with_the_names_of_its_classes(
     told = {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.6, 0.7], "input_size": [3, size, size]}
     config = {"architecture": architecture, "pretrained_cfg": told, "label_names": list("abcde")}
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "other.safetensors").write_bytes(b"beside it")
     source, x = resolve(str(folder)), pictures(2, size)
     graph = load_seer(source.folder)
-    assert (graph.size, source.classes) == (size, tuple("abcde"))
+    assert (graph.size, source.classes, names_in(source.folder)) == (size, (), list("abcde"))
+    rows, note = rows_for(source.folder, graph, source.classes, ["C", "x"])
+    assert rows is not None
+    assert (rows.known, note) == (1, "")
     mean, std = (torch.tensor(told[k])[:, None, None] for k in ("mean", "std"))
     wanted = model((x / 255 - mean) / std)
     assert (wanted[0] - wanted[1]).abs().max() > 1e-3
     close(graph(x), wanted)
     (folder / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {"mean": [0.5]}}))
     with pytest.raises(SourceError, match="size of its pictures"):
+        resolve(str(folder))
+    (folder / "config.json").write_text(json.dumps(config | {"model_args": {"output_stride": 16}}))
+    with pytest.raises(SourceError, match="output_stride"):
         resolve(str(folder))
     (folder / "config.json").write_text(json.dumps(config | {"architecture": "efficientnet_b0"}))
     with pytest.raises(SourceError, match="plain vision transformer"):

@@ -185,7 +185,10 @@ def test_exports_are_compared_in_one_table(
     page = (tmp_path / "all" / "exports.html").read_text()
     assert page.count("<svg") == 2
     assert "secret" not in page + json.dumps(kept)
-    assert main([*ask[:2], "--data", str(place["generic"]), *ask[4:], "--out", str(tmp_path / "no")]) == 2
+    fewer = tmp_path / "fewer"
+    shutil.copytree(place["photos"], fewer)
+    next((fewer / NAMES[0]).iterdir()).unlink()
+    assert main([*ask[:2], "--data", str(fewer), *ask[4:], "--out", str(tmp_path / "no")]) == 2
     assert "not those this artifact was fitted to" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
     assert main(["export", str(fitted), "--to", "toaster", "--out", str(tmp_path / "x")]) == 2
@@ -207,6 +210,13 @@ def test_photos_without_labels_are_fitted_to_how_alike_they_are(place: dict[str,
     )
     assert main(["inspect", str(out)]) == 0
     assert not r["data"]["labelled"]
+    assert (
+        main(["export", str(out), "--data", str(place["loose"]), "--to", "onnx", "--out", str(tmp_path / "all")]) == 0
+    )
+    (row,) = json.loads((tmp_path / "all" / "exports.json").read_text())["rows"]
+    assert (row["pictures"], row["accuracy"]) == (r["user"]["pictures"], None)
+    assert row["cosine"] > 0.98
+    assert "held out" in (tmp_path / "all" / "exports.html").read_text()
     assert json.loads((out / "classes.json").read_text()) == []
     assert main(["run", str(out), str(next(place["loose"].iterdir()))]) == 2
 

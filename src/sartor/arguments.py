@@ -33,7 +33,7 @@ Each is reopened and compared with PyTorch and with llama.cpp on model.gguf; wit
 Models that see: onnx (as it was fitted), onnx-fp32, onnx-int8, onnx-int4, executorch-fp32, executorch-int8, litert-fp32, litert-int8, litert-int4, coreml-fp16, coreml-int8, coreml-int4;
 convolutional networks no int4, nor executorch-int8 with grouped convolutions or concatenations (as SqueezeNet has).
 With --data every file is reopened in its own runtime, compared with PyTorch and with the names of the photos that were held out, and timed.
-Either way one table, one row a runtime, also as exports.html and exports.json beside the files.
+One table, one row a runtime, also as exports.html and exports.json beside the files.
 
 examples:
   sartor export fitted/ --to onnx --out phone/          # sartor run phone/ "Dear Anna," then generates in ONNX Runtime
@@ -219,4 +219,6 @@ def _add_export(e: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the photos or texts that it was fitted to: those held out are compared on",
     )
-    e.add_argument("--labels", type=Path, metavar="CSV", help="labels of the photos, where a file says them")
+    e.add_argument(
+        "--labels", type=Path, metavar="CSV", help="with --data: labels of the photos, where a file says them"
+    )

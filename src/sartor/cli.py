@@ -44,8 +44,9 @@ def do_export(a: argparse.Namespace) -> None:
             print(f"left out: {'; '.join(others)}", file=sys.stderr)
     elif a.data:
         rows = picture_exports.measure_exports(a.folder, a.to, a.data, a.out, a.labels)
-        print(f"{runtimes.table(rows)}\n\n{runtimes.about(rows)}")
-        exports.write(a.out, spec, runtimes.about(rows), runtimes.HEAD, runtimes.cells(rows), rows)
+        said = runtimes.about(rows, held_out=(a.folder / "report.json").exists())
+        print(f"{runtimes.table(rows)}\n\n{said}")
+        exports.write(a.out, spec, said, runtimes.HEAD, runtimes.cells(rows), rows)
         print(f"written: {len(rows)} rows and their files in {a.out}, as a page in exports.html", file=sys.stderr)
     else:
         print(f"written: {export(a.folder, a.to[0], a.out)}", file=sys.stderr)

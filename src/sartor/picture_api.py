@@ -173,11 +173,11 @@ def evaluate_pictures_again(
         raise InputError("--model is not the original this artifact was made from: its sha256 differs")
     told = str(generic) if generic else None
     job = Job(spec, str(data), f"{old['bytes']['budget']}B", effort=old["effort"], generic=told, seed=old["seed"])
-    job, began = replace(job, labels=str(labels) if labels else None), old["head"].get("own", 0)
-    p = PreparedPictures(job, source, tell, known=began > 0)
+    job, began = replace(job, labels=str(labels) if labels else None), old["head"].get("own_whole", 0)
+    p = PreparedPictures(job, source, tell, known=began > 0, depth=old["head"]["depth"])
     held, _, classes = picture_storage.load(folder)
     refuse_other_photos(old, p.album, p.photos_sha256(), classes, p.labelled)
-    if (p.head.own, p.head.depth) != (began, old["head"]["depth"]):
+    if p.head.own != began:
         raise InputError(
             f"the original's head knew {began} of your classes by name, now it knows {p.head.own}: put its config.json and labels.txt back as they were"
         )

@@ -134,7 +134,7 @@ def measure_pictures(
             "depth": p.head.depth,
             "of": p.depth,
             "nats": p.head.nats,
-            "own": p.head.own,
+            "own_whole": p.head.own,
             "side": side,
             "of_side": test.shape[-1],
         },

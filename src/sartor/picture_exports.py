@@ -28,7 +28,7 @@ def export_pictures(folder: Path, to: str, out: Path) -> Path:
     """
     model, _, _ = picture_storage.load(folder)
     name = _row_name(to, model)
-    row = runtimes.row_of(name)
+    row = runtimes.row_for(name, model)
     file = storage.claim_folder(out) / f"model{row.ending}"
     runtimes.write(name, file, model)
     return file
@@ -52,7 +52,7 @@ def measure_exports(
     model, _, classes = picture_storage.load(folder)
     names = [_row_name(name, model) for name in names]
     for name in names:
-        runtimes.row_of(name)
+        runtimes.row_for(name, model)
     pixels, named = _held_out(folder, photos, labels, model.size, classes)
     return runtimes.measure_all(model, storage.claim_folder(out), pixels, names or None, labels=named)
 
@@ -65,7 +65,7 @@ def _held_out(
         pixels = read_photos(photos, size, loose=True).pixels
         return pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:COMPARED]], None
     report = storage.report_of(folder)
-    gallery = read_photos(photos, report["head"]["of_side"], labels)
+    gallery = read_photos(photos, report["head"].get("of_side", size), labels)
     album = split(gallery, report["seed"])
     labelled = report["data"]["labelled"] and album.test.labels is not None
     refuse_other_photos(report, album, photos_sha256(album, labelled), classes, labelled)

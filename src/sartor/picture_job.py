@@ -43,8 +43,8 @@ class PreparedPictures:
         own: what the head that the network came with says of these classes, or None.
     """
 
-    def __init__(self, job: Job, source: Source, tell: Tell, known: bool = True) -> None:
-        """Args: known: the head that the network came with may know classes by name."""
+    def __init__(self, job: Job, source: Source, tell: Tell, known: bool = True, depth: int | None = None) -> None:
+        """Args: known: the head that the network came with may know classes by name. depth: where the network is read, as an earlier job found."""
         self.notes: list[str] = []  # that the report must say beside the model's and the photos' own
         self.budget = parse_budget(job.size, job.effort)
         self.source = source
@@ -67,7 +67,9 @@ class PreparedPictures:
         )
         self.notes += [note] if note else []
         train = self.album.train.pixels
-        self.head: Head = choose_head(self.whole, train, self.labels[0], self.classes, job.seed, own=self.own)
+        self.head: Head = choose_head(
+            self.whole, train, self.labels[0], self.classes, job.seed, depth, depth, own=self.own
+        )
         self.dense = with_head(self.whole, self.head)
         self.parameters = sum(p.numel() for p in self.whole.parameters())
         self.original_fp16 = 2 * self.parameters
@@ -129,7 +131,7 @@ def refuse_other_photos(
     same = was["sha256"] == sha256 if "sha256" in was else album.counts() == was["pictures"]
     if tuple(classes) != tuple(known) or not same:
         raise InputError(
-            "the photos or their classes are not those this artifact was fitted to: with others, what was held out would be mixed with what it learnt; give the same folder"
+            "the photos or their classes are not those this artifact was fitted to: with others, what was held out would be mixed with what it learnt; give the same folder, and the same --labels where a file names them"
         )
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,9 +135,8 @@ def _from_torchvision(path: Path, spec: str) -> Source:
     return _converted(path, spec, _convert_torchvision)
 
 
-def _converted(path: Path, spec: str, convert: Callable[[Path, Path, str], None], also: str = "") -> Source:
-    """Args: also: text that shapes the network beside the file."""
-    sha = hashlib.sha256((sha256_of(path) + also).encode()).hexdigest() if also else sha256_of(path)
+def _converted(path: Path, spec: str, convert: Callable[[Path, Path, str], None]) -> Source:
+    sha = sha256_of(path)
     folder = cache_dir() / "models" / sha[:16]
     if not (folder / "source.json").exists():
         convert(path, folder, sha)
@@ -188,21 +187,29 @@ def _convert_torchvision(path: Path, folder: Path, sha: str) -> None:
     _save_graph(from_torchvision(weights), folder, sha, "")
 
 
-def _convert_timm(path: Path, folder: Path, sha: str) -> None:
+def _from_lite(folder: Path, config: dict[str, Any]) -> Source:
+    """One of timm's EfficientNet-Lites. What shapes the network beside the weights counts as they do, and so do the names of its classes, which are kept with it."""
+    from sartor.model.classifier import names_in
     from sartor.model.cnn_families import from_timm
-    from sartor.model.stored import read_json, stored
+    from sartor.model.stored import files_of, stored
 
-    _save_graph(
-        from_timm(stored(path.parent, lambda name: True), read_json(path.parent / "config.json")), folder, sha, ""
-    )
+    shaping = {k: config.get(k) for k in ("architecture", "model_args", "global_pool", "pretrained_cfg")}
+    told = json.dumps([shaping, names_in(folder)], sort_keys=True)
+    sha = hashlib.sha256(("".join(map(sha256_of, files_of(folder))) + told).encode()).hexdigest()
+    kept = cache_dir() / "models" / sha[:16]
+    if not (kept / "source.json").exists():
+        graph = from_timm(stored(folder, lambda name: True), config)
+        _save_graph(graph, kept, sha, "", names_in(folder))
+    return Source(folder.name, kept, sha, classes=_classes_in(folder))
 
 
-def _save_graph(graph: Any, folder: Path, sha: str, note: str) -> None:
+def _save_graph(graph: Any, folder: Path, sha: str, note: str, classes: Sequence[str] = ()) -> None:
     from sartor.model import graph_saved
 
     with whole_folder(folder) as part:
         graph_saved.save(graph, part)
-        (part / "source.json").write_text(json.dumps({"sha256": sha, "note": note}))
+        told = {"sha256": sha, "note": note} | ({"label_names": list(classes)} if classes else {})
+        (part / "source.json").write_text(json.dumps(told))
 
 
 def _check_gguf(path: Path) -> None:
@@ -293,23 +300,20 @@ def _from_folder(path: Path) -> Source:
             else "no *.safetensors"
         )
         raise SourceError(f"'{path.name}' holds {why}: save the model with safe_serialization=True")
-    if _is_lite(path / "config.json") and len(weights) == 1:
-        from sartor.model.classifier import names_in
-
-        made = _converted(weights[0], path.name, _convert_timm, (path / "config.json").read_text(encoding="utf-8"))
-        return replace(made, classes=made.classes or tuple(names_in(path)))
+    if lite := _lite_in(path / "config.json"):
+        return _from_lite(path, lite)
     digest = hashlib.sha256("".join(sha256_of(w) for w in weights).encode()).hexdigest()
     return Source(path.name, path, digest, classes=_classes_in(path))
 
 
-def _is_lite(config: Path) -> bool:
-    """Whether this is one of timm's EfficientNet-Lites."""
+def _lite_in(config: Path) -> dict[str, Any]:
+    """What config.json says, where it is one of timm's EfficientNet-Lites; else nothing."""
     from sartor.model.checkpoints import is_timm
     from sartor.model.cnn_families import LITE
     from sartor.model.stored import read_json
 
     raw = read_json(config)
-    return is_timm(raw) and LITE.fullmatch(str(raw["architecture"])) is not None
+    return raw if is_timm(raw) and LITE.fullmatch(str(raw["architecture"])) else {}
 
 
 def _from_pypi(spec: str) -> Source:

@@ -310,10 +310,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return aligned([HEAD, *cells(rows)], 2)
 
 
-def about(rows: Sequence[dict[str, Any]]) -> str:
-    """What the figures are of."""
+def about(rows: Sequence[dict[str, Any]], held_out: bool) -> str:
+    """What the figures are of. held_out: the pictures shaped nothing of the model."""
     many = max((r["pictures"] or 0 for r in rows), default=0)
-    held = ", held out when the model was fitted" if any(r["accuracy"] is not None for r in rows) else ""
+    held = ", held out when the model was fitted" if held_out else ""
     return f"Cosine (the worst picture's) and same answers are to PyTorch in fp32, on {many} of your pictures{held}; times are medians with {THREADS} threads."
 
 

@@ -76,10 +76,9 @@ def _rows_by_name(names: Sequence[str]) -> dict[str, int]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """What config.json calls the head's classes; empty where it does not, or is of no use."""
-    if not (folder / "config.json").is_file():
-        return []
-    raw = read_json(folder / "config.json")
+    """What config.json calls the head's classes, or source.json of a graph that was made of such a folder; empty where neither does, or is of no use."""
+    told = [folder / name for name in ("config.json", "source.json") if (folder / name).is_file()]
+    raw = read_json(told[0]) if told else {}
     labels, said = raw.get("id2label"), raw.get("label_names")
     if isinstance(labels, dict) and sorted(labels) == sorted(str(n) for n in range(len(labels))):
         return [str(labels[str(n)]) for n in range(len(labels))]

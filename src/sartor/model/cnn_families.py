@@ -5,6 +5,7 @@ Widths, depths, kernels and groups are those of the weights; a family adds strid
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -173,6 +174,7 @@ FAMILIES: dict[str, tuple[str, Callable[[_Parts], str], float]] = {
 
 
 # timm's names of them: those of "tf_" were trained in TensorFlow
+HARMLESS = {"num_classes", "drop_rate", "drop_path_rate"}  # of what timm may be told beside the name
 LITE = re.compile(r"(tf_)?efficientnet_lite[0-4]")
 STRIDES_LITE = (1, 2, 2, 2, 1, 2, 1)
 
@@ -196,17 +198,22 @@ def from_timm(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Graph
     Raises:
         SourceError: config.json does not say what is needed, or the weights do not fit together.
     """
-    name, told = str(config["architecture"]), config["pretrained_cfg"]
+    name, told, args = str(config["architecture"]), config["pretrained_cfg"], config.get("model_args") or {}
+    if odd := sorted(set(args) - HARMLESS) or ["global_pool"] * (config.get("global_pool", "avg") != "avg"):
+        raise SourceError(
+            f"timm's '{name}' with {odd[0]} is not the plain one, which Sartor reads: give it as an ONNX file"
+        )
     try:
-        size, pixels = int(told["input_size"][1]), [tuple(float(x) for x in told[k]) for k in ("mean", "std")]
-        if size < 1 or any(len(x) != 3 for x in pixels) or min(pixels[1]) <= 0:
+        (_, size, wide), *pixels = ([float(x) for x in told[k]] for k in ("input_size", "mean", "std"))
+        fits = size == wide >= 1 and all(len(x) == 3 and all(map(math.isfinite, x)) for x in pixels)
+        if not fits or min(pixels[1]) <= 0:
             raise ValueError
     except (LookupError, TypeError, ValueError) as error:
         raise SourceError(
-            "config.json does not say the size of its pictures and the mean and deviation of their pixels: fetch the model again"
+            "config.json does not say the size of its pictures, which are square, and the mean and deviation of their pixels: fetch the model again"
         ) from error
     tensorflow = name.startswith("tf_")
-    draft = Draft(size, *normalization(*pixels))  # type: ignore[arg-type]
+    draft = Draft(int(size), *normalization(*map(tuple, pixels)))  # type: ignore[arg-type]
     return _built(weights, _efficientnet_lite, _Parts({}, draft, 1e-3 if tensorflow else 1e-5, tensorflow))
 
 

@@ -24,7 +24,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _files(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
+    """Its safetensors.
+
+    Raises:
+        SourceError: not all are there, or it is not clear which.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = {str(n) for n in read_json(index).get("weight_map", {}).values()}
@@ -62,7 +67,7 @@ def names_in(folder: Path) -> list[str]:
     from safetensors import safe_open
 
     with _reading():
-        return [name for file in _files(folder) for name in safe_open(file, "pt").keys()]  # noqa: SIM118
+        return [name for file in files_of(folder) for name in safe_open(file, "pt").keys()]  # noqa: SIM118
 
 
 def stored(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Float[Tensor, ...]]:
@@ -75,7 +80,7 @@ def stored(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Float[Tenso
 
     found: dict[str, Tensor] = {}
     with _reading():
-        for file in _files(folder):
+        for file in files_of(folder):
             with safe_open(file, "pt") as f:
                 found |= {name: f.get_tensor(name).float() for name in filter(wanted, f.keys())}
     return found

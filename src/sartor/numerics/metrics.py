@@ -68,7 +68,7 @@ def wilson(right: Array, z: float = 1.96) -> tuple[float, float]:
     """95% interval of a share of right answers (Wilson 1927): honest for few pictures and shares near one."""
     n, p = len(right), float(np.mean(right))
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
 
 def paired_interval(ours: Array, theirs: Array, z: float = 1.96) -> tuple[float, float]:
