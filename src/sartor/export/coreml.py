@@ -1,12 +1,13 @@
 """Vision transformers as Core ML packages (.mlpackage, iOS 18 and macOS 15 on), made anywhere and run by Apple's systems alone.
 
 The input is an RGB image as Core ML has it, so that an app gives it a picture; it reads whole pixels from 0 to 255. Everything is computed in fp16. int8: linear layers and patches
-with a scale a row, activations as they are. int4: clustered, sixteen values for every sixteen rows (k-means on their numbers), which Core ML calls palettes. Without a Mac, `edge_worker` reads the package's own program and weights back and computes them in PyTorch.
+with a scale a row, activations as they are. int4: linear layers with a scale for every 32 inputs of a row, patches as at eight bits. (Palettes, sixteen values for every sixteen rows, are Core ML's other four bits: a fitted DINOv2-S said nonsense with them, docs/log.md.) Without a Mac, `edge_worker` reads the package's own program and weights back and computes them in PyTorch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ NAME, NEEDS, INSTALL = "Core ML", ("coremltools",), "pip install coremltools==9.
 PIXELS = torch.float32  # of the program that is converted; coremltools knows no uint8, the package reads images
 OUTPUTS = ("logits", "features")
 LEAST = 512  # numbers of a matrix that is rounded: a smaller one saves nothing
-CLUSTERED = 16  # rows that share sixteen values
+BLOCK = 32  # inputs of a row that share a scale at four bits
 
 
 def prepare(program: ExportedProgram, folder: Path) -> Any:
@@ -39,33 +40,24 @@ def prepare(program: ExportedProgram, folder: Path) -> Any:
     )
 
 
-def _of_matrices(rule: Any) -> Any:
-    """The rule for linear layers and patches."""
+BY_BLOCK: dict[str, Any] = {"dtype": "int4", "granularity": "per_block", "block_size": BLOCK}
+
+
+def _rounded(model: Any, path: Path, **linear: Any) -> None:
+    """Patches and convolutions in eight bits with a scale an output, linear layers too unless something else is said."""
     import coremltools.optimize.coreml as cto
 
-    return cto.OptimizationConfig(op_type_configs={"linear": rule, "conv": rule})
-
-
-def _write8(model: Any, path: Path) -> None:
-    import coremltools.optimize.coreml as cto
-
-    rule = cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=LEAST)
-    cto.linear_quantize_weights(model, _of_matrices(rule)).save(str(path))
-
-
-def _write4(model: Any, path: Path) -> None:
-    import coremltools.optimize.coreml as cto
-
-    rule = cto.OpPalettizerConfig(
-        mode="kmeans", nbits=4, granularity="per_grouped_channel", group_size=CLUSTERED, weight_threshold=LEAST
-    )
-    cto.palettize_weights(model, _of_matrices(rule)).save(str(path))
+    rules = {
+        op: cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=LEAST, **more)
+        for op, more in (("linear", linear), ("conv", {}))
+    }
+    cto.linear_quantize_weights(model, cto.OptimizationConfig(op_type_configs=rules)).save(str(path))
 
 
 WEIGHTS: dict[str, Callable[[Any, Path], None]] = {
     "fp16": lambda model, path: model.save(str(path)),
-    "int8": _write8,
-    "int4": _write4,
+    "int8": _rounded,
+    "int4": partial(_rounded, **BY_BLOCK),
 }
 
 
@@ -78,7 +70,7 @@ def named(constants: Mapping[str, np.ndarray], model: Any) -> dict[str, np.ndarr
     """The package's constants by the names of the network's parameters, those that were not folded into others."""
     found = {}
     for name, _ in model.named_parameters():
-        for ending in ("", "_to_fp16", "_to_fp16_quantized", "_to_fp16_palettized"):
+        for ending in ("", "_to_fp16", "_to_fp16_quantized"):
             key = f"p_network_{name.replace('.', '_')}{ending}"
             if key in constants:
                 found[name] = constants[key]
