@@ -153,45 +153,36 @@ def stream_repaired(model: Any, plan: Plan, evidence: Evidence) -> Any:
     return small
 
 
-OURS = (
-    "Sartor",
-    "Sartor, effects from own text only",
-    "Sartor, effects mixed",
-    "Sartor, effects and repair from own text",
-    "Sartor, effects and repair from generic text",
-    "Sartor, repair on the dense stream",
-    "Sartor, no repair",
-)
+# whose text says what goes, and what the rest is fitted on: either text, "dense" for closed form on the whole network's own activations, "none"
+OURS = {
+    "Sartor": ("recovered", "both"),
+    "Sartor, effects from own text only": ("mine", "both"),
+    "Sartor, effects mixed": ("mixed", "both"),
+    "Sartor, effects and repair from own text": ("mine", "mine"),
+    "Sartor, effects and repair from generic text": ("theirs", "theirs"),
+    "Sartor, repair on the dense stream": ("recovered", "dense"),
+    "Sartor, no repair": ("recovered", "none"),
+}
 
 
 def ours(
     model: Any, own: torch.Tensor, generic: torch.Tensor, seed: int, only: Sequence[str] | None
 ) -> dict[str, tuple[Ranking, Callable[..., Any]]]:
     """Sartor's arms: as it is, and with parts exchanged; None for `only`: all."""
+    asked = {name: how for name, how in OURS.items() if name in (only or OURS)}
+    if not asked:
+        return {}
     half, a = running(model), anatomy(model)
     halves = [feel(half, r, seed) for r in own.chunk(2)]
     user, one, two, other = (effects_of(a, f) for f in (together(*halves), *halves, feel(half, generic, seed)))
+    effects = {"mine": user, "theirs": other, "mixed": blended(user, other, 0.3)}
+    effects["recovered"] = recovered(user, (one, two), other)
     few = generic[: len(generic) // 2]
-    evidence = {
-        "both": evidence_of(half, own, few, 0.3),
-        "mine": evidence_of(half, own, few[:0], 0.0),
-        "theirs": evidence_of(half, generic, few[:0], 0.0),
-    }
-    ranking = by_effects(recovered(user, (one, two), other))
-
-    def repaired(key: str) -> Callable[..., Any]:
-        return lambda m, plan, seen: stream_repaired(m, plan, evidence[key])
-
-    arms = (
-        (ranking, repaired("both")),
-        (by_effects(user), repaired("both")),
-        (by_effects(blended(user, other, 0.3)), repaired("both")),
-        (by_effects(user), repaired("mine")),
-        (by_effects(other), repaired("theirs")),
-        (ranking, by_moments),
-        (ranking, without_repair),
-    )
-    return {name: arm for name, arm in zip(OURS, arms, strict=True) if name in (only or OURS)}
+    texts = {"both": (own, few, 0.3), "mine": (own, few[:0], 0.0), "theirs": (generic, few[:0], 0.0)}
+    evidence = {key: evidence_of(half, *texts[key]) for key in {repair for _, repair in asked.values()} & texts.keys()}
+    repairs = {"dense": by_moments, "none": without_repair}
+    repairs |= {key: lambda m, plan, seen, e=e: stream_repaired(m, plan, e) for key, e in evidence.items()}
+    return {name: (by_effects(effects[felt]), repairs[repair]) for name, (felt, repair) in asked.items()}
 
 
 @dataclass(frozen=True)

@@ -14,27 +14,26 @@ import torch
 from sartor.model.network import clone, load_dense
 from sartor.stages import masters
 from sartor.stages.distil import DistilConfig, anchor, distil_
-from sartor.stages.masters import Adam, Latents, free
+from sartor.stages.masters import Adam, free
 from sartor.stages.tokens import cut_windows, encode_windows, training_rows
 from tests.conftest import texts
 
 
-def trained(model: Any, tokenizer: Any, config: DistilConfig) -> tuple[Any, int, Latents]:
-    """A copy, the tokens that it saw, and its weights; what the model itself says is learnt, from slightly moved weights."""
+def trained(model: Any, tokenizer: Any, config: DistilConfig) -> tuple[Any, int]:
+    """A copy, and the tokens that it saw; what the model itself says is learnt, from slightly moved weights."""
     rows = training_rows(texts("cook", 10, 3), tokenizer, 64)
     validation = encode_windows(cut_windows(texts("cook", 6, 8)), tokenizer)
     student, g = clone(model), torch.Generator().manual_seed(0)
     for p in student.parameters():
         p.data += 0.02 * torch.randn(p.shape, generator=g)
-    latents = free(student)
-    done = distil_(student, latents, None, anchor(model, rows), validation, config)
-    return student, done.tokens, latents
+    done = distil_(student, free(student), None, anchor(model, rows), validation, config)
+    return student, done.tokens
 
 
 def test_a_training_of_so_many_rows_is_the_same_again(place: dict[str, Path], tokenizer: Any) -> None:
     model = load_dense(place["model"])[0]
     config = DistilConfig(math.inf, 1e-3, checks=2, rows=24)
-    (one, tokens, _), (other, _, _) = (trained(model, tokenizer, config) for _ in range(2))
+    (one, tokens), (other, _) = (trained(model, tokenizer, config) for _ in range(2))
     assert tokens == 24 * 64
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
     assert trained(model, tokenizer, config.part(0.5))[1] == 12 * 64

@@ -31,14 +31,14 @@ def do_export(a: argparse.Namespace) -> None:
     if not a.data and len(a.to) != 1:
         raise InputError("name one runtime with --to; with --data several are compared")
     _no_bars()
-    spec = storage.original_of(a.folder)
     if not picture_api.is_picture_artifact(a.folder):
         there, others = text_exports.installed()
         if "executorch" in (a.to or there):
             print("ExecuTorch's file takes minutes to lower; leave it out by naming others with --to", file=sys.stderr)
         rows = text_exports.measure_text_exports(a.folder, a.to, a.data, a.out)
         print(text_exports.table(rows))
-        exports.write(a.out, spec, text_exports.about(rows), text_exports.HEAD, text_exports.cells(rows), rows)
+        spec, said = storage.original_of(a.folder), text_exports.about(rows)
+        exports.write(a.out, spec, said, text_exports.HEAD, text_exports.cells(rows), rows)
         print(f"\nwritten: {', '.join(RUNTIMES[name].file for name in a.to or there)} in {a.out}", file=sys.stderr)
         if others and not a.to:
             print(f"left out: {'; '.join(others)}", file=sys.stderr)
@@ -46,7 +46,7 @@ def do_export(a: argparse.Namespace) -> None:
         rows = picture_exports.measure_exports(a.folder, a.to, a.data, a.out, a.labels)
         said = runtimes.about(rows, held_out=(a.folder / "report.json").exists())
         print(f"{runtimes.table(rows)}\n\n{said}")
-        exports.write(a.out, spec, said, runtimes.HEAD, runtimes.cells(rows), rows)
+        exports.write(a.out, storage.original_of(a.folder), said, runtimes.HEAD, runtimes.cells(rows), rows)
         print(f"written: {len(rows)} rows and their files in {a.out}, as a page in exports.html", file=sys.stderr)
     else:
         print(f"written: {export(a.folder, a.to[0], a.out)}", file=sys.stderr)

@@ -96,7 +96,7 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
     for n, r in enumerate(sides):
         told = lambda note, n=n: tell("view", n / len(sides), note)  # noqa: E731
         told(f"pictures of {r} pixels a side: what the head says of them")
-        dense, head = (p.dense, p.head) if r == whole else headed(p, r, job.seed)
+        dense, head = headed(p, r, job.seed)
         pictures = shrunk(p.pictures, r)
         told(f"pictures of {r} pixels a side: how long heads and channels take in the runtime")
         costs, most = timed(p, dense, _priced(p, dense, four), job.faster)
@@ -134,7 +134,7 @@ def view_again(p: PreparedPictures, job: Job, saved: dict[str, Any]) -> View:
     if isinstance(p.whole, Graph):
         again = replace(map_costs(p.dense, p.budget_bytes), prices=tuple(saved["prices"]), limit=limit)
         return View(p.dense, p.head, p.pictures, again, {})
-    dense, head = (p.dense, p.head) if side == p.whole.size else headed(p, side, job.seed)
+    dense, head = headed(p, side, job.seed)
     costs = _priced(p, dense, saved.get("four"))
     costs = replace(costs, block_seconds=saved["block_seconds"], head_seconds=saved["head_seconds"], limit=limit)
     return View(dense, head, shrunk(p.pictures, side), costs, {})
@@ -157,7 +157,9 @@ def _damage(dense: Any, effects: Any, costs: Costs) -> float:
 
 
 def headed(p: PreparedPictures, side: int, seed: int) -> tuple[Any, Head]:
-    """The network for smaller pictures, read behind the same layer, and its head."""
+    """The network for pictures of this side, read behind the same layer, and its head."""
+    if side == p.whole.size:
+        return p.dense, p.head
     network = load_vision(p.source.folder, side)
     train, depth = smaller(p.album.train.pixels, side), p.head.depth
     head = choose_head(network, train, p.labels[0], p.classes, seed, first=depth, last=depth, own=p.own)
