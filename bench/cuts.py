@@ -165,9 +165,16 @@ OURS = {
 }
 
 
-def ours(
-    model: Any, own: torch.Tensor, generic: torch.Tensor, seed: int, only: Sequence[str] | None
-) -> dict[str, tuple[Ranking, Callable[..., Any]]]:
+@dataclass(frozen=True)
+class Arm:
+    """What a method would take out, and how it repairs what is left. evidence: that the fit to the residual stream rests on, in arms that are repaired so."""
+
+    ranking: Ranking
+    repair: Callable[[Any, Plan, Seen], Any]
+    evidence: Evidence | None = None
+
+
+def ours(model: Any, own: torch.Tensor, generic: torch.Tensor, seed: int, only: Sequence[str] | None) -> dict[str, Arm]:
     """Sartor's arms: as it is, and with parts exchanged; None for `only`: all."""
     asked = {name: how for name, how in OURS.items() if name in (only or OURS)}
     if not asked:
@@ -182,7 +189,15 @@ def ours(
     evidence = {key: evidence_of(half, *texts[key]) for key in {repair for _, repair in asked.values()} & texts.keys()}
     repairs = {"dense": by_moments, "none": without_repair}
     repairs |= {key: lambda m, plan, seen, e=e: stream_repaired(m, plan, e) for key, e in evidence.items()}
-    return {name: (by_effects(effects[felt]), repairs[repair]) for name, (felt, repair) in asked.items()}
+    return {
+        name: Arm(by_effects(effects[felt]), repairs[repair], evidence.get(repair))
+        for name, (felt, repair) in asked.items()
+    }
+
+
+def published(seen: Seen, only: Sequence[str] | None) -> dict[str, Arm]:
+    """The others' arms; None for `only`: all."""
+    return {name: Arm(rank(seen), REPAIR[name]) for name, rank in RIVALS.items() if name in (only or RIVALS)}
 
 
 @dataclass(frozen=True)
@@ -201,8 +216,14 @@ def lesson_of(p: Any, dense: Any, rows: int, seed: int) -> Lesson:
     own = sample(training_rows(p.texts.train, p.tokenizer), e.training.lessons, seed)
     generic = sample(training_rows(p.texts.generic_train, p.tokenizer), e.rows, seed)
     validation = encode_windows(cut_windows(p.texts.validation, e.validation_bytes), p.tokenizer)
-    config = replace(e.training.recover, seconds=math.inf, rows=rows)
-    return Lesson(joined(anchor(dense, own), anchor(dense, generic)), validation, config, seed)
+    return Lesson(
+        joined(anchor(dense, own), anchor(dense, generic)), validation, counted(e.training.recover, rows), seed
+    )
+
+
+def counted(config: DistilConfig, rows: int) -> DistilConfig:
+    """A training that ends after so many rows, whatever time that takes."""
+    return replace(config, seconds=math.inf, rows=rows)
 
 
 def cell(
@@ -257,13 +278,12 @@ def main() -> None:
             generic = sample(training_rows(p.texts.generic_train, p.tokenizer), a.rows, seed)
             shape, seen = anatomy(p.model), look(dense, own)
             lesson = lesson_of(p, dense, a.train, seed) if a.train else None
-            arms = {name: (rank(seen), REPAIR[name]) for name, rank in RIVALS.items() if name in (a.only or RIVALS)}
-            arms |= ours(p.model, own, generic, seed, a.only)
+            arms = ours(p.model, own, generic, seed, a.only) | published(seen, a.only)
             for removed in a.removed:
-                for name, (ranking, repair) in arms.items():
-                    kept = chosen(shape, ranking, removed)
+                for name, arm in arms.items():
+                    kept = chosen(shape, arm.ranking, removed)
                     key = CELLS, p.source.sha256, name, json.dumps(kept), own, generic, a.train, seed, computed
-                    run = partial(cell, p.model, plan_of(shape, kept, seed), repair, seen, (user, general), lesson)
+                    run = partial(cell, p.model, plan_of(shape, kept, seed), arm.repair, seen, (user, general), lesson)
                     *found, seconds = remembered(run, "cut", *key)
                     for what, of in (("cut", found[:2]), (f"trained on {a.train}", found[2:])):
                         if of:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import at_bytes
 import cuts
 import on_gpu
 import pytest
@@ -84,4 +85,26 @@ def test_cuts_are_measured_as_they_are_and_after_recovery(
     assert bits["random", "trained on 32"] <= bits["random", " cut "]
     monkeypatch.setattr(cuts, "cell", lambda *_: pytest.fail("it was known"))
     cuts.main()
+    assert capsys.readouterr().out.splitlines() == first
+
+
+def test_at_equal_bytes_every_arm_fits_and_only_its_cuts_and_repair_differ(
+    place: dict[str, Path], tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = ["Sartor", "FLAP", "random"]
+    ask = ["at_bytes", str(place["model"]), "--data", str(place["user"]), "--generic", str(place["generic"])]
+    monkeypatch.setattr("sys.argv", [*ask, "--sizes", "25%", "--rows", "16", "--train", "32", "--only", *arms])
+    at_bytes.main()
+    first = capsys.readouterr().out.splitlines()
+    limit = int(0.25 * 2 * sum(p.numel() for p in load_dense(place["model"])[0].parameters()))
+    sizes = {
+        arm: int(line.split(" gone, ")[1].split()[0].replace(",", ""))
+        for line in first
+        for arm in arms
+        if f": {arm} " in line
+    }
+    assert set(sizes) == set(arms)
+    assert all(0.9 * limit < size <= limit for size in sizes.values())
+    monkeypatch.setattr(at_bytes, "cell", lambda *_: pytest.fail("it was known"))
+    at_bytes.main()
     assert capsys.readouterr().out.splitlines() == first
