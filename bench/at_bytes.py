@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,12 +120,18 @@ def cell(ground: Ground, plan: Plan, arm: Arm, seen: Seen, evidence: Evidence) -
         cut = arm.repair(ground.network, plan, seen)
         latents = fit(cut, running(cut), evidence, ground.grids)
     student = running(cut)
+    home = next(student.parameters()).device  # the fit leaves on the processor what it has done
+    latents = replace(latents, masters=_at(home, latents.masters), scales=_at(home, latents.scales))
     put_(student, latents)
     found = [score(student, w).bits_per_byte for w in ground.windows]
     lesson = ground.lesson
     distil_(student, latents, None, lesson.said, lesson.validation, lesson.config, lesson.seed)
     found += [score(student, w).bits_per_byte for w in ground.windows]
     return [*found, time.monotonic() - started]
+
+
+def _at(home: torch.device, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: t.to(home) for name, t in tensors.items()}
 
 
 def main() -> None:
