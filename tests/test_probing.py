@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
+from sartor.effort import EFFORTS
 from sartor.model import network as net
 from sartor.model.tail import Tail
 from sartor.numerics.gptq import gptq
 from sartor.numerics.grids import GRIDS, snap
 from sartor.plan import LayerPlan, Plan, to_mask
-from sartor.probing import FIRST, sounded
+from sartor.probing import FIRST, Texts, sense, sounded
 from sartor.stages import probe
 from sartor.stages.calibrate import second_moments
 from sartor.stages.decide import settle, verdict
@@ -149,6 +152,34 @@ def test_reliability_is_what_two_such_texts_would_agree_on(noise: float) -> None
     assert np.corrcoef(*(np.log(h.channel[0].numpy()) for h in halves))[0, 1] < agreed - 0.02
 
 
+@pytest.mark.parametrize("difference", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("noise", [0.5, 1.0, 2.0])
+def test_reliability_beside_a_profile_is_how_true_what_is_recovered_there_is(noise: float, difference: float) -> None:
+    true, halves, generic = made_up(noise, 3, difference)
+    got = probe.recovered(halves[0], halves, generic)
+    truth = spearmanr(*(np.concatenate([e.channel[n].numpy() for n in (0, 1)]) for e in (got, true))).statistic ** 2
+    told = probe.reliability(*halves, generic)
+    assert told == pytest.approx(truth, abs=0.05)
+    assert told >= probe.reliability(*halves) - 0.01
+
+
+def test_a_profile_of_something_else_tells_nothing_and_a_true_one_nearly_all() -> None:
+    true, halves, _ = made_up(1.0, 4, 1.0)
+    _, _, other = made_up(1.0, 5, 1.0)
+    alone = probe.reliability(*halves)
+    assert probe.reliability(*halves, other) == pytest.approx(alone, abs=0.02)
+    assert probe.reliability(*halves, true) > 0.97 > alone + 0.05
+
+
+def test_what_a_profile_tells_is_not_read_again(model: Any, rows: torch.Tensor) -> None:
+    many = torch.cat([rows] * 4)
+    whole, *_ = sounded(model, many, 1.0, 0, lambda share: None)
+    alone, *_ = sounded(model, many[:FIRST], 0.0, 0, lambda share: None)
+    known = (alone.known + 1) / 2
+    assert sounded(model, many, known, 0, lambda share: None)[0].tokens > FIRST * rows.shape[1]
+    assert sounded(model, many, known, 0, lambda share: None, whole)[0].tokens == FIRST * rows.shape[1]
+
+
 def test_rows_are_felt_until_the_order_is_known(model: Any, rows: torch.Tensor) -> None:
     many = torch.cat([rows] * 4)
     enough, one, other = sounded(model, many, 0.0, 0, lambda share: None)
@@ -246,6 +277,29 @@ def test_a_measurement_is_made_once_and_a_damaged_memory_is_none(tmp_path: Path,
     for file in tmp_path.iterdir():
         file.write_text(file.read_text()[:-20])
     assert recall("effects", rows, 0, measure) == {"x": [1.5, 6]}
+    assert recall("effects", rows, 0, measure, lambda kept: kept["x"][1] > 6) == {"x": [1.5, 7]}
+    assert recall("effects", rows, 0, measure, lambda kept: kept["x"][1] > 6) == {"x": [1.5, 7]}
+
+
+def test_one_profile_serves_every_user_seed_and_lower_effort(
+    model: Any, tokenizer: Any, tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recall = remembered(tmp_path, "sha")
+    generic = texts("sail", 40, 1)
+    read: list[str] = []
+    tell = lambda stage, share, note: read.append(note)  # noqa: E731
+    found = []
+    for person, effort, seed in (("cook", "standard", 0), ("sail", "standard", 1), ("cook", "quick", 2)):
+        own = texts(person, 40, 2)
+        mine, theirs = sense(model, tokenizer, Texts(own, own, own, generic, generic), effort, seed, tell, recall)
+        found.append(theirs.channel[0])
+    assert all(torch.equal(found[0], f) for f in found[1:])
+    assert len(list(tmp_path.glob("profile-*"))) == 1
+    assert len(list(tmp_path.glob("halves-*"))) == 3
+    read.clear()
+    monkeypatch.setitem(EFFORTS, "standard", replace(EFFORTS["standard"], known=0.9999, felt_rows=64))
+    sense(model, tokenizer, Texts(own, own, own, generic, generic), "standard", 0, tell, recall)
+    assert "gradients on generic text" in read  # more was asked for than the profile tells
 
 
 def test_what_a_part_is_worth_is_what_the_text_costs_without_it(

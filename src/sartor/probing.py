@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sartor.effort import effort_of
 from sartor.model.graph import Graph
 from sartor.model.network import anatomy
 from sartor.stages.maps import feel_maps, map_effects
+from sartor.stages.medium import medium_of
 from sartor.stages.probe import Effects, Units, Worth, check, effects_of, recovered, reliability, without_parts
 from sartor.stages.sensitivity import Felt, feel, together
 from sartor.stages.tokens import sample, training_rows
@@ -33,10 +35,16 @@ class Texts:
 
 
 Compute = Callable[[], dict[str, Any]]
-Recall = Callable[[str, Tensor, int, Compute], dict[str, Any]]
+Enough = Callable[[dict[str, Any]], bool]
+Recall = Callable[[str, Tensor, int, Compute, Enough], dict[str, Any]]
 
 
-def anew(what: str, rows: Tensor, seed: int, compute: Compute) -> dict[str, Any]:
+def always(kept: dict[str, Any]) -> bool:
+    """Whatever is kept will do."""
+    return True
+
+
+def anew(what: str, rows: Tensor, seed: int, compute: Compute, enough: Enough = always) -> dict[str, Any]:
     """Nothing is remembered."""
     return compute()
 
@@ -47,46 +55,64 @@ def sense(
     """What the user's text, recovered beside generic text, and generic text need of every unit.
 
     Args:
-        dense: in bf16. recall: given what is to be measured, on which rows, with which seed and how, returns it, from an earlier job where it can.
+        dense: in bf16. recall: given what is to be measured, on which rows, with which seed, how, and what of an earlier job would be enough, returns it, from an earlier job where it can.
     """
     rows = training_rows(texts.train, tokenizer), training_rows(texts.generic_train, tokenizer)
-    told = lambda share, note: tell("probe", 0.8 * share, note)  # noqa: E731
-    user, halves, generic = felt(dense, rows, effort, seed, told, recall)
-    return recovered(user, halves, generic), generic
+    e = effort_of(effort)
+    generic = profile(dense, rows[1], effort, lambda share, note: tell("probe", 0.4 * share, note), recall)
+    own = sample(rows[0], e.felt_rows, seed)
+    told = lambda share: tell("probe", 0.4 + 0.4 * share, "gradients on the user's text")  # noqa: E731
+
+    def measure() -> dict[str, Any]:
+        found = sounded(dense, own, e.known, seed, told, generic)
+        return {str(i): x.to_dict() for i, x in enumerate(found)}
+
+    raw = recall(f"halves-{e.known}", torch.cat([own.flatten(), rows[1].flatten()]), seed, measure, always)
+    user, one, other = (Effects.from_dict(raw[str(i)]) for i in range(3))
+    return recovered(user, (one, other), generic), generic
+
+
+def profile(
+    dense: Any, rows: Tensor, effort: str, tell: Callable[[float, str], None], recall: Recall = anew
+) -> Effects:
+    """What generic text needs: the same for all users of a model, so that one measurement, of whoever was first, serves them all.
+
+    Args:
+        rows: all of the generic text; of them as many are read as it takes.
+    """
+    e = effort_of(effort)
+    read = sample(rows, e.felt_rows, 0)
+    tokens = len(read) * medium_of(dense).positions(read)
+    told = lambda share: tell(share, "gradients on generic text")  # noqa: E731
+    measure = lambda: sounded(dense, read, e.known, 0, told)[0].to_dict()  # noqa: E731
+    return Effects.from_dict(
+        recall("profile", rows, 0, measure, lambda kept: kept["known"] >= e.known or kept["tokens"] >= tokens)
+    )
 
 
 def felt(
-    model: Any,
-    rows: tuple[Tensor, Tensor],
-    effort: str,
-    seed: int,
-    tell: Callable[[float, str], None],
-    recall: Recall = anew,
-) -> tuple[Effects, tuple[Effects, Effects], Effects]:
-    """Backward probes on the user's rows and on generic ones: (the user's effects, those of two halves of the rows, generic effects)."""
+    model: Any, rows: tuple[Tensor, Tensor], effort: str, seed: int, tell: Callable[[float, str], None]
+) -> tuple[Effects, Effects]:
+    """Backward probes on the user's rows and on generic ones, each for itself."""
     e = effort_of(effort)
-    own, other = (sample(r, e.felt_rows, seed) for r in rows)
+    user, generic = (
+        sounded(model, sample(r, e.felt_rows, seed), e.known, seed, partial(_halfway, tell, start, name))[0]
+        for r, start, name in zip(rows, (0.0, 0.5), ("the user's text", "generic text"), strict=True)
+    )
+    return user, generic
 
-    def on(rows: Tensor, start: float, name: str) -> tuple[Effects, Effects, Effects]:
-        return sounded(model, rows, e.known, seed, lambda share: tell(start + 0.5 * share, f"gradients on {name}"))
 
-    def measure() -> dict[str, Any]:
-        return {str(i): x.to_dict() for i, x in enumerate(on(own, 0.0, "the user's text"))}
-
-    raw = recall(f"halves-{e.known}", own, seed, measure)
-    user, *halves = (Effects.from_dict(raw[str(i)]) for i in range(3))
-    profile = recall(f"effects-{e.known}", other, seed, lambda: on(other, 0.5, "generic text")[0].to_dict())
-    generic = Effects.from_dict(profile)
-    return user, (halves[0], halves[1]), generic
+def _halfway(tell: Callable[[float, str], None], start: float, name: str, share: float) -> None:
+    tell(start + 0.5 * share, f"gradients on {name}")
 
 
 def sounded(
-    model: Any, rows: Tensor, known: float, seed: int, tell: Callable[[float], None]
+    model: Any, rows: Tensor, known: float, seed: int, tell: Callable[[float], None], generic: Effects | None = None
 ) -> tuple[Effects, Effects, Effects]:
     """Effects on as many of the rows as it takes, and those of the two halves: twice as many again until the order of all units is known well enough.
 
     Args:
-        known: least reliability of the order (`reliability`), or all rows.
+        known: least reliability of the order (`reliability`), or all rows. generic: a profile that the effects will be `recovered` beside: what it tells needs not be read again.
     """
     rows = rows.reshape(2, -1) if len(rows) == 1 else rows
     look, effects = _looks(model)
@@ -100,7 +126,7 @@ def sounded(
     halves = [read(0, n // 2), read(n // 2, n)]
     while True:
         one, other = (effects(h, seed) for h in halves)
-        told = reliability(one, other)
+        told = reliability(one, other, generic)
         if told >= known or n + 1 >= len(rows):
             break
         more = min(2 * n, len(rows))
@@ -134,6 +160,6 @@ def explain(
     def without(of: Sequence[str], start: float) -> dict[str, Any]:
         rows = probe_rows(of, tokenizer, 2 * effort_of(effort).probe_rows, seed)
         told = lambda share, note: tell("explain", start + share / 2, note)  # noqa: E731
-        return recall("without", rows, seed, lambda: without_parts(dense, rows, seed, told))
+        return recall("without", rows, seed, lambda: without_parts(dense, rows, seed, told), always)
 
     return {"user": without(texts.probe, 0.0), "generic": without(texts.generic_probe, 0.5)}

@@ -31,6 +31,7 @@ from sartor.numerics.four import NAMED
 from sartor.numerics.grids import GRIDS, decode_scales, encode, tensor_bytes
 from sartor.paging import copied, kept
 from sartor.plan import Plan
+from sartor.probing import Enough, Recall, always
 from sartor.stages.masters import Latents
 from sartor.tensors import Entry, metadata_of, read_tensors, write_tensors
 
@@ -111,15 +112,15 @@ def refuse_other_texts(report: dict[str, Any], found: Corpus) -> None:
         )
 
 
-def remembered(
-    folder: Path, model_sha256: str
-) -> Callable[[str, Tensor, int, Callable[[], dict[str, Any]]], dict[str, Any]]:
-    """A memory for measurements of one model (`probing.Recall`): JSON files in `folder`, found again by the content of the rows.
+def remembered(folder: Path, model_sha256: str) -> Recall:
+    """A memory for measurements of one model: JSON files in `folder`, found again by the content of the rows.
 
-    A file holds numbers about the model's parts and hashes, no text; one made on public text can be given to the next user of the model.
+    A file holds numbers about the model's parts and hashes, no text; one made on public text ("profile") can be given to the next user of the model.
     """
 
-    def recall(what: str, rows: Tensor, seed: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def recall(
+        what: str, rows: Tensor, seed: int, compute: Callable[[], dict[str, Any]], enough: Enough = always
+    ) -> dict[str, Any]:
         about = {
             "format": f"sartor-{what}-2",
             "model_sha256": model_sha256,
@@ -131,9 +132,9 @@ def remembered(
         if file.exists():
             try:
                 kept = json.loads(file.read_text())
-                if all(kept.get(k) == v for k, v in about.items()):
+                if all(kept.get(k) == v for k, v in about.items()) and enough(kept["measured"]):
                     return dict(kept["measured"])
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 pass  # half-written or damaged: measured again
         measured = compute()
         folder.mkdir(parents=True, exist_ok=True)

@@ -86,7 +86,7 @@ class Surgery:
     def _sense(self, network: Any, plan: Plan, tell: Tell) -> Effects:
         """Effects on both texts, by the plan's share: the user's alone are too few to know rare activations by (docs/log.md)."""
         told = lambda share, note: tell("prune", 0.8 * share, f"the adapted network's {note}")  # noqa: E731
-        user, _, generic = felt(network, (self.unseen, self.generic), self.effort, plan.seed, told)
+        user, generic = felt(network, (self.unseen, self.generic), self.effort, plan.seed, told)
         return blended(user, generic, plan.rho)
 
     def _healed(self, network: Any, plan: Plan, training: DistilConfig | None) -> Any:

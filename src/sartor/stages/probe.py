@@ -23,6 +23,7 @@ from sartor.stages.sensitivity import Felt
 from sartor.stages.yardstick import Reading, Yardstick
 
 TINY = 1e-30  # of an effect whose logarithm is taken
+SURE = 1 - 1e-6  # of a correlation whose odds are taken
 DRAWS = 200  # of the bootstrap over rows
 SHARES = (0.02, 0.25)  # of all units that a mask takes, from few to many
 PARTS = {"attention": 0, "mlp": 1}
@@ -90,10 +91,25 @@ def blended(user: Effects, generic: Effects, rho: float) -> Effects:
     return Effects(channel, group, user.parts, user.tokens)
 
 
-def reliability(one: Effects, other: Effects) -> float:
-    """How well the order of all channels and query groups is known from two halves of a text together (Spearman and Brown, from the halves' rank correlation)."""
-    r = float(spearmanr(_flat(one), _flat(other)).statistic)
-    return 2 * r / (1 + r) if r > 0 else 0.0
+def reliability(one: Effects, other: Effects, generic: Effects | None = None) -> float:
+    """How well the order of all channels and query groups is known from two halves of a text together: the squared correlation with the truth, of ranks.
+
+    Alone 2r / (1 + r), r being the rank correlation of the halves (Spearman and Brown). Beside a generic profile one half is `recovered` first; c, its correlation with the other half as that was
+    measured, tells by c^2 / r how true it has become (correction for attenuation; Spearman 1904). Odds of either half, x / (1 - x), are how many times the noise the signal has, and add up.
+    """
+    r = min(_agreement(one, other), SURE)
+    if r <= 0:
+        return 0.0
+    half = r
+    if generic is not None:
+        c = np.mean([_agreement(_half(x, y, generic), y) for x, y in ((one, other), (other, one))])
+        half = min(max(float(c), 0.0) ** 2 / r, SURE)
+    odds = half / (1 - half) + r / (1 - r)
+    return odds / (1 + odds)
+
+
+def _agreement(one: Effects, other: Effects) -> float:
+    return float(spearmanr(_flat(one), _flat(other)).statistic)
 
 
 def _flat(e: Effects) -> Float[np.ndarray, " d"]:
@@ -108,21 +124,31 @@ def recovered(user: Effects, halves: tuple[Effects, Effects], generic: Effects) 
     what the halves differ by: the posterior mean of a Gaussian difference (James and Stein 1961; Efron and Morris 1973). Soft thresholds, for a sparse difference, do a little
     worse: few units differ greatly, but nearly all differ (docs/log.md).
     """
-    channel = _shrunk([h.channel for h in halves], generic.channel)
-    group = _shrunk([h.group for h in halves], generic.group)
+    return _beside(user, halves, generic, 2)
+
+
+def _half(one: Effects, other: Effects, generic: Effects) -> Effects:
+    """The same from one half, the other telling only how far to believe it."""
+    return _beside(one, (one, other), generic, 1)
+
+
+def _beside(user: Effects, halves: tuple[Effects, Effects], generic: Effects, heard: int) -> Effects:
+    channel = _shrunk([h.channel for h in halves], generic.channel, heard)
+    group = _shrunk([h.group for h in halves], generic.group, heard)
     return Effects(channel, group, user.parts, user.tokens, user.known)
 
 
-def _shrunk(halves: list[dict[int, Tensor]], prior: dict[int, Tensor]) -> dict[int, Tensor]:
+def _shrunk(halves: list[dict[int, Tensor]], prior: dict[int, Tensor], heard: int) -> dict[int, Tensor]:
+    """Args: heard: of the halves, the first so many say what the difference is; both say how noisy that is."""
     if not prior:
         return {}
     ratios = [{n: _log(h[n]) - _log(prior[n]) for n in prior} for h in halves]
     means = torch.tensor([[float(r[n].mean()) for n in prior] for r in ratios])
-    level, believed = means.mean(), _believed(means[0], means[1])
-    layers = {n: level + believed * (m - level) for n, m in zip(prior, means.mean(0), strict=True)}
-    beside = [torch.cat([r[n] - r[n].mean() for n in prior]) for r in ratios]
-    believed = _believed(*beside)
-    units = (believed * (beside[0] + beside[1]) / 2).split([len(x) for x in prior.values()])
+    level, believed = means[:heard].mean(), _believed(means[0], means[1], heard)
+    layers = {n: level + believed * (m - level) for n, m in zip(prior, means[:heard].mean(0), strict=True)}
+    beside = torch.stack([torch.cat([r[n] - r[n].mean() for n in prior]) for r in ratios])
+    believed = _believed(beside[0], beside[1], heard)
+    units = (believed * beside[:heard].mean(0)).split([len(x) for x in prior.values()])
     return {n: prior[n] * (layers[n] + u).exp() for n, u in zip(prior, units, strict=True)}
 
 
@@ -130,11 +156,11 @@ def _log(x: Tensor) -> Tensor:
     return x.clamp_min(TINY).log()
 
 
-def _believed(one: Tensor, other: Tensor) -> float:
-    """Signal / (signal + noise) of the mean of two noisy measurements of the same things."""
-    noise = float((one - other).square().mean()) / 4
-    signal = max(0.0, float(((one + other) / 2).var(correction=0)) - noise)
-    return signal / max(signal + noise, TINY)
+def _believed(one: Tensor, other: Tensor, heard: int) -> float:
+    """Signal / (signal + noise) of the mean of so many of two noisy measurements of the same things."""
+    noise = float((one - other).square().mean()) / 2  # of one of them
+    signal = max(0.0, float(((one + other) / 2).var(correction=0)) - noise / 2)
+    return signal / max(signal + noise / heard, TINY)
 
 
 def interval(by_row: Float[np.ndarray, " n"], rng: np.random.Generator) -> list[float]:
