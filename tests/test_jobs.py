@@ -242,11 +242,13 @@ def test_probing_tells_draws_and_is_remembered(
     ask = ["probe", str(place["model"]), "--data", str(place["user"]), "--generic", str(place["generic"])]
     assert main([*ask, "--out", str(tmp_path / "probed")]) == 0
     told, progress = capsys.readouterr()
-    assert "gradients on the user's text" in progress
+    assert "gradients on" in progress
     assert all(f"{n} {part}" in told for n in range(3) for part in ("attention", "MLP"))
     assert "Without the" in told
     page = (tmp_path / "probed" / "probe.html").read_text()
     assert page.count("<circle") == 12
+    assert page.count("<rect") == 3 * 2
+    assert "groups of heads" in told
     r = json.loads((tmp_path / "probed" / "probe.json").read_text())
     assert {v for part in r["verdicts"].values() for v in part} <= {"personalized", "generic", "undecided"}
     assert "personalized" in r["verdicts"]["mlp"]  # a cook's texts and a sailor's

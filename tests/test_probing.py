@@ -21,13 +21,14 @@ from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.probing import FIRST, Texts, sense, sounded
 from sartor.stages import probe
 from sartor.stages.calibrate import second_moments
-from sartor.stages.decide import settle, verdict
+from sartor.stages.decide import settle
 from sartor.stages.fit import Evidence, evidence_of, fit
 from sartor.stages.likelihood import hidden_of, kl_of, nats_of, top_of
 from sartor.stages.masters import put_
 from sartor.stages.prune import cut_, gone
 from sartor.stages.sensitivity import feel, together
 from sartor.stages.tokens import training_rows
+from sartor.stages.whose import alike, diagnose, heads_of, verdicts
 from sartor.stages.yardstick import Yardstick
 from sartor.storage import remembered
 from tests.conftest import make_model, texts
@@ -90,6 +91,10 @@ def test_effects_are_the_same_after_a_round_trip_through_json(model: Any, rows: 
         assert torch.allclose(again.channel[n], x, rtol=1e-3)
         assert torch.allclose(again.group[n], e.group[n], rtol=1e-3)
     assert again.tokens == e.tokens == rows.numel()
+    assert again.heads == e.heads
+    assert again.rows == e.rows == len(rows)
+    for n, x in e.group.items():
+        assert [h[0] for h in e.heads[n]] == pytest.approx(x.tolist(), rel=1e-3)
 
 
 def test_intervals_hold_their_effect_and_layers_without_parts_have_none(model: Any, rows: torch.Tensor) -> None:
@@ -98,7 +103,8 @@ def test_intervals_hold_their_effect_and_layers_without_parts_have_none(model: A
     e = effects(model, rows)
     assert e.parts["attention"][0] == e.parts["mlp"][1] == [0, 0, 0]
     for effect, low, high in (*e.parts["attention"][1:], e.parts["mlp"][0], e.parts["mlp"][2]):
-        assert 0 < low < effect < high
+        assert low < effect < high
+        assert effect > 0
     assert 0 not in e.group
     assert 1 not in e.channel
 
@@ -212,12 +218,67 @@ def test_masks_take_cheap_units_only_and_ever_more(model: Any) -> None:
     assert (np.diff(masks.sum(1)) > 0).all()
 
 
-def test_a_verdict_needs_intervals_that_do_not_meet_and_effects_that_foretell() -> None:
+def measured(truth: np.ndarray, rows: int, seed: int) -> list[list[float]]:
+    """Intervals of parts whose rows scatter about these effects as those of backward probes do."""
+    rng = np.random.default_rng(seed)
+    return [probe.interval(x * rng.standard_normal(rows) ** 2) for x in truth]
+
+
+@pytest.mark.parametrize("rows", [(12, 12), (64, 16), (128, 128)])
+def test_of_parts_called_personalized_few_are_so_by_chance(rows: tuple[int, int]) -> None:
+    false, true, none = 0, 0, 0
+    for seed in range(10):
+        truth = np.exp(np.random.default_rng(seed).standard_normal(200))
+        mine = truth * np.where(np.arange(200) < 20, 8.0, 1.0)
+        theirs = measured(truth, rows[1], 100 + seed)
+        said = verdicts(measured(mine, rows[0], seed), theirs, rows)
+        true, false = true + said[:20].count("personalized"), false + said[20:].count("personalized")
+        none += verdicts(measured(truth, rows[0], seed), theirs, rows).count("personalized")
+    assert true > 80  # of 200
+    assert false < 0.12 * true
+    assert none <= 3  # of 2,000 that do not differ
+
+
+def test_rises_of_either_sign_are_compared_by_their_difference() -> None:
+    rng = np.random.default_rng(0)
+    rises = lambda mean: [probe.interval(m + 0.1 * rng.standard_normal(16)) for m in mean]  # noqa: E731
+    said = verdicts(
+        rises([-0.5, 0.5, -0.5, 1.0, *[0.0] * 40]), rises([0.5, 0.5, -0.5, 0.1, *[0.0] * 40]), (16, 16), ratios=False
+    )
+    assert said[:4] == ["personalized", "generic", "generic", "personalized"]
+    assert said[4:].count("undecided") >= 38
+
+
+def test_parts_are_alike_only_where_there_is_text_enough_to_say_so() -> None:
+    truth = np.ones(50)
+    much, little = (verdicts(measured(truth, n, 1), measured(truth, n, 2), (n, n)) for n in (2000, 6))
+    assert much.count("generic") > 40
+    assert little.count("generic") < 10
+    assert verdicts([[0, 0, 0]] * 3, [[0, 0, 0]] * 3, (8, 8)) == ["generic"] * 3
+    assert verdicts([[3, 2, 4]], [[1, 0, 2]], (1, 8)) == ["undecided"]
+
+
+def test_effects_that_foretell_nothing_say_nothing_of_whose_a_part_is(
+    model: Any, rows: torch.Tensor, other: torch.Tensor
+) -> None:
+    user, generic = effects(model, rows), effects(model, other)
     good, bad = probe.Worth(8, 0.9, 0.9, 1.0), probe.Worth(8, 0.1, 0.2, 1.0)
-    assert verdict([3, 2.5, 3.5], [1, 0.5, 1.5], good) == "personalized"
-    assert verdict([3, 2.5, 3.5], [1, 0.5, 1.5], bad) == "undecided"
-    assert verdict([1.1, 0.5, 1.7], [1, 0.5, 1.5], good) == "generic"
-    assert verdict([3, 0.5, 5.5], [1, 0.2, 1.8], good) == "undecided"
+    loud = replace(
+        generic,
+        parts={k: [[1e3 * y for y in x] for x in v] for k, v in generic.parts.items()},
+        heads={n: [[1e3 * y for y in x] for x in v] for n, v in generic.heads.items()},
+    )
+    assert {v for _, _, part in diagnose(user, loud, good) for v in part.values()} == {"personalized"}
+    assert {v for _, _, part in diagnose(user, loud, bad) for v in part.values()} == {"undecided"}
+    for worth, said in ((good, "personalized"), (bad, "undecided")):
+        assert {v for layer in heads_of(user, loud, worth)["verdicts"].values() for v in layer} == {said}
+    assert alike(user, user) == dict.fromkeys("012", 1.0)
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    held = [low <= 1 <= high for _, low, high in (probe.interval(1 + rng.standard_normal(8)) for _ in range(2000))]
+    assert 0.93 < np.mean(held) < 0.97
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
@@ -314,7 +375,8 @@ def test_what_a_part_is_worth_is_what_the_text_costs_without_it(
     with net.masked(model, {}, {0: torch.zeros(256, dtype=torch.bool)}):
         rise = float(nats_of(model, rows).mean()) / before - 1
     assert found["mlp"][0][0] == pytest.approx(rise, rel=1e-2)
-    assert all(low <= x <= high for part in found.values() for x, low, high in part)
+    assert all(low <= x <= high for k in probe.PARTS for x, low, high in found[k])
+    assert found["rows"] == len(rows)
 
 
 def evidence_on(model: Any, rows: torch.Tensor) -> Evidence:

@@ -37,10 +37,10 @@ from sartor.progress import Progress
 from sartor.report.html import page
 from sartor.report.layers import layer_rows
 from sartor.sources import Source, cache_dir, fetched, resolve
-from sartor.stages.decide import verdict
 from sartor.stages.distil import Trained
 from sartor.stages.probe import PARTS, order_units
 from sartor.stages.tokens import encode_windows, training_rows
+from sartor.stages.whose import alike, heads_of, verdicts
 from sartor.tensors import sizes_in
 from sartor.text_exports import ARTIFACT, export_text, write_gguf
 
@@ -195,7 +195,7 @@ def probe(
         p = Prepared(job, tell, source)
         dense = running(p.release())
         user, general = sense(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
-        worth = worth_of(dense, p.tokenizer, p.texts, order_units(user), effort, seed, tell)
+        worth = worth_of(dense, p.tokenizer, p.texts, order_units(user), effort, seed, tell, _memory(p))
         without = explain(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
     return {
         "model": p.source.provenance(),
@@ -205,11 +205,18 @@ def probe(
         "known": user.known,
         "worth": asdict(worth),
         "without": without,
-        "verdicts": {
-            k: [verdict(u, g, worth) for u, g in zip(without["user"][k], without["generic"][k], strict=True)]
-            for k in PARTS
-        },
+        "verdicts": _verdicts(without),
+        "groups": heads_of(user, general, worth),
+        "alike": alike(user, general),
     }
+
+
+def _verdicts(without: dict[str, Any]) -> dict[str, list[str]]:
+    """Of every part that was left out alone, all judged together."""
+    sides = [[x for k in PARTS for x in without[side][k]] for side in ("user", "generic")]
+    said = verdicts(sides[0], sides[1], (without["user"]["rows"], without["generic"]["rows"]), ratios=False)
+    layers = len(said) // len(PARTS)
+    return {k: said[i * layers : (i + 1) * layers] for i, k in enumerate(PARTS)}
 
 
 def _apply(

@@ -21,12 +21,12 @@ from sartor.probing import Tell, sounded
 from sartor.stages.allot import Allotment, Costs
 from sartor.stages.allot_maps import MapCosts
 from sartor.stages.buffer import IN_STEPS, Step, after_steps, buffered
-from sartor.stages.decide import diagnose
 from sartor.stages.masters import InMemory, Kept, Latents, free
 from sartor.stages.probe import Effects, Worth, blended, recovered
 from sartor.stages.recognition import kl_of, recognize, said_of
 from sartor.stages.tokens import sample
 from sartor.stages.tune import Course, Lessons, TuneConfig, may_mirror, tune_, views
+from sartor.stages.whose import diagnose
 
 silent: Told = lambda share, note: None  # noqa: E731
 RHO = 0.3  # share of generic pictures in what is sensed of the adapted network, and in what is fitted
@@ -147,10 +147,11 @@ def _plan(
     rho: float,
     seed: int,
 ) -> Plan:
+    said = diagnose(user, generic, worth) if generic else []
     layers = []
-    for n in range(len(found.channels)):
-        said = diagnose(user, generic, worth, n) if generic else ({k: v[n] for k, v in user.parts.items()}, {}, {})
-        layers.append(LayerPlan(found.groups[n], found.channels[n], *said))
+    for n, (groups, channels) in enumerate(zip(found.groups, found.channels, strict=True)):
+        mine, theirs, verdict = said[n] if said else ({k: v[n] for k, v in user.parts.items()}, {}, {})
+        layers.append(LayerPlan(groups, channels, mine, theirs, verdict))
     told = {"masks": worth.masks, "r2": worth.r2, "spearman": worth.spearman, "factor": worth.factor}
     told |= {"user_pictures": user.tokens, "generic_pictures": generic.tokens if generic else 0, "known": user.known}
     return Plan(

@@ -151,7 +151,7 @@ def _probed(
     """(units, the user's effects, generic ones, what effects are worth)."""
     user, generic = sense(dense, tokenizer, texts, effort, seed, tell, recall)
     units = order_units(user)
-    return units, user, generic, worth_of(dense, tokenizer, texts, units, effort, seed, tell)
+    return units, user, generic, worth_of(dense, tokenizer, texts, units, effort, seed, tell, recall)
 
 
 def _by_the_paper(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -125,7 +125,7 @@ def sounded(
 
     halves = [read(0, n // 2), read(n // 2, n)]
     while True:
-        one, other = (effects(h, seed) for h in halves)
+        one, other = (effects(h) for h in halves)
         told = reliability(one, other, generic)
         if told >= known or n + 1 >= len(rows):
             break
@@ -133,19 +133,23 @@ def sounded(
         middle = (n + more) // 2
         halves, n = [together(halves[0], read(n, middle)), together(halves[1], read(middle, more))], more
     tell(1.0)
-    return replace(effects(together(*halves), seed), known=told), one, other
+    return replace(effects(together(*halves)), known=told), one, other
 
 
-def _looks(model: Any) -> tuple[Callable[..., Felt], Callable[[Felt, int], Effects]]:
+def _looks(model: Any) -> tuple[Callable[..., Felt], Callable[[Felt], Effects]]:
     """How a network is felt, and what that makes the effects of its units."""
     return (feel_maps, map_effects) if isinstance(model, Graph) else (feel, partial(effects_of, anatomy(model)))
 
 
-def worth_of(dense: Any, tokenizer: Any, texts: Texts, units: Units, effort: str, seed: int, tell: Tell) -> Worth:
+def worth_of(
+    dense: Any, tokenizer: Any, texts: Texts, units: Units, effort: str, seed: int, tell: Tell, recall: Recall = anew
+) -> Worth:
     """Whether the units' effects foretell what random cuts cost on the user's probe split."""
-    e = effort_of(effort)
+    e, rows = effort_of(effort), probe_rows(texts.probe, tokenizer, effort_of(effort).probe_rows, seed)
     told = lambda share, note: tell("probe", 0.8 + 0.2 * share, note)  # noqa: E731
-    return check(dense, units, probe_rows(texts.probe, tokenizer, e.probe_rows, seed), e.checks, seed, told)
+    about = torch.cat([rows.flatten().double(), torch.from_numpy(units.effects)])
+    measure = lambda: asdict(check(dense, units, rows, e.checks, seed, told))  # noqa: E731
+    return Worth(**recall(f"check-{e.checks}", about, seed, measure, always))
 
 
 def probe_rows(texts: Sequence[str], tokenizer: Any, n: int, seed: int) -> Tensor:
@@ -160,6 +164,6 @@ def explain(
     def without(of: Sequence[str], start: float) -> dict[str, Any]:
         rows = probe_rows(of, tokenizer, 2 * effort_of(effort).probe_rows, seed)
         told = lambda share, note: tell("explain", start + share / 2, note)  # noqa: E731
-        return recall("without", rows, seed, lambda: without_parts(dense, rows, seed, told), always)
+        return recall("without", rows, seed, lambda: without_parts(dense, rows, told), always)
 
     return {"user": without(texts.probe, 0.0), "generic": without(texts.generic_probe, 0.5)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sartor.report import svg
@@ -12,9 +12,11 @@ NAMES = {"attention": "attention", "mlp": "MLP"}
 BAR = 24  # characters
 TOLD = 5  # parts that are told in words
 LEAST = 0.005  # shares below it count as this when two are compared
+TINY = 1e-12  # nats, likewise
+Part = tuple[int, str, list[float], list[float], str]
 
 
-def _parts(r: dict[str, Any]) -> Iterator[tuple[int, str, list[float], list[float], str]]:
+def _parts(r: dict[str, Any]) -> Iterator[Part]:
     """(layer, part, user, generic, verdict), layer by layer."""
     for n in range(len(r["verdicts"]["mlp"])):
         for k in NAMES:
@@ -24,14 +26,14 @@ def _parts(r: dict[str, Any]) -> Iterator[tuple[int, str, list[float], list[floa
 def sentences(r: dict[str, Any]) -> list[str]:
     """For a reader who does not know what a layer is made of."""
     parts = list(_parts(r))
-    times = lambda p: max(p[2][0], LEAST) / max(p[3][0], LEAST)  # noqa: E731
-    mine = sorted((p for p in parts if p[4] == "personalized"), key=times, reverse=True)
-    counts = {v: sum(p[4] == v for p in parts) for v in ("personalized", "generic", "undecided")}
+    most = sorted(parts, key=lambda p: p[2][0], reverse=True)[:TOLD]
+    counts = _counts(p[4] for p in parts)
     out = [
-        f"{len(parts)} parts were left out, one at a time: {counts['personalized']} matter to your texts otherwise than to generic text (the intervals do not meet), "
-        f"{counts['generic']} alike, {counts['undecided']} cannot be told apart with this much text."
+        "A layer has two parts: attention, which looks back at earlier words, and an MLP, which works on every word by itself. Each was left out alone.",
+        f"What your texts need most: {', '.join(f'{NAMES[k]} of layer {n} ({user[0]:+.0%})' for n, k, user, *_ in most)}: by so much a byte of them costs more without it.",
+        f"Of {len(parts)} parts {counts['personalized']} matter to your texts otherwise than to generic text, {counts['generic']} alike, {counts['undecided']} cannot be told apart with this much text.",
     ]
-    for n, k, user, generic, _ in [*mine[:TOLD], *(p for p in mine[-TOLD:] if p[2][0] < p[3][0])]:
+    for n, k, user, generic, _ in _told(parts):
         than = "more" if user[0] > generic[0] else "less"
         out.append(
             f"Without the {NAMES[k]} of layer {n} each byte of your texts costs {_range(user)} more; of generic text {_range(generic)}: it matters {than} to you."
@@ -39,15 +41,59 @@ def sentences(r: dict[str, Any]) -> list[str]:
     hurts = [f"{NAMES[k]} of layer {n}" for n, k, user, _, _ in parts if user[2] < 0]
     if hurts:
         out.append(f"Without these your texts cost less than with them: {', '.join(hurts)}.")
-    w = r["worth"]
+    return [*out, *_finer(r)]
+
+
+def _told(parts: list[Part]) -> list[Part]:
+    """Of the personalized parts those that matter to the user the most and the least times as much as to generic text."""
+    times = lambda p: max(p[2][0], LEAST) / max(p[3][0], LEAST)  # noqa: E731
+    mine = sorted((p for p in parts if p[4] == "personalized"), key=times, reverse=True)
+    return [*mine[:TOLD], *(p for p in mine[TOLD:][-TOLD:] if p[2][0] < p[3][0])]
+
+
+def _counts(verdicts: Iterable[str]) -> dict[str, int]:
+    found = list(verdicts)
+    return {v: found.count(v) for v in ("personalized", "generic", "undecided")}
+
+
+def _heads(r: dict[str, Any]) -> Iterator[tuple[int, int, list[float], list[float], str]]:
+    """(layer, group, user, generic, verdict) of every group of heads."""
+    g = r["groups"]
+    for n, said in g["verdicts"].items():
+        for i, verdict in enumerate(said):
+            yield int(n), i, g["user"][n][i], g["generic"][n][i], verdict
+
+
+def _finer(r: dict[str, Any]) -> list[str]:
+    """Groups of heads, channels, and how far to believe it."""
+    heads, w = list(_heads(r)), r["worth"]
+    out = []
+    if heads:
+        counts = _counts(h[4] for h in heads)
+        mine = sorted((h for h in heads if h[4] == "personalized"), key=lambda h: _times(h[2], h[3]), reverse=True)
+        first = ", ".join(
+            f"group {i} of layer {n} ({_times(u, g):.1f} times)" for n, i, u, g, _ in mine[:TOLD] if u[0] > g[0]
+        )
+        out.append(
+            f"Inside attention, of {len(heads)} groups of heads {counts['personalized']} are worth another amount to your texts than to generic text, {counts['generic']} the same, {counts['undecided']} cannot be told apart"
+            + (f"; worth more to you: {first}." if first else ".")
+        )
+    if r["alike"]:
+        low, high = (pick(r["alike"].items(), key=lambda x: x[1]) for pick in (min, max))
+        out.append(
+            f"Inside the MLPs your texts order the channels most unlike generic text in layer {low[0]} (rank correlation {low[1]:.2f}; 1 is the same order, 0 an unrelated one), most alike in layer {high[0]} ({high[1]:.2f})."
+        )
     out.append(
-        f"Finer units (groups of heads, blocks of channels): their summed effects foretold the damage of {w['masks']} random cuts on other text of yours with rank "
-        f"correlation {w['spearman']:.2f}; a cut costs {w['factor']:.1f} times the sum before it is repaired. {r['tokens']['user']:,} tokens of it told the order "
-        f"of the units with reliability {r['known']:.2f}; generic text filled in what they left open."
+        f"How far to believe that: summed effects of such fine units foretold the damage of {w['masks']} random cuts on other text of yours with rank correlation {w['spearman']:.2f}; a cut costs {w['factor']:.1f} times the sum before it is repaired. "
+        f"{r['tokens']['user']:,} tokens of yours told the order of the units with reliability {r['known']:.2f}, generic text beside them."
     )
     if w["spearman"] < 0.5:
-        out.append("That is too little to tell whose a part is; more text helps.")
+        out.append("That is too little to tell whose a group of heads is; more text helps.")
     return out
+
+
+def _times(user: list[float], generic: list[float]) -> float:
+    return max(user[0], TINY) / max(generic[0], TINY)
 
 
 def _range(x: list[float]) -> str:
@@ -79,8 +125,25 @@ def page(r: dict[str, Any]) -> str:
         for n, k, user, generic, verdict in _parts(r)
     ]
     said = "".join(f"<p>{s}</p>" for s in sentences(r))
+    g = r["groups"]
+    cells = [
+        (
+            f"layer {n}",
+            [
+                (_times(u, t), v == "personalized")
+                for u, t, v in zip(g["user"][n], g["generic"][n], g["verdicts"][n], strict=True)
+            ],
+        )
+        for n in g["verdicts"]
+    ]
+    picture = (
+        f"<p>Groups of heads, layer by layer: how many times as much they are worth to <b class=u>your texts</b> as to <b class=g>generic text</b>; framed where the difference stands out.</p>"
+        f"{svg.ratios(cells, 'groups of heads, yours beside generic')}"
+        if cells
+        else ""
+    )
     return (
         f"<!doctype html><meta charset=utf-8><title>Sartor: probing</title><style>{STYLE}</style><h1>What your texts need of this model</h1>{said}"
         f"<p>What each byte costs more without a part, with 95% intervals over stretches of text: <b class=u>yours</b> and <b class=g>generic</b> (square-root scale; "
-        f"personalized parts in bold).</p>{svg.intervals(rows, 'cost of a byte without each part')}"
+        f"personalized parts in bold).</p>{svg.intervals(rows, 'cost of a byte without each part')}{picture}"
     )

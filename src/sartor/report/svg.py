@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
 INK, SOFT, USER, GENERIC, GOOD = "#22303c", "#c9d3da", "#c2410c", "#0f766e", "#1d4ed8"
+ROOM = 34  # pixels that a number needs in a cell
 
 
 def written(x: float, y: float, s: str, anchor: str = "start", size: int = 12, fill: str = INK) -> str:
@@ -98,6 +100,29 @@ def intervals(rows: Sequence[tuple[str, Sequence[float], Sequence[float], bool]]
     foot = 20 * len(rows) + 18
     out += [written(at(x), foot, f"{x:.1%}", "middle", 10) for x in ticks]
     return drawing(720, foot + 6, out, title)
+
+
+def ratios(rows: Sequence[tuple[str, Sequence[tuple[float, bool]]]], title: str) -> str:
+    """A line a thing: (label, (ratio of the user's to the generic value, framed) of each of its parts), the deeper the colour the further from one."""
+    out = []
+    step = min(56.0, 560 / max(len(cells) for _, cells in rows))
+    for n, (label, cells) in enumerate(rows):
+        y = 8 + n * 20
+        out.append(written(142, y + 12, label, "end"))
+        for i, (ratio, framed) in enumerate(cells):
+            x, deep = (
+                150 + step * i,
+                min(abs(math.log2(max(ratio, 1e-9))) / 3, 1.0),
+            )  # eight times is as deep as it gets
+            colour, edge = USER if ratio > 1 else GENERIC, INK if framed else "none"
+            out.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{step - 4:.1f}" height="17" fill="{colour}" fill-opacity="{0.1 + 0.8 * deep:.2f}" stroke="{edge}"/>'
+            )
+            if step > ROOM:
+                out.append(
+                    written(x + step / 2 - 2, y + 12, f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}", "middle", 10)
+                )
+    return drawing(720, 20 * len(rows) + 12, out, title)
 
 
 def curve(points: Sequence[tuple[float, float]], level: float | None, xlabel: str, ylabel: str, title: str) -> str:

@@ -23,10 +23,10 @@ from sartor.numerics.grids import fits, tensor_bytes
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.bits import BASE, DOWN, RICHER, all_on_base, embeddings_of, kinds_of
 from sartor.stages.probe import Effects, Units, Worth, order_units
+from sartor.stages.whose import diagnose
 from sartor.stages.words import Words, least_size
 
 LEAST_BLOCKS = 4  # FFN blocks that every layer keeps: below it the additive damage means nothing
-LEAST_WORTH = 0.5  # rank correlation with measured damage below which effects decide nothing about whose a layer is
 ROWS_STEP = 512
 TOKEN_OVERHEAD = 34  # bytes of metadata a token costs in GGUF, about; the plan is checked against the exact size
 FINEST_FIRST = (*reversed(RICHER), BASE)
@@ -336,36 +336,14 @@ def _chosen(a: Anatomy, mlps: MlpLadders, choice: Choice, grids: Mapping[str, st
 def _layer_plans(
     a: Anatomy, m: Measured, choice: Choice, blocks: Sequence[int]
 ) -> tuple[tuple[LayerPlan, ...], list[int], list[int]]:
-    layers, groups, ffn = [], [], []
+    layers, groups, ffn, said = [], [], [], diagnose(m.user, m.generic, m.worth)
     for n in range(a.layers):
         kept = kept_groups(m.units.of(n, "attention"), choice.step.get(f"attention.{n}", 0))
         groups.append(len(kept))
         ffn.append(a.ffn[n] - blocks[n] * BLOCK)
-        user, generic, verdict = diagnose(m.user, m.generic, m.worth, n)
-        layers.append(
-            LayerPlan(
-                to_mask(kept, a.groups[n]), to_mask(_kept(m.units, n, blocks[n]), a.ffn[n]), user, generic, verdict
-            )
-        )
+        channels = to_mask(_kept(m.units, n, blocks[n]), a.ffn[n])
+        layers.append(LayerPlan(to_mask(kept, a.groups[n]), channels, *said[n]))
     return tuple(layers), groups, ffn
-
-
-def diagnose(
-    user: Effects, generic: Effects, worth: Worth, n: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, str]]:
-    """[effect, low, high] of the layer's parts on either kind of data, and what that makes them."""
-    mine, theirs = ({k: e.parts[k][n] for k in user.parts} for e in (user, generic))
-    return mine, theirs, {k: verdict(mine[k], theirs[k], worth) for k in mine}
-
-
-def verdict(user: Sequence[float], generic: Sequence[float], worth: Worth) -> str:
-    """personalized where the intervals do not meet, generic where the effects are alike, undecided where the data cannot tell."""
-    (u, low, high), (g, generic_low, generic_high) = user, generic
-    if worth.spearman < LEAST_WORTH:
-        return "undecided"
-    if low > generic_high or high < generic_low:
-        return "personalized"
-    return "generic" if abs(u - g) < 0.5 * max(u, g) else "undecided"
 
 
 def _fit_vocabulary(

@@ -110,14 +110,15 @@ def _of_units(group: Group, by_layer: Mapping[str, Float[Tensor, "n c"]]) -> Flo
     return felt
 
 
-def map_effects(felt: Felt, seed: int = 0) -> Effects:
+def map_effects(felt: Felt) -> Effects:
     """Effects of all units, group by group, and of all units of a group together."""
-    rng, channel, parts = np.random.default_rng(seed), dict[int, Tensor](), list[list[float]]()
-    for site, rows in felt.sketch.items():
+    channel, parts, rows = dict[int, Tensor](), list[list[float]](), 0
+    for site, sketch in felt.sketch.items():
         channel[site[0]] = felt.effect(site)
-        by_picture = rows.square().sum(1).numpy().reshape(-1, felt.directions).sum(1)
-        parts.append(interval(by_picture * len(by_picture), rng))
-    return Effects(channel, {}, {PART: parts}, felt.tokens)
+        by_picture = felt.by_row(sketch).sum(1)
+        parts.append(interval(by_picture))
+        rows = len(by_picture)
+    return Effects(channel, {}, {PART: parts}, felt.tokens, 0.0, rows)
 
 
 def check_maps(

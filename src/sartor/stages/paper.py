@@ -22,8 +22,9 @@ from sartor.model.network import BLOCK, Anatomy, anatomy, linear, masked
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.bits import BASE, all_on_base, embeddings_of
 from sartor.stages.calibrate import Moments
-from sartor.stages.decide import LEAST_BLOCKS, Bytes, Measured, diagnose, exists, worth_told
+from sartor.stages.decide import LEAST_BLOCKS, Bytes, Measured, exists, worth_told
 from sartor.stages.likelihood import kl_of, top_of
+from sartor.stages.whose import diagnose
 
 PROBES = 60
 TAKEN = 0.1  # of all parts, in a probe
@@ -149,14 +150,15 @@ def decide(
     grids = all_on_base(model) | dict.fromkeys(embeddings_of(a), BASE)
     rate = rates(found)
 
+    said = diagnose(m.user, m.generic, m.worth)
+
     def at(common: float) -> tuple[int, tuple[LayerPlan, ...], dict[str, str]]:
         groups, channels = cut_at(order, rate, common, LEAST_BLOCKS)
         kept = [(groups.get(n, []), channels.get(n, [])) for n in range(a.layers)]
         cut = replace(a, groups=tuple(len(g) for g, _ in kept), ffn=tuple(len(c) for _, c in kept))
         there = {n: g for n, g in grids.items() if exists(n, cut)}
         layers = tuple(
-            LayerPlan(to_mask(g, a.groups[n]), to_mask(c, a.ffn[n]), *diagnose(m.user, m.generic, m.worth, n))
-            for n, (g, c) in enumerate(kept)
+            LayerPlan(to_mask(g, a.groups[n]), to_mask(c, a.ffn[n]), *said[n]) for n, (g, c) in enumerate(kept)
         )
         return bytes_of(cut, tokenizer, there), layers, there
 

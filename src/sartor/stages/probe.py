@@ -7,13 +7,13 @@ probes, random masks over the units that could go, then measure the true damage 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, t
 from torch import Tensor
 
 from sartor.model.network import BLOCK, Anatomy, anatomy, masked
@@ -24,7 +24,6 @@ from sartor.stages.yardstick import Reading, Yardstick
 
 TINY = 1e-30  # of an effect whose logarithm is taken
 SURE = 1 - 1e-6  # of a correlation whose odds are taken
-DRAWS = 200  # of the bootstrap over rows
 SHARES = (0.02, 0.25)  # of all units that a mask takes, from few to many
 PARTS = {"attention": 0, "mlp": 1}
 
@@ -35,7 +34,7 @@ class Effects:
 
     Attributes:
         channel, group: {layer: effect of every FFN channel, of every query group}. parts: {"attention" or "mlp": by layer, [effect, low, high]} of
-        all of them together, with 95% intervals over rows of text. tokens: how much text it was. known: reliability of the units' order.
+        all of them together, with 95% intervals over rows of text. tokens: how much text it was. known: reliability of the units' order. rows: that the intervals come from. heads: the same intervals for every query group, by layer.
     """
 
     channel: dict[int, Float[Tensor, " f"]]
@@ -43,6 +42,8 @@ class Effects:
     parts: dict[str, list[list[float]]]
     tokens: int
     known: float = 0.0
+    rows: int = 0
+    heads: dict[int, list[list[float]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, with four digits; nothing in it but numbers of the model's own parts."""
@@ -53,33 +54,41 @@ class Effects:
             "parts": self.parts,
             "tokens": self.tokens,
             "known": round(self.known, 4),
+            "rows": self.rows,
+            "heads": {str(n): x for n, x in self.heads.items()},
         }
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> Effects:
         read = lambda d: {int(n): torch.tensor(v) for n, v in d.items()}  # noqa: E731
-        return Effects(read(raw["channel"]), read(raw["group"]), raw["parts"], raw["tokens"], raw["known"])
+        heads = {int(n): x for n, x in raw["heads"].items()}
+        return Effects(
+            read(raw["channel"]), read(raw["group"]), raw["parts"], raw["tokens"], raw["known"], raw["rows"], heads
+        )
 
 
-def effects_of(a: Anatomy, felt: Felt, seed: int = 0) -> Effects:
+def effects_of(a: Anatomy, felt: Felt) -> Effects:
     """From what the rows said of single inputs to channels, query groups and whole layers."""
     channel: dict[int, Tensor] = {}
     group: dict[int, Tensor] = {}
-    rng = np.random.default_rng(seed)
+    heads: dict[int, list[list[float]]] = {}
     parts: dict[str, list[list[float]]] = {k: [] for k in PARTS}
+    rows = 0
     for n in range(a.layers):
-        by_row = {k: np.zeros(1) for k in PARTS}
+        by_row = dict.fromkeys(PARTS, np.zeros(1))
         if a.groups[n]:
             of_groups = felt.sketch[n, "output"].reshape(-1, a.groups[n], a.queries_per_group * a.head_dim).sum(-1)
             group[n] = of_groups.square().sum(0)
-            by_row["attention"] = of_groups.square().sum(1).numpy()
+            squares = felt.by_row(of_groups)
+            heads[n] = [interval(x) for x in squares.T]
+            by_row["attention"] = squares.sum(1)
         if a.ffn[n]:
             channel[n] = felt.effect((n, "down"))
-            by_row["mlp"] = felt.sketch[n, "down"].square().sum(1).numpy()
-        for k, rows in by_row.items():
-            by_row[k] = rows.reshape(-1, felt.directions if len(rows) > 1 else 1).sum(1)
-            parts[k].append(interval(by_row[k] * len(by_row[k]), rng))
-    return Effects(channel, group, parts, felt.tokens)
+            by_row["mlp"] = felt.by_row(felt.sketch[n, "down"]).sum(1)
+        rows = max(rows, *map(len, by_row.values()))
+        for k, x in by_row.items():
+            parts[k].append(interval(x))
+    return Effects(channel, group, parts, felt.tokens, 0.0, rows, heads)
 
 
 def blended(user: Effects, generic: Effects, rho: float) -> Effects:
@@ -88,7 +97,7 @@ def blended(user: Effects, generic: Effects, rho: float) -> Effects:
         {n: (1 - rho) * x + rho * theirs[n] for n, x in mine.items()}
         for mine, theirs in ((user.channel, generic.channel), (user.group, generic.group))
     )
-    return Effects(channel, group, user.parts, user.tokens)
+    return replace(user, channel=channel, group=group)
 
 
 def reliability(one: Effects, other: Effects, generic: Effects | None = None) -> float:
@@ -135,7 +144,7 @@ def _half(one: Effects, other: Effects, generic: Effects) -> Effects:
 def _beside(user: Effects, halves: tuple[Effects, Effects], generic: Effects, heard: int) -> Effects:
     channel = _shrunk([h.channel for h in halves], generic.channel, heard)
     group = _shrunk([h.group for h in halves], generic.group, heard)
-    return Effects(channel, group, user.parts, user.tokens, user.known)
+    return replace(user, channel=channel, group=group)
 
 
 def _shrunk(halves: list[dict[int, Tensor]], prior: dict[int, Tensor], heard: int) -> dict[int, Tensor]:
@@ -163,10 +172,11 @@ def _believed(one: Tensor, other: Tensor, heard: int) -> float:
     return signal / max(signal + noise / heard, TINY)
 
 
-def interval(by_row: Float[np.ndarray, " n"], rng: np.random.Generator) -> list[float]:
-    """[mean, low, high]: 95% bootstrap interval over rows of text."""
-    means = by_row[rng.integers(0, len(by_row), (DRAWS, len(by_row)))].mean(1)
-    return [float(f"{x:.4g}") for x in (by_row.mean(), *np.percentile(means, [2.5, 97.5]))]
+def interval(by_row: Float[np.ndarray, " n"]) -> list[float]:
+    """[mean, low, high]: Student's 95% interval over rows of text; as rows may be few, not a bootstrap's."""
+    n, mean = len(by_row), float(by_row.mean())
+    half = float(t.ppf(0.975, n - 1)) * float(by_row.std(ddof=1)) / n**0.5 if n > 1 else 0.0
+    return [float(f"{x:.4g}") for x in (mean, mean - half, mean + half)]
 
 
 def parts_left_out(model: Any, rows: Int[Tensor, "n t"]) -> Iterator[tuple[int, str, Reading, Float[np.ndarray, " n"]]]:
@@ -185,16 +195,16 @@ def parts_left_out(model: Any, rows: Int[Tensor, "n t"]) -> Iterator[tuple[int, 
 
 
 def without_parts(
-    model: Any, rows: Int[Tensor, "n t"], seed: int = 0, tell: Callable[[float, str], None] = lambda share, note: None
+    model: Any, rows: Int[Tensor, "n t"], tell: Callable[[float, str], None] = lambda share, note: None
 ) -> dict[str, Any]:
-    """Every attention and every MLP left out alone: {part: by layer, [rise, low, high]}, the rise of the text's coding length as a share of it.
+    """Every attention and every MLP left out alone: {part: by layer, [rise, low, high]}, the rise of the text's coding length as a share of it; "rows": that the intervals come from.
 
     Exact, as there are few of them. A negative rise is a part that hurts.
     """
-    layers, rng = anatomy(model).layers, np.random.default_rng(seed)
-    found: dict[str, Any] = {k: [] for k in PARTS}
+    layers = anatomy(model).layers
+    found: dict[str, Any] = {"rows": len(rows), **{k: [] for k in PARTS}}
     for n, k, reading, cost in parts_left_out(model, rows):
-        found[k].append(interval(reading.loss / cost.mean(), rng))
+        found[k].append(interval(reading.loss / cost.mean()))
         tell((2 * n + (k == "mlp") + 1) / 2 / layers, f"layer {n} without its {k}: {found[k][-1][0]:+.1%}")
     return found
 

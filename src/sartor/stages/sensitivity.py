@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -47,6 +48,12 @@ class Felt:
         """The shape of the one and the size of the other: the best order of channels we know (docs/log.md)."""
         alone = self.alone[site]
         return alone * self.sketch[site].square().sum() / alone.sum().clamp_min(1e-30)
+
+    def by_row(self, felt: Float[Tensor, "n k"]) -> Float[np.ndarray, "rows k"]:
+        """What each row says of the effects of k things whose contributions in every direction are given; their mean over rows is the effect."""
+        squares: np.ndarray = felt.square().numpy()
+        rows = squares.reshape(-1, self.directions, squares.shape[1]).sum(1)
+        return rows * len(rows)
 
 
 def together(one: Felt, other: Felt) -> Felt:
