@@ -21,6 +21,7 @@ from sartor.stages.buffer import buffered
 from sartor.stages.calibrate import second_moments
 from sartor.stages.decide import settle
 from sartor.stages.likelihood import kl_of, top_of
+from sartor.stages.masters import InMemory
 from sartor.stages.sensitivity import feel
 from sartor.stages.tokens import training_rows
 from tests.conftest import make_model, texts
@@ -45,8 +46,9 @@ def in_steps(model: Any, rows: torch.Tensor, steps: int, damage: Any = None, **m
     def sense(network: Any) -> probe.Effects:
         return probe.effects_of(net.anatomy(network), feel(network, rows))
 
+    heal = more.pop("heal", lambda x: x)
     return buffered(
-        model, plan_of(model, *PLAN), sense, lambda x: x, damage or (lambda m: kl_of(m, rows, reference)), steps, **more
+        model, plan_of(model, *PLAN), sense, heal, damage or (lambda m: kl_of(m, rows, reference)), steps, **more
     )
 
 
@@ -167,9 +169,43 @@ def test_a_job_by_either_way_keeps_its_budget_and_says_so(
         assert sum(line[-1:] == ["kept"] for line in told) == sum(s["kept"] for s in r["pruning"]["steps"])
 
 
-def test_a_job_in_steps_resumes_from_before_them(place: dict[str, Path], tmp_path: Path, tiny: None) -> None:
-    def stop(now: str, share: float, note: str) -> None:
-        if now == "fit" and share > 0.3:
+def test_an_interrupted_cut_goes_on_behind_its_last_step(known: Any, rows: torch.Tensor) -> None:
+    class Stop(Exception):
+        pass
+
+    def healed(network: Any) -> Any:
+        network.model.norm.weight.data += 0.01  # so that a step leaves something that no mask tells
+        return network
+
+    def stop(share: float, note: str) -> None:
+        if note.startswith("step 3"):
+            raise Stop
+
+    through, plan, done = in_steps(known, rows, 3, heal=healed)
+    kept = InMemory()
+    with pytest.raises(Stop):
+        in_steps(known, rows, 3, heal=healed, kept=kept, tell=stop)
+    assert [s["kept"] for s in kept.state()["history"]].count(True) == 2
+    told: list[str] = []
+    again, plan_again, done_again = in_steps(
+        known, rows, 3, heal=healed, kept=kept, tell=lambda share, note: told.append(note)
+    )
+    assert not any(note.startswith(("step 1", "step 2")) for note in told)
+    assert plan_again == plan
+    assert done_again == done
+    assert all(torch.equal(p, q) for p, q in zip(through.parameters(), again.parameters(), strict=True))
+    told.clear()
+    finished, plan_finished, _ = in_steps(
+        known, rows, 3, heal=healed, kept=kept, tell=lambda share, note: told.append(note)
+    )
+    assert not told
+    assert plan_finished == plan
+    assert all(torch.equal(p, q) for p, q in zip(finished.parameters(), again.parameters(), strict=True))
+
+
+def test_a_job_in_steps_resumes_behind_those_it_made(place: dict[str, Path], tmp_path: Path, tiny: None) -> None:
+    def stop(now: str, share: float, said: str) -> None:
+        if now == "prune" and "step 2" in said:
             raise KeyboardInterrupt
 
     ask = (str(place["model"]), place["user"], "20%", tmp_path / "out")
@@ -177,9 +213,12 @@ def test_a_job_in_steps_resumes_from_before_them(place: dict[str, Path], tmp_pat
     with pytest.raises(KeyboardInterrupt):
         sartor.compress(*ask, **more, tell=stop)
     assert not sartor.Plan.from_json((tmp_path / "out" / "checkpoint" / "plan.json").read_text()).settled
-    made = sartor.compress(*ask, **more, resume=True)
+    seen: list[str] = []
+    made = sartor.compress(*ask, **more, resume=True, tell=lambda stage, share, said: seen.append(said))
+    assert not any(said.startswith("step 1:") for said in seen)
     assert made.plan.settled
     assert made.plan.steps == sum(s["kept"] for s in made.pruning["steps"])
+    assert not (tmp_path / "out" / "checkpoint").exists()
 
 
 def test_the_papers_rule_refuses_what_it_cannot_do(

@@ -20,7 +20,7 @@ from sartor.plan import LayerPlan, Plan, is_full
 from sartor.probing import Tell, sounded
 from sartor.stages.allot import Allotment, Costs
 from sartor.stages.allot_maps import MapCosts
-from sartor.stages.buffer import IN_STEPS, Step, after_steps, buffered
+from sartor.stages.buffer import IN_STEPS, Step, after_steps, buffered, tried
 from sartor.stages.masters import InMemory, Kept, Latents, free
 from sartor.stages.probe import Effects, Worth, blended, recovered
 from sartor.stages.recognition import kl_of, recognize, said_of
@@ -208,10 +208,10 @@ def fit_pictures(
     if whole:
         return Fitted(small, replace(plan, settled=True), teacher, adapted, None, mirror, clock.seconds)
     unrecovered, lessons = None, replace(lessons, teacher=teacher)
-    if (anew := kept("recover").load() is None) and plan.steps > 1:  # what those steps healed was not kept
+    if (anew := kept("recover").load() is None) and plan.steps > 1:  # what those steps healed is kept with them
         plan = replace(plan, settled=steps == 1, steps=1)
     if anew or carving.rounds:
-        surgery = PictureSurgery(lessons, pictures, costs, e, recover, tell)
+        surgery = PictureSurgery(lessons, pictures, costs, e, recover, tell, kept("steps"))
         small, plan, done = surgery.cut(small, plan, steps)
         if plan.steps == 1:
             settled(plan)
@@ -242,7 +242,7 @@ class PictureSurgery:
     """What a cut is made by; `surgery.Surgery` for networks that see.
 
     Attributes:
-        lessons: with the teacher, the whole network as it adapted. costs: what file and time may be. training: of recovery.
+        lessons: with the teacher, the whole network as it adapted. costs: what file and time may be. training: of recovery. kept: where a cut in steps ends each of them.
     """
 
     lessons: Lessons
@@ -251,6 +251,7 @@ class PictureSurgery:
     effort: PictureEffort
     training: TuneConfig
     tell: Tell
+    kept: Kept = field(default_factory=InMemory)
 
     def cut(self, small: Any, plan: Plan, steps: int) -> tuple[Any, Plan, dict[str, Any]]:
         """(The network without what goes, chosen anew where the plan is not settled; the plan as it was done; what went, and what validation says of it)."""
@@ -279,7 +280,7 @@ class PictureSurgery:
         priced = _measured(self.costs, plan)
         at_once = carving.allot(teacher, felt[0], priced)
         whole, priced = _as_allotted(plan, teacher, at_once), priced.at(at_once.four)  # bits are decided once
-        left = list(range(steps))  # trainings, one for each step, however many are tried
+        left = list(range(steps - tried(self.kept)))  # trainings, one for each step, however many are tried
 
         def heal(network: Any) -> Any:
             network, latents = self.fitted(network, replace(plan, grids={}), self.effort.fitted // 2)
@@ -297,6 +298,7 @@ class PictureSurgery:
             steps,
             tell=partial(self.tell, "prune"),
             aim=lambda effects, lost: _masked(whole, carving.allot(teacher, effects, priced)),
+            kept=self.kept,
         )
         return small, replace(done, predicted_bytes=priced.bytes_of(anatomy(small))), taken
 

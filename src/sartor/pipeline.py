@@ -241,7 +241,9 @@ def apply_plan(
     latents, before = school.kept("recover").load() or (None, 0.0)
     if latents is None:
         whole = running(small)
-        surgery = Surgery(whole, learned, unseen, generic, validation, said, training.recover, effort, tell)
+        surgery = Surgery(
+            whole, learned, unseen, generic, validation, said, training.recover, effort, tell, school.kept("steps")
+        )
         held = probe_rows(texts.validation, fitted, e.probe_rows, plan.seed)
         small, plan, pruning = surgery.cut(small, plan, steps, held)
         if plan.steps == 1:

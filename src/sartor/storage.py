@@ -36,7 +36,7 @@ from sartor.stages.masters import Latents
 from sartor.tensors import Entry, metadata_of, read_tensors, write_tensors
 
 CHECKPOINT = "checkpoint"  # the folder of an unfinished job within the artifact's, and its files
-OURS = {"job.json", "plan.json", "view.json", "adapt.safetensors", "recover.safetensors"}
+OURS = {"job.json", "plan.json", "view.json", "adapt.safetensors", "steps.safetensors", "recover.safetensors"}
 
 
 def claim_folder(folder: Path, resume: bool = False) -> Path:
@@ -325,8 +325,8 @@ class WeightsFile:
     def __init__(self, file: Path, plan: Plan | None) -> None:
         self.file, self.grids = file, plan.grids if plan else {}
 
-    def save(self, latents: Latents, seconds: float) -> None:
-        """Masters, scales, and how long they have been trained; the old file stays until the new one is whole."""
+    def save(self, latents: Latents, seconds: float, state: Mapping[str, Any] | None = None) -> None:
+        """Masters, scales, how long they have been trained, and what else was reached; the old file stays until the new one is whole."""
 
         def halved(name: str, master: Tensor) -> Entry:
             dtype = latents.halved_dtype(name)
@@ -341,7 +341,11 @@ class WeightsFile:
         entries = {n: halved(n, m) for n, m in latents.masters.items()}
         entries |= {n: Entry.of(t) for n, t in with_scales({}, latents.scales).items()}
         with whole_file(self.file) as part:
-            write_tensors(part, entries, {"seconds": str(seconds)})
+            write_tensors(part, entries, {"seconds": str(seconds), "state": json.dumps(dict(state or {}))})
+
+    def state(self) -> dict[str, Any]:
+        """What was told with the last weights."""
+        return dict(json.loads(metadata_of(self.file)["state"])) if self.file.exists() else {}
 
     def load(self) -> tuple[Latents, float] | None:
         """What was saved last."""

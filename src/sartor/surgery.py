@@ -14,12 +14,12 @@ from sartor.model.network import anatomy
 from sartor.model.precision import running
 from sartor.plan import Plan
 from sartor.probing import Tell, felt
-from sartor.stages.buffer import IN_STEPS, buffered
+from sartor.stages.buffer import IN_STEPS, buffered, tried
 from sartor.stages.decide import settle
 from sartor.stages.distil import Anchor, DistilConfig, distil_
 from sartor.stages.fit import evidence_of, fit
 from sartor.stages.likelihood import kl_of, top_of
-from sartor.stages.masters import Latents, put_
+from sartor.stages.masters import Kept, Latents, put_
 from sartor.stages.measure import score
 from sartor.stages.probe import Effects, blended
 from sartor.stages.prune import cut_, gone, share_gone
@@ -34,7 +34,7 @@ class Surgery:
 
     Attributes:
         whole: the network before it, in bf16; adapted, where there is training. learned, unseen, generic: rows; of the user those it adapted to and those kept back. validation: of the user.
-        said: what the adapted network and the original say, or None where nothing is trained. training: of recovery.
+        said: what the adapted network and the original say, or None where nothing is trained. training: of recovery. kept: where a cut in steps ends each of them.
     """
 
     whole: Any
@@ -46,6 +46,7 @@ class Surgery:
     training: DistilConfig
     effort: str
     tell: Tell
+    kept: Kept
 
     def cut(self, small: Any, plan: Plan, steps: int, held: Tensor) -> tuple[Any, Plan, dict[str, Any]]:
         """Settle what goes on the adapted network, and take it out.
@@ -56,7 +57,7 @@ class Surgery:
             (the cut network, the plan as it was done, what went and what validation says of it before the last repair).
         """
         before, done = anatomy(small), dict[str, Any]()
-        if self.said is not None and not plan.settled:
+        if self.said is not None and (not plan.settled or (steps > 1 and tried(self.kept))):
             if steps > 1:
                 small, plan, done["steps"] = self._in_steps(small, plan, steps, held)
             elif share_gone(plan, before) >= WORTH_SETTLING:
@@ -70,7 +71,9 @@ class Surgery:
 
     def _in_steps(self, small: Any, plan: Plan, steps: int, held: Tensor) -> tuple[Any, Plan, list[dict[str, Any]]]:
         reference = top_of(self.whole, held)
-        time = [self.training.part(IN_STEPS / steps)] * steps  # one for each step, however many are tried
+        time = [self.training.part(IN_STEPS / steps)] * max(
+            0, steps - tried(self.kept)
+        )  # one for each step, however many are tried
         silent: Tell = lambda stage, share, note: None  # noqa: E731
         small, plan, done = buffered(
             small,
@@ -80,6 +83,7 @@ class Surgery:
             lambda network: kl_of(running(network), held, reference),
             steps,
             tell=partial(self.tell, "prune"),
+            kept=self.kept,
         )
         return small, plan, [asdict(step) for step in done]
 

@@ -8,7 +8,7 @@ foretold for it, the network of before comes back, only the cheaper half of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from sartor.model.network import BLOCK, Anatomy, anatomy, clone
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.decide import settle
 from sartor.stages.distil import DistilConfig
+from sartor.stages.masters import InMemory, Kept, free
 from sartor.stages.medium import medium_of
 from sartor.stages.probe import Effects
 from sartor.stages.prune import cut_
@@ -71,50 +72,96 @@ def buffered(
     by_entropy: bool = True,
     tell: Callable[[float, str], None] = lambda share, note: None,
     aim: Aim | None = None,
+    kept: Kept | None = None,
 ) -> tuple[Any, Plan, list[Step]]:
     """Cut in about so many steps; after twice as many the budget rules, whatever it costs.
 
     Args:
         small: the network before any cut, left as it is. plan: whose bytes are to be saved. sense: effects of a network on the user's data.
         heal: a cut network (it may be changed), healed. damage: of a network, in nats a prediction. by_entropy: equal allowances; else equal numbers of parameters (an ablation).
-        aim: (effects, blocks that each layer has lost already) -> what the whole cut would now be; None: `decide.settle`, for language models.
+        aim: (effects, blocks that each layer has lost already) -> what the whole cut would now be; None: `decide.settle`, for language models. kept: where every step ends; an interrupted cut goes on behind its last one.
     Returns:
         (the cut network, the plan of what was done, every step).
     """
-    a, most, left = anatomy(small), 2 * steps if steps > 1 else 1, steps
-    aim, unit = aim or (lambda effects, lost: settle(plan, a, effects, lost)), medium_of(small).unit
-    goal, now, before = plan, _whole(plan.layers, anatomy(small)), damage(small)
-    history: list[Step] = []
+    a, most = anatomy(small), 2 * steps if steps > 1 else 1
+    aim, unit, kept = (
+        aim or (lambda effects, lost: settle(plan, a, effects, lost)),
+        medium_of(small).unit,
+        kept or InMemory(),
+    )
+    small, course = _resumed(small, plan, kept) or (small, _Course(_whole(plan.layers, a), steps, damage(small)))
 
-    def attempt(taken: Sequence[_Unit], of: int, turn: int) -> tuple[Any, Step]:
+    def attempt(taken: Sequence[_Unit], of: int) -> tuple[Any, Step]:
         allowed, blocks = sum(u.effect for u in taken), sum(u.block for u in taken)
-        trial = heal(_cut(small, plan, now, _without(now, taken, a)))
-        real = damage(trial) - before
+        trial = heal(_cut(small, plan, course.now, _without(course.now, taken, a)))
+        real = damage(trial) - course.before
         said = f"{len(taken)} of {of} units cost {real:.3f} {unit} of {allowed:.3f} foretold"
-        tell((turn + 1) / most, f"step {turn + 1}: {said}")
+        tell((course.turn + 1) / most, f"step {course.turn + 1}: {said}")
         return trial, Step(blocks, len(taken) - blocks, allowed, real, real <= allowed)
 
-    for turn in range(most):
-        effects = _in_place(sense(small), now, a)
-        lost = [(f - len(x.kept_channels())) // BLOCK for f, x in zip(a.ffn, now, strict=True)]
-        goal = aim(effects, lost)
-        rest = _to_go(now, goal.layers, a, effects)
+    while course.turn < most and not course.done:
+        effects = _in_place(sense(small), course.now, a)
+        lost = [(f - len(x.kept_channels())) // BLOCK for f, x in zip(a.ffn, course.now, strict=True)]
+        course.goal = aim(effects, lost)
+        rest = _to_go(course.now, course.goal.layers, a, effects)
         if not rest:
             break
-        final = turn == most - 1
-        taken = rest if final else _first(rest, left, by_entropy)
-        trial, step = attempt(taken, len(rest), turn)
+        final = course.turn == most - 1
+        taken = rest if final else _first(rest, course.left, by_entropy)
+        trial, step = attempt(taken, len(rest))
         if step.kept or final or len(taken) == 1:
-            left = max(1, left - 1)
+            course.left = max(1, course.left - 1)
         else:
-            history.append(step)
+            course.history.append(step)
             taken = taken[: (len(taken) + 1) // 2]
-            trial, step = attempt(taken, len(rest), turn)
-        history.append(replace(step, kept=True))
-        small, now, before = trial, _without(now, taken, a), before + step.real
-        if len(taken) == len(rest):
-            break
-    return small, replace(goal, layers=now, steps=max(1, sum(s.kept for s in history))), history
+            trial, step = attempt(taken, len(rest))
+        small = trial
+        course.took(step, _without(course.now, taken, a), len(taken) == len(rest))
+        kept.save(replace(free(small), exact=True), 0.0, course.state())
+    done = max(1, sum(s.kept for s in course.history))
+    return small, replace(course.goal or plan, layers=course.now, steps=done), course.history
+
+
+def tried(kept: Kept) -> int:
+    """Steps that an interrupted cut has tried already."""
+    return len(kept.state().get("history", ()))
+
+
+@dataclass
+class _Course:
+    """How far the steps have come: what stays `now`, among how many parts what is `left` is divided, the damage `before` the next step, the plan last aimed at."""
+
+    now: Layers
+    left: int
+    before: float
+    history: list[Step] = field(default_factory=list)
+    turn: int = 0
+    done: bool = False
+    goal: Plan | None = None
+
+    def took(self, step: Step, now: Layers, done: bool) -> None:
+        self.history.append(replace(step, kept=True))
+        self.now, self.before, self.turn, self.done = now, self.before + step.real, self.turn + 1, done
+
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+        masks = [[x.groups, x.channels] for x in self.now]
+        told = {"now": masks, "left": self.left, "before": self.before, "turn": self.turn, "done": self.done}
+        return told | {"history": [asdict(s) for s in self.history], "goal": self.goal.to_json() if self.goal else None}
+
+
+def _resumed(small: Any, plan: Plan, kept: Kept) -> tuple[Any, _Course] | None:
+    """The network behind its last step, and the course."""
+    saved, told = kept.load(), kept.state()
+    if saved is None or not told:
+        return None
+    now = tuple(replace(x, groups=g, channels=c) for x, (g, c) in zip(plan.layers, told["now"], strict=True))
+    network = _cut(small, plan, _whole(plan.layers, anatomy(small)), now)
+    for name, p in network.named_parameters():
+        p.data = saved[0].masters[name].to(p.dtype)
+    history = [Step(**s) for s in told["history"]]
+    goal = Plan.from_json(told["goal"]) if told["goal"] else None
+    return network, _Course(now, told["left"], told["before"], history, told["turn"], told["done"], goal)
 
 
 def _whole(layers: Layers, a: Anatomy) -> Layers:
@@ -132,7 +179,7 @@ def _in_place(e: Effects, now: Layers, a: Anatomy) -> Effects:
         channel[n][now[n].kept_channels()] = felt
     for n, felt in e.group.items():
         group[n][now[n].kept_groups()] = felt
-    return Effects(channel, group, e.parts, e.tokens)
+    return replace(e, channel=channel, group=group)
 
 
 def _to_go(now: Layers, goal: Layers, a: Anatomy, effects: Effects) -> list[_Unit]:

@@ -142,11 +142,14 @@ class Batches:
 class Kept(Protocol):
     """Where the best weights of a training are kept: on disk they take no memory, and outlive an interruption."""
 
-    def save(self, latents: Latents, seconds: float) -> None:
-        """Keep these instead, trained for so long."""
+    def save(self, latents: Latents, seconds: float, state: Mapping[str, Any] | None = None) -> None:
+        """Keep these instead, trained for so long; `state`: JSON that tells what else was reached with them."""
 
     def load(self) -> tuple[Latents, float] | None:
         """What was saved last, and how long it had been trained; None before anything was."""
+
+    def state(self) -> dict[str, Any]:
+        """What was told with it; nothing before anything was."""
 
 
 class InMemory:
@@ -154,12 +157,16 @@ class InMemory:
 
     def __init__(self) -> None:
         self._last: tuple[Latents, float] | None = None
+        self._state: dict[str, Any] = {}
 
-    def save(self, latents: Latents, seconds: float) -> None:
-        self._last = replace(latents, masters=latents.halved()), seconds
+    def save(self, latents: Latents, seconds: float, state: Mapping[str, Any] | None = None) -> None:
+        self._last, self._state = (replace(latents, masters=latents.halved()), seconds), dict(state or {})
 
     def load(self) -> tuple[Latents, float] | None:
         return self._last
+
+    def state(self) -> dict[str, Any]:
+        return self._state
 
 
 class Adam:
