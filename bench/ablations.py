@@ -30,7 +30,7 @@ from sartor.stages import paper
 from sartor.stages.bits import BASE
 from sartor.stages.decide import Measured, decide
 from sartor.stages.masters import Latents
-from sartor.stages.probe import Effects, order_units
+from sartor.stages.probe import order_units
 from sartor.stages.words import whole
 from sartor.storage import remembered
 from sartor.surgery import Surgery
@@ -44,7 +44,7 @@ class Variant:
 
     Attributes:
         what: it is, in a few words. texts: of whom. believed: what of all that was measured the decision may know. settled: cuts are not chosen anew on the adapted network.
-        training: of the effort's own. fitting: how what is left gets onto its grids.
+        training: of the effort's own. fitting: how what is left gets onto its grids. steps: that the cuts are made in.
     """
 
     what: str
@@ -53,6 +53,7 @@ class Variant:
     settled: bool = False
     training: Callable[[Training], Training] = lambda training: training
     fitting: Fitting = Surgery.fitted
+    steps: int = 1
 
 
 def fitted(name: str, subject: Subject, size: str, work: Path) -> Artifact:
@@ -67,7 +68,7 @@ def fitted(name: str, subject: Subject, size: str, work: Path) -> Artifact:
     del dense
     made = apply_plan(
         subject.network, p.tokenizer, replace(plan, settled=v.settled), texts, subject.effort,
-        v.training(effort_of(subject.effort).training), progress, fitting=v.fitting,
+        v.training(effort_of(subject.effort).training), progress, steps=v.steps, fitting=v.fitting,
     )  # fmt: skip
     progress.end()
     file = work / "model.gguf"
@@ -86,7 +87,7 @@ def uniform(m: Measured, subject: Subject) -> Measured:
     channel, group = (
         _alike(of, first) for of, first in ((m.user.channel, order.channels), (m.user.group, order.groups))
     )
-    flat = Effects(channel, group, m.user.parts, m.user.tokens, m.user.known)
+    flat = replace(m.user, channel=channel, group=group)
     poorer = {g: np.full(len(d), d.mean()) for g, d in m.poorer_damage.items()}
     return replace(m, user=flat, units=order_units(flat), poorer_damage=poorer)
 
@@ -133,6 +134,9 @@ def without_teacher(t: Training) -> Training:
 VARIANTS: dict[str, Variant] = {
     "sartor": Variant("Sartor as it is"),
     "sartor, uniform rates": Variant("without probing: the same share of every layer", believed=uniform, settled=True),
+    "sartor, in steps": Variant(
+        "cut in three steps of equal allowance, each healed and taken back where it costs more", steps=3
+    ),
     "sartor, generic text": Variant("without personal statistics: generic text in the user's place", public_texts),
     "sartor, all words": Variant("without trimming the vocabulary", believed=all_words),
     "sartor, no fit": Variant("without repair and error feedback: cut and rounded", fitting=rounded),
