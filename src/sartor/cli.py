@@ -154,10 +154,10 @@ def do_run(a: argparse.Namespace) -> None:
     """Generate with the artifact, or say what is on a photo."""
     from sartor.errors import InputError
     from sartor.export.text_runtimes import RUNTIMES, run_job, runtime_of
-    from sartor.picture_api import is_picture_artifact
+    from sartor.picture_api import sees
     from sartor.text_exports import ARTIFACT
 
-    if is_picture_artifact(a.folder):
+    if sees(a.folder):
         return _run_on_photo(a)
     files = [a.folder / row.file for row in RUNTIMES.values()] if a.folder.is_dir() else [a.folder]
     file = next((f for f in files if f.exists()), None)
@@ -178,6 +178,12 @@ def _run_on_photo(a: argparse.Namespace) -> None:
     found, pixels, relevance = classify(a.folder, Path(a.prompt))
     for name, p in found[:3]:
         print(f"{p:6.1%}  {name}")
+    if relevance is None:
+        print(
+            "not drawn what decided: name the folder that sartor compress wrote for that, not an export",
+            file=sys.stderr,
+        )
+        return
     why = a.why or Path(f"{Path(a.prompt).stem}-why.png")
     if why.exists():
         print(f"not drawn: '{why.name}' is there already, name another with --why", file=sys.stderr)
