@@ -95,6 +95,29 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path) -> None:
         frames[0].save(file, save_all=True, append_images=frames[1:])
         red, _, blue = open_photo(file, SIZE).float().mean((1, 2)).tolist()
         assert red > 200 > 50 > blue
+    put(tmp_path / "b.gif", frames[0])
+    assert read_photos(tmp_path, SIZE).dropped == {photos.SEVERAL: 2}
+
+
+def test_a_damaged_second_frame_does_not_cost_the_first(tmp_path: Path) -> None:
+    frames = [scene(i, 20) for i in range(2)]
+    file, raw = tmp_path / "a.gif", io.BytesIO()
+    frames[0].save(raw, "GIF")
+    first = raw.getvalue()
+    frames[0].save(file, save_all=True, append_images=frames[1:])
+    file.write_bytes(file.read_bytes()[: len(first) + 40])
+    assert open_photo(file, SIZE).shape == (3, SIZE, SIZE)
+
+
+def test_what_a_photo_loses_is_noticed_and_the_photo_kept(tmp_path: Path) -> None:
+    deep = [Image.fromarray(np.full((20, 20), n * 9_000, np.uint16)) for n in (1, 2)]
+    put(tmp_path / "a.png", deep[0])
+    put(tmp_path / "a.tif", deep[1])
+    put(tmp_path / "a.jpg", scene(0).convert("CMYK"))
+    put(tmp_path / "plain.jpg", scene(1))
+    gallery = read_photos(tmp_path, SIZE)
+    assert len(gallery.pixels) == 4
+    assert gallery.dropped == {photos.DEEP: 2, photos.INKS: 1}
 
 
 def test_the_middle_square_is_taken_and_a_drafted_jpeg_looks_the_same(tmp_path: Path) -> None:

@@ -17,13 +17,12 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from sartor.data.photos import LEAST_CLASS, Gallery
+from sartor.data.photos import LEAST_CLASS, LEAST_PHOTOS, Gallery
 from sartor.errors import DataError
 
 SHARES = {"train": 0.65, "validation": 0.15, "test": 0.20}
 PARTS = tuple(SHARES)  # by index; of near duplicates in several parts of an owner's split, those in the last one stay
 TRAIN, VALIDATION, TEST = range(3)
-LEAST_PHOTOS = 24
 TRUSTED_TEST_PHOTOS = 60
 TRUSTED_CLASS_PHOTOS = 3
 NEAR = 4  # bits of 64 in which the difference hashes of near duplicates may differ
