@@ -34,17 +34,22 @@ def put_tiny(patch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of a pico model, a user's photos by class, the same without classes, and generic pictures."""
-    from transformers import Dinov2Config, Dinov2Model
-
     root = tmp_path_factory.mktemp("seen")
     found = {name: root / name for name in ("model", "photos", "loose", "generic")}
+    put_model(found["model"])
+    put_photos(found)
+    return found
+
+
+def put_model(folder: Path) -> None:
+    """A pico DINOv2."""
+    from transformers import Dinov2Config, Dinov2Model
+
     torch.manual_seed(0)
     config = Dinov2Config(
         hidden_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=32, patch_size=8, layerscale_value=1.0
     )
-    Dinov2Model(config).save_pretrained(found["model"])
-    put_photos(found)
-    return found
+    Dinov2Model(config).save_pretrained(folder)
 
 
 def put_photos(place: dict[str, Path]) -> None:

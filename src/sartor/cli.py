@@ -28,10 +28,16 @@ def do_export(a: argparse.Namespace) -> None:
     from sartor.export.text_runtimes import RUNTIMES
     from sartor.report import exports
 
+    if a.labels and not a.data:
+        raise InputError(
+            "--labels says of which classes the photos in --data are, and there is no --data: add it, or leave --labels out"
+        )
     if not a.data and len(a.to) != 1:
         raise InputError("name one runtime with --to; with --data several are compared")
     _no_bars()
     if not picture_api.is_picture_artifact(a.folder):
+        if a.labels:
+            raise InputError(f"--labels is for models that see, and '{a.folder.name}' holds none: leave it out")
         there, others = text_exports.installed()
         if "executorch" in (a.to or there):
             print("ExecuTorch's file takes minutes to lower; leave it out by naming others with --to", file=sys.stderr)
