@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sartor.data import photos
-from sartor.data.album import PARTS, Album, near_duplicates, split
+from sartor.data.album import PARTS, Album, _few_shot, near_duplicates, split
 from sartor.data.photos import Gallery, dhash, open_photo, read_photos
 from sartor.errors import DataError
 
@@ -393,8 +393,16 @@ def test_a_split_is_stratified_and_the_same_for_the_same_seed() -> None:
         assert np.abs(table[name] - share * np.array(sizes)).max() <= 1
     assert table["train"].min() >= 1
     assert table["test"].min() >= 1
-    assert any("fewer than 3 test photos" in w for w in album.warnings)
+    assert any(
+        "6 of 6 classes have fewer than 10 test photos" in w and "may still mean 72%" in w for w in album.warnings
+    )
     assert any("test photos: intervals are wide" in w for w in album.warnings)
+
+
+def test_classes_with_enough_test_photos_are_not_called_uncertain() -> None:
+    assert _few_shot(np.array([10, 40])) == []
+    (told,) = _few_shot(np.array([9, 10, 40]))
+    assert told.startswith("1 of 3 classes")
 
 
 def test_a_class_that_clusters_tie_to_others_still_reaches_train_and_test() -> None:

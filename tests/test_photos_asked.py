@@ -184,6 +184,10 @@ def test_labels_and_odd_files_go_through_every_command_and_are_told(
     said = capsys.readouterr()
     (line,) = [x for x in said.out.splitlines() if "left out or noticed" in x]
     assert all(f"{n} {why}" in line for why, n in NOTICED.items())
+    (line,) = [x for x in said.out.splitlines() if "test photos: what is said of a single one" in x]
+    few = sum(c["pictures"] < 10 for c in told["user"]["by_class"])
+    assert f"{few} of 3 classes have fewer than 10 test photos" in line
+    assert few > 0
     assert "secret" not in said.out + said.err.replace(str(fitted), "")
 
     again = ["eval", str(fitted), *data, "--model", str(model), "--json"]
