@@ -102,6 +102,16 @@ def test_photos_are_named_measured_again_and_exported(
     assert again["user"]["artifact"] == report(fitted)["user"]["artifact"]
     assert main(["export", str(fitted), "--to", "onnx", "--out", str(tmp_path / "same")]) == 0
     assert (tmp_path / "same" / "model.onnx").read_bytes() == (fitted / ARTIFACT).read_bytes()
+    for folder in (fitted, tmp_path / "same"):
+        assert main(["run", str(folder), str(photo), "--why", str(tmp_path / f"{folder.name}.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == lines[3:]
+    told = json.loads((tmp_path / "same" / "preprocessor_config.json").read_text())
+    assert told["crop_size"] == {"height": SIDE, "width": SIDE}
+    pixels, model = torch.full((3, 1, 1), 200.0), sartor.load(fitted)[0]
+    mean, std = (torch.tensor(told[k])[:, None, None] for k in ("image_mean", "image_std"))
+    scale, shift = model.scale, model.shift  # what the file does in front of everything
+    assert torch.allclose((pixels * told["rescale_factor"] - mean) / std, pixels * scale + shift, rtol=1e-3)
     assert main(["export", str(fitted), "--to", "onnx-int4", "--out", str(tmp_path / "no")]) == 2
     assert "take one of onnx-fp32" in capsys.readouterr().err
     both = ["export", str(fitted), "--data", str(place["photos"]), "--to", "onnx-fp32", "onnx-int8"]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sartor.data import photos
-from sartor.data.album import PARTS, Album, near_duplicates, split
+from sartor.data.album import PARTS, Album, _few_shot, near_duplicates, split
 from sartor.data.photos import Gallery, dhash, open_photo, read_photos
 from sartor.errors import DataError
 
@@ -95,6 +95,29 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path) -> None:
         frames[0].save(file, save_all=True, append_images=frames[1:])
         red, _, blue = open_photo(file, SIZE).float().mean((1, 2)).tolist()
         assert red > 200 > 50 > blue
+    put(tmp_path / "b.gif", frames[0])
+    assert read_photos(tmp_path, SIZE).dropped == {photos.SEVERAL: 2}
+
+
+def test_a_damaged_second_frame_does_not_cost_the_first(tmp_path: Path) -> None:
+    frames = [scene(i, 20) for i in range(2)]
+    file, raw = tmp_path / "a.gif", io.BytesIO()
+    frames[0].save(raw, "GIF")
+    first = raw.getvalue()
+    frames[0].save(file, save_all=True, append_images=frames[1:])
+    file.write_bytes(file.read_bytes()[: len(first) + 40])
+    assert open_photo(file, SIZE).shape == (3, SIZE, SIZE)
+
+
+def test_what_a_photo_loses_is_noticed_and_the_photo_kept(tmp_path: Path) -> None:
+    deep = [Image.fromarray(np.full((20, 20), n * 9_000, np.uint16)) for n in (1, 2)]
+    put(tmp_path / "a.png", deep[0])
+    put(tmp_path / "a.tif", deep[1])
+    put(tmp_path / "a.jpg", scene(0).convert("CMYK"))
+    put(tmp_path / "plain.jpg", scene(1))
+    gallery = read_photos(tmp_path, SIZE)
+    assert len(gallery.pixels) == 4
+    assert gallery.dropped == {photos.DEEP: 2, photos.INKS: 1}
 
 
 def test_the_middle_square_is_taken_and_a_drafted_jpeg_looks_the_same(tmp_path: Path) -> None:
@@ -370,8 +393,16 @@ def test_a_split_is_stratified_and_the_same_for_the_same_seed() -> None:
         assert np.abs(table[name] - share * np.array(sizes)).max() <= 1
     assert table["train"].min() >= 1
     assert table["test"].min() >= 1
-    assert any("fewer than 3 test photos" in w for w in album.warnings)
+    assert any(
+        "6 of 6 classes have fewer than 10 test photos" in w and "may still mean 72%" in w for w in album.warnings
+    )
     assert any("test photos: intervals are wide" in w for w in album.warnings)
+
+
+def test_classes_with_enough_test_photos_are_not_called_uncertain() -> None:
+    assert _few_shot(np.array([10, 40])) == []
+    (told,) = _few_shot(np.array([9, 10, 40]))
+    assert told.startswith("1 of 3 classes")
 
 
 def test_a_class_that_clusters_tie_to_others_still_reaches_train_and_test() -> None:

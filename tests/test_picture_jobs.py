@@ -15,6 +15,7 @@ from PIL import Image
 import sartor
 from sartor import effort, picture_exports
 from sartor.cli import main
+from sartor.data.photos import open_photo
 from sartor.export import onnxrt
 from sartor.picture_api import ARTIFACT
 from sartor.stages.tune import TuneConfig
@@ -33,17 +34,22 @@ def put_tiny(patch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of a pico model, a user's photos by class, the same without classes, and generic pictures."""
-    from transformers import Dinov2Config, Dinov2Model
-
     root = tmp_path_factory.mktemp("seen")
     found = {name: root / name for name in ("model", "photos", "loose", "generic")}
+    put_model(found["model"])
+    put_photos(found)
+    return found
+
+
+def put_model(folder: Path) -> None:
+    """A pico DINOv2."""
+    from transformers import Dinov2Config, Dinov2Model
+
     torch.manual_seed(0)
     config = Dinov2Config(
         hidden_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=32, patch_size=8, layerscale_value=1.0
     )
-    Dinov2Model(config).save_pretrained(found["model"])
-    put_photos(found)
-    return found
+    Dinov2Model(config).save_pretrained(folder)
 
 
 def put_photos(place: dict[str, Path]) -> None:
@@ -193,6 +199,60 @@ def test_exports_are_compared_in_one_table(
     assert not (tmp_path / "no").exists()
     assert main(["export", str(fitted), "--to", "toaster", "--out", str(tmp_path / "x")]) == 2
     assert "executorch-int8" in capsys.readouterr().err
+
+
+def test_an_export_says_what_goes_in_and_what_comes_out_and_runs(
+    fitted: Path, place: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoImageProcessor
+
+    photo, out = next((place["photos"] / NAMES[0]).iterdir()), tmp_path / "phone"
+    assert main(["export", str(fitted), "--to", "onnx", "--out", str(out)]) == 0
+    assert {f.name for f in out.iterdir()} == {ARTIFACT, "classes.json", "preprocessor_config.json"}
+    for name in ("classes.json", "preprocessor_config.json"):
+        assert (out / name).read_bytes() == (fitted / name).read_bytes()
+    wide = Image.open(photo).resize((90, 60))
+    wide.save(tmp_path / "wide.png")
+    theirs = AutoImageProcessor.from_pretrained(out)(wide, return_tensors="np")["pixel_values"][0]
+    ours = open_photo(tmp_path / "wide.png", sartor.load(fitted)[0].size).numpy()
+    assert theirs.dtype == np.uint8
+    assert np.abs(theirs.astype(int) - ours).mean() < 2  # they round between resizing and cutting out
+    told = json.loads((out / "preprocessor_config.json").read_text())
+    assert told["image_mean"] == [0.485, 0.456, 0.406]
+    assert told["image_std"] == [0.229, 0.224, 0.225]
+    capsys.readouterr()
+    assert main(["run", str(fitted), str(photo), "--why", str(tmp_path / "why.png")]) == 0
+    first = capsys.readouterr().out
+    for named in (out, out / ARTIFACT):
+        assert main(["run", str(named), str(photo), "--why", str(tmp_path / "no.png")]) == 0
+        said = capsys.readouterr()
+        assert said.out == first
+        assert said.err.count("\n") == 1
+        assert "sartor compress wrote" in said.err
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_of_several_exports_one_is_named_and_a_bare_file_is_refused(
+    fitted: Path, place: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, out = str(next((place["photos"] / NAMES[0]).iterdir())), tmp_path / "all"
+    assert main(["export", str(fitted), "--to", "onnx-fp32", "--out", str(out)]) == 0
+    (out / ARTIFACT).rename(out / "onnx-fp32.onnx")
+    assert main(["run", str(out), photo]) == 0  # the only one
+    shutil.copy(out / "onnx-fp32.onnx", out / "other.onnx")
+    capsys.readouterr()
+    for wrong, way_out in (
+        (out, "holds 2 models (onnx-fp32.onnx, other.onnx), one is run: name it, as all/onnx-fp32.onnx"),
+        (out / "none.onnx", "there is no 'none.onnx'"),
+    ):
+        assert main(["run", str(wrong), photo]) == 2
+        assert way_out in capsys.readouterr().err
+    assert main(["run", str(out / "other.onnx"), photo]) == 0
+    (out / "preprocessor_config.json").unlink()
+    (out / "other.onnx").rename(out / ARTIFACT)
+    capsys.readouterr()
+    assert main(["run", str(out), photo]) == 2
+    assert "copy all files that sartor export wrote" in capsys.readouterr().err
 
 
 def test_photos_without_labels_are_fitted_to_how_alike_they_are(place: dict[str, Path], tmp_path: Path) -> None:

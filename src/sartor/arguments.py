@@ -33,12 +33,14 @@ Each is reopened and compared with PyTorch and with llama.cpp on model.gguf; wit
 Models that see: onnx (as it was fitted), onnx-fp32, onnx-int8, onnx-int4, executorch-fp32, executorch-int8, litert-fp32, litert-int8, litert-int4, coreml-fp16, coreml-int8, coreml-int4;
 convolutional networks no int4, nor executorch-int8 with grouped convolutions or concatenations (as SqueezeNet has).
 With --data every file is reopened in its own runtime, compared with PyTorch and with the names of the photos that were held out, and timed.
+Beside them lie classes.json, the names of the answers in the order of the logits, and preprocessor_config.json: side, colours and layout of the input, how a photo
+is resized, and the mean and std that the file itself applies.
 One table, one row a runtime, also as exports.html and exports.json beside the files.
 
 examples:
   sartor export fitted/ --to onnx --out phone/          # sartor run phone/ "Dear Anna," then generates in ONNX Runtime
   sartor export fitted/ --to executorch --out phone/    # for a phone; sartor run phone/ works, too
-  sartor export seen/ --to litert-int8 --out phone/
+  sartor export seen/ --to litert-int8 --out phone/     # sartor run phone/ photo.jpg names what is on the photo
   sartor export seen/ --data ~/photos --out all/        # every runtime that is installed"""
 
 

@@ -28,10 +28,16 @@ def do_export(a: argparse.Namespace) -> None:
     from sartor.export.text_runtimes import RUNTIMES
     from sartor.report import exports
 
+    if a.labels and not a.data:
+        raise InputError(
+            "--labels says of which classes the photos in --data are, and there is no --data: add it, or leave --labels out"
+        )
     if not a.data and len(a.to) != 1:
         raise InputError("name one runtime with --to; with --data several are compared")
     _no_bars()
     if not picture_api.is_picture_artifact(a.folder):
+        if a.labels:
+            raise InputError(f"--labels is for models that see, and '{a.folder.name}' holds none: leave it out")
         there, others = text_exports.installed()
         if "executorch" in (a.to or there):
             print("ExecuTorch's file takes minutes to lower; leave it out by naming others with --to", file=sys.stderr)
@@ -154,10 +160,10 @@ def do_run(a: argparse.Namespace) -> None:
     """Generate with the artifact, or say what is on a photo."""
     from sartor.errors import InputError
     from sartor.export.text_runtimes import RUNTIMES, run_job, runtime_of
-    from sartor.picture_api import is_picture_artifact
+    from sartor.picture_api import sees
     from sartor.text_exports import ARTIFACT
 
-    if is_picture_artifact(a.folder):
+    if sees(a.folder):
         return _run_on_photo(a)
     files = [a.folder / row.file for row in RUNTIMES.values()] if a.folder.is_dir() else [a.folder]
     file = next((f for f in files if f.exists()), None)
@@ -178,6 +184,12 @@ def _run_on_photo(a: argparse.Namespace) -> None:
     found, pixels, relevance = classify(a.folder, Path(a.prompt))
     for name, p in found[:3]:
         print(f"{p:6.1%}  {name}")
+    if relevance is None:
+        print(
+            "not drawn what decided: name the folder that sartor compress wrote for that, not an export",
+            file=sys.stderr,
+        )
+        return
     why = a.why or Path(f"{Path(a.prompt).stem}-why.png")
     if why.exists():
         print(f"not drawn: '{why.name}' is there already, name another with --why", file=sys.stderr)

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from sartor import picture_storage, storage
+from sartor.data.photos import open_photo
 from sartor.errors import BudgetError, InputError, OutputError
-from sartor.export import onnx_text, seen
+from sartor.export import onnx_text, runtimes, seen
 from sartor.export.worker import peak_memory
 from sartor.files import write_whole
 from sartor.job import Job
+from sartor.map_view import THREADS
 from sartor.model.graph import Graph
 from sartor.model.network import anatomy
 from sartor.picture_evaluate import Originals, measure_pictures, picture_controls
@@ -28,6 +30,7 @@ from sartor.probing import Tell
 from sartor.report.layers import layer_rows, map_rows
 from sartor.report.pictures import page
 from sartor.sources import Source, fetched, resolve
+from sartor.stages.attribute import patches_that_decided
 
 ARTIFACT = "model.onnx"
 
@@ -193,21 +196,55 @@ def is_picture_artifact(folder: Path) -> bool:
     return (folder / ARTIFACT).exists() and not (folder / onnx_text.CONFIG).exists()
 
 
-def classify(folder: Path, photo: Path) -> tuple[list[tuple[str, float]], torch.Tensor, torch.Tensor]:
-    """([(class, probability), ...] the likeliest first, by the artifact in its runtime; the picture; the relevance of its patches).
+def sees(place: Path) -> bool:
+    """Whether this is an artifact or an export of a network that sees, or a file of one: the names of its classes lie there."""
+    return is_picture_artifact(place) or (_folder_of(place) / picture_storage.CLASSES).exists()
+
+
+def _folder_of(place: Path) -> Path:
+    return place.parent if place.suffix in runtimes.READS else place
+
+
+def _file_of(place: Path) -> Path:
+    """The file to run: the artifact, the one that was exported, or the one that is named.
 
     Raises:
-        InputError: not an artifact, made without labels, or a photo that cannot be opened.
+        InputError: there is none, or several.
     """
-    from sartor.data.photos import open_photo
-    from sartor.export import onnxrt
-    from sartor.stages.attribute import patches_that_decided
+    if place.suffix in runtimes.READS:
+        if not place.exists():
+            raise InputError(f"there is no '{place.name}': name a folder or file that sartor export wrote")
+        return place
+    if (place / ARTIFACT).exists():
+        return place / ARTIFACT
+    found = sorted(f.name for f in place.iterdir() if f.suffix in runtimes.READS)
+    if len(found) != 1:
+        held = f"holds {len(found)} models ({', '.join(found)})" if found else "holds no model"
+        raise InputError(
+            f"'{place.name}' {held}, one is run: name it, as {place.name}/{found[0] if found else ARTIFACT}"
+        )
+    return place / found[0]
 
-    model, _, classes = picture_storage.load(folder)
+
+def classify(place: Path, photo: Path) -> tuple[list[tuple[str, float]], torch.Tensor, torch.Tensor | None]:
+    """([(class, probability), ...] the likeliest first, by the artifact in its runtime; the picture; the relevance of its patches).
+
+    Args:
+        place: an artifact, an export or its file; of an export nobody can say which patches decided (None): that takes the artifact's own weights.
+    Raises:
+        InputError: neither, made without labels, or a photo that cannot be opened. MissingExtra: the runtime of the file is not installed.
+    """
+    file = _file_of(place)
+    model: Any = None
+    if (file.parent / "plan.json").exists():
+        model, _, classes = picture_storage.load(file.parent)
+        side = model.size
+    else:
+        classes, side = picture_storage.described(file.parent)
     if not classes:
-        raise InputError(f"'{folder.name}' was fitted without labels and names no classes: it gives features only")
-    pixels = open_photo(photo, model.size)[None]
-    logits = torch.tensor(onnxrt.outputs(folder / ARTIFACT, pixels.numpy())["logits"][0])
-    p, order = torch.softmax(logits.float(), -1).sort(descending=True)
-    relevance = patches_that_decided(model, pixels, int(order[0]))
+        raise InputError(f"'{place.name}' was fitted without labels and names no classes: it gives features only")
+    pixels = open_photo(photo, side)[None]
+    said = runtimes.READS[file.suffix].run(file, pixels.numpy(), THREADS, 0)["outputs"]
+    p, order = torch.softmax(torch.tensor(said["logits"][0]).float(), -1).sort(descending=True)
+    relevance = None if model is None else patches_that_decided(model, pixels, int(order[0]))
     return [(classes[int(c)], float(x)) for c, x in zip(order, p, strict=True)], pixels[0], relevance

@@ -21,16 +21,17 @@ HELD_OUT = 128  # at most
 
 
 def export_pictures(folder: Path, to: str, out: Path) -> Path:
-    """Write a saved artifact for a runtime: onnx (its exact weights), or a row of `runtimes.ROWS`.
+    """Write a saved artifact for a runtime: onnx (its exact weights), or a row of `runtimes.ROWS`; beside it `picture_storage.describe`, for whoever runs it.
 
     Raises:
         InputError: there is no such runtime. MissingExtra: its packages are not installed.
     """
-    model, _, _ = picture_storage.load(folder)
+    model, _, classes = picture_storage.load(folder)
     name = _row_name(to, model)
     row = runtimes.row_for(name, model)
     file = storage.claim_folder(out) / f"model{row.ending}"
     runtimes.write(name, file, model)
+    picture_storage.describe(model, classes, out)
     return file
 
 
@@ -54,7 +55,8 @@ def measure_exports(
     for name in names:
         runtimes.row_for(name, model)
     pixels, named = _held_out(folder, photos, labels, model.size, classes)
-    return runtimes.measure_all(model, storage.claim_folder(out), pixels, names or None, labels=named)
+    picture_storage.describe(model, classes, storage.claim_folder(out))
+    return runtimes.measure_all(model, out, pixels, names or None, labels=named)
 
 
 def _held_out(

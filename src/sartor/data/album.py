@@ -17,15 +17,15 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from sartor.data.photos import LEAST_CLASS, Gallery
+from sartor.data.photos import LEAST_CLASS, LEAST_PHOTOS, Gallery
 from sartor.errors import DataError
+from sartor.numerics.metrics import wilson
 
 SHARES = {"train": 0.65, "validation": 0.15, "test": 0.20}
 PARTS = tuple(SHARES)  # by index; of near duplicates in several parts of an owner's split, those in the last one stay
 TRAIN, VALIDATION, TEST = range(3)
-LEAST_PHOTOS = 24
 TRUSTED_TEST_PHOTOS = 60
-TRUSTED_CLASS_PHOTOS = 3
+TRUSTED_CLASS_PHOTOS = 10
 NEAR = 4  # bits of 64 in which the difference hashes of near duplicates may differ
 SMALL, ALIKE = 16, 0.98  # pixels of a side, and the correlation at that size
 BLOCK = 512  # rows of distances at a time: 16 MB for 4,000 photos
@@ -299,6 +299,7 @@ def _few_shot(tested: Int[np.ndarray, " k"]) -> list[str]:
     few = int((tested < TRUSTED_CLASS_PHOTOS).sum())
     if not few:
         return []
+    least = wilson(np.ones(TRUSTED_CLASS_PHOTOS, bool))[0]
     return [
-        f"{few} of {len(tested)} classes have fewer than {TRUSTED_CLASS_PHOTOS} test photos: what is said of a single class has wide intervals"
+        f"{few} of {len(tested)} classes have fewer than {TRUSTED_CLASS_PHOTOS} test photos: what is said of a single one of them has a wide interval ({TRUSTED_CLASS_PHOTOS} right of {TRUSTED_CLASS_PHOTOS} may still mean {least:.0%})"
     ]

@@ -29,6 +29,7 @@ from sartor.errors import DataError
 MOST = 4_000  # photos; at 224 pixels they take 0.6 GB
 MOST_PIXELS = 64_000_000
 LEAST_SIDE = 8
+LEAST_PHOTOS = 24  # to fit a model and to test it
 LEAST_CLASS = 4  # photos of a class, below which nothing can be split off it
 THREADS = 2
 RISE = 2  # of 255
@@ -46,6 +47,10 @@ DAMAGED = "truncated or damaged"
 NO_PICTURE = "no picture that Pillow can open"
 HEIC = "HEIC, which Pillow cannot open: export as JPEG"
 UNREAD = "not readable: check its permissions"
+SEVERAL = "animations or files of several pages (only their first picture was taken)"
+DEEP = "photos of more than 8 bits a colour (rounded to 8)"
+INKS = "photos in CMYK (their colours are near, not exact)"
+MAY_BE_SEVERAL = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # not the MPO of cameras: there the first picture is the photo
 WAY_OUT = {
     BOMB: ": save a smaller copy",
     TINY: f": give photos of at least {LEAST_SIDE} pixels a side",
@@ -177,9 +182,12 @@ def _twins(names: set[str]) -> int:
 def _check(entries: Sequence[_Entry], dropped: Counter[str]) -> None:
     """Raises DataError when nothing can be learnt from these photos, whatever the split."""
     if len(entries) < 2:
-        reasons = ", ".join(f"{n} {why}" for why, n in dropped.most_common()) or "the folder is empty"
+        reasons = "; ".join(f"{n} {why}{WAY_OUT.get(why, '')}" for why, n in dropped.most_common())
+        left = f" ({reasons})" if dropped else ("" if entries else " (the folder is empty)")
         got = "one photo" if entries else "no photo that can be read"
-        raise DataError(f"{got} in the folder ({reasons}): give a folder of photos as JPEG, PNG or WebP")
+        raise DataError(
+            f"{got} in the folder{left}, at least {LEAST_PHOTOS} are needed to fit and to test a model: give a folder of photos as JPEG, PNG or WebP"
+        )
     sizes = Counter(e.name for e in entries if e.name is not None)
     if len(sizes) == 1:
         raise DataError(
@@ -217,11 +225,11 @@ def _read_all(entries: Sequence[_Entry], size: int, dropped: Counter[str]) -> Ga
     prints, exact = [], []
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata by file; what matters is counted
-        for entry, (picture, why, mark, digest) in zip(
+        for entry, (picture, told, mark, digest) in zip(
             entries, pool.map(lambda e: _read(e.file, size), entries), strict=True
         ):
+            dropped.update(told)
             if picture is None:
-                dropped[why] += 1
                 continue
             pixels[len(read)] = picture
             read.append(entry)
@@ -236,12 +244,12 @@ def _read_all(entries: Sequence[_Entry], size: int, dropped: Counter[str]) -> Ga
     return Gallery(pixels[: len(read)], labels, classes, part, np.array(prints, np.int64), tuple(exact), dropped)
 
 
-def _read(file: Path, size: int) -> tuple[Tensor | None, str, int, str]:
-    """Pixels, or the reason why not; fingerprint; digest."""
-    picture = _load(file, size)
-    if isinstance(picture, str):
-        return None, picture, 0, ""
-    return picture, "", dhash(picture), hashlib.sha256(picture.numpy().tobytes()).hexdigest()
+def _read(file: Path, size: int) -> tuple[Tensor | None, Sequence[str], int, str]:
+    """Pixels; the reason why there are none, or what was noticed; fingerprint; digest."""
+    picture, told = _load(file, size)
+    if picture is None:
+        return None, told, 0, ""
+    return picture, told, dhash(picture), hashlib.sha256(picture.numpy().tobytes()).hexdigest()
 
 
 def open_photo(file: Path, size: int) -> UInt8[Tensor, "3 s s"]:
@@ -252,33 +260,51 @@ def open_photo(file: Path, size: int) -> UInt8[Tensor, "3 s s"]:
     """
     if not file.is_file():
         raise DataError(f"there is no file '{file.name}': give a photo")
-    picture = _load(file, size)
-    if isinstance(picture, str):
-        raise DataError(f"'{file.name}' is {picture}{WAY_OUT.get(picture, '')}")
+    picture, told = _load(file, size)
+    if picture is None:
+        raise DataError(f"'{file.name}' is {told[0]}{WAY_OUT.get(told[0], '')}")
     return picture
 
 
-def _load(file: Path, size: int) -> UInt8[Tensor, "3 s s"] | str:
-    """The pixels, or the reason in words why there are none."""
+def _load(file: Path, size: int) -> tuple[UInt8[Tensor, "3 s s"] | None, Sequence[str]]:
+    """The pixels and what was noticed in words, or None and the reason why there are none."""
     try:
         with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MOST_PIXELS:
-                return BOMB
+                return None, [BOMB]
             if min(width, height) < LEAST_SIDE:
-                return TINY
+                return None, [TINY]
+            noticed, kind = _noticed(image), image.format
             image.draft(image.mode, (DRAFT * size, DRAFT * size))
             image.load()
             square = _square(_eight_bit(_upright(image)), size)
     except UnidentifiedImageError:
-        return _why_unknown(file)
+        return None, [_why_unknown(file)]
     except Image.DecompressionBombError:
-        return BOMB
+        return None, [BOMB]
     except PermissionError:
-        return UNREAD
+        return None, [UNREAD]
     except Exception:  # Pillow's decoders raise nearly anything on damaged bytes, and one file must not end a job
-        return DAMAGED
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+        return None, [DAMAGED]
+    noticed += [SEVERAL] if kind in MAY_BE_SEVERAL and _several(file) else []
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous(), noticed
+
+
+def _noticed(image: Image.Image) -> list[str]:
+    """What of an image that is not decoded yet will be lost."""
+    coded = str(getattr(image, "tile", ())[:1])  # says RGB;16B where the mode is RGB already
+    deep = image.mode.startswith(("I", "F")) or ";16" in coded
+    return [why for why, so in ((DEEP, deep), (INKS, image.mode == "CMYK")) if so]
+
+
+def _several(file: Path) -> bool:
+    """Whether more pictures follow the first; the file is opened anew, as looking for them may fail where the first is whole."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return bool(getattr(image, "is_animated", False))
+    except Exception:
+        return False
 
 
 def _why_unknown(file: Path) -> str:

@@ -48,7 +48,7 @@ class Row:
     Attributes:
         runtime: its name. ending: of the file. weights: as `write` knows them. needs, install: packages that it takes, and the pip command.
         write: ({weights: file}, network) -> {weights: seconds or why it failed}.
-        run: (file, pictures, threads, rounds) -> {"outputs": {name: array}, "seconds" a picture, "peak_rss_bytes"}; the last two are None where the runtime itself does not run here.
+        run: (file, pictures, threads, rounds) -> {"outputs": {name: array}, "seconds" a picture, "peak_rss_bytes"}; the last two are None where the runtime itself does not run here, or with no rounds need not be known.
         note: what a reader of the measurement must know. maps: convolutional networks can be written too.
     """
 
@@ -75,7 +75,8 @@ def _write_onnx(files: Mapping[str, Path], model: Any) -> Written:
 def _run_onnx(file: Path, pixels: np.ndarray, threads: int, rounds: int) -> dict[str, Any]:
     outputs = onnxrt.run_job("outputs", {"file": file}, pixels, batch=1, threads=threads)["outputs"]
     seconds = onnxrt.speeds({"file": file}, pixels, threads, rounds)["file"]["seconds"] if rounds else None
-    return {"outputs": outputs, "seconds": seconds, "peak_rss_bytes": onnxrt.peak(file, pixels, threads)}
+    peak = onnxrt.peak(file, pixels, threads) if rounds else None
+    return {"outputs": outputs, "seconds": seconds, "peak_rss_bytes": peak}
 
 
 def run_job(runtime: str, do: str, file: Path, **job: Any) -> dict[str, Any]:
@@ -155,6 +156,9 @@ ROWS: dict[str, Row] = {
         for w in coreml.WEIGHTS
     },
 }
+
+
+READS: dict[str, Row] = {row.ending: row for row in ROWS.values()}  # a runtime reads all of its kinds of weights
 
 
 def write(name: str, path: Path, model: Any) -> float:

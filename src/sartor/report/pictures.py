@@ -108,7 +108,12 @@ def table(r: dict[str, Any]) -> str:
             body.append((name, mb(c["bytes"]), f"{c['accuracy']:.1%}{clusters}", _against(c)))
         else:
             body.append((c["name"], "", "not measured", c["note"].removeprefix("not measured: ")))
-    return aligned(body, warnings(r))
+    return aligned(body, [*warnings(r), *_noticed(r["data"]["dropped"])])
+
+
+def _noticed(dropped: dict[str, int]) -> list[str]:
+    """What of the user's files was left out, or taken otherwise than it may have been meant; the page has a table of it."""
+    return [f"left out or noticed: {'; '.join(f'{n} {why}' for why, n in dropped.items())}"] if dropped else []
 
 
 def _against(control: dict[str, Any]) -> str:
