@@ -40,7 +40,7 @@ from sartor.sources import Source, cache_dir, fetched, resolve
 from sartor.stages.distil import Trained
 from sartor.stages.probe import PARTS, order_units
 from sartor.stages.tokens import encode_windows, training_rows
-from sartor.stages.whose import alike, heads_of, verdicts
+from sartor.stages.whose import alike, heads_of, of_parts
 from sartor.tensors import sizes_in
 from sartor.text_exports import ARTIFACT, export_text, write_gguf
 
@@ -205,18 +205,10 @@ def probe(
         "known": user.known,
         "worth": asdict(worth),
         "without": without,
-        "verdicts": _verdicts(without),
+        "verdicts": of_parts(without["user"], without["generic"]),
         "groups": heads_of(user, general, worth),
         "alike": alike(user, general),
     }
-
-
-def _verdicts(without: dict[str, Any]) -> dict[str, list[str]]:
-    """Of every part that was left out alone, all judged together."""
-    sides = [[x for k in PARTS for x in without[side][k]] for side in ("user", "generic")]
-    said = verdicts(sides[0], sides[1], (without["user"]["rows"], without["generic"]["rows"]), ratios=False)
-    layers = len(said) // len(PARTS)
-    return {k: said[i * layers : (i + 1) * layers] for i, k in enumerate(PARTS)}
 
 
 def _apply(

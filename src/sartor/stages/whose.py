@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import false_discovery_control, spearmanr, t
 
-from sartor.stages.probe import Effects, Worth
+from sartor.stages.probe import PARTS, Effects, Worth
 
 LEAST_WORTH = 0.5  # rank correlation with measured damage below which effects decide nothing about whose a layer is
 FALSE = 0.05  # of all parts called personalized, that may be so by chance
@@ -62,6 +62,14 @@ def diagnose(
         )
         for n in range(layers)
     ]
+
+
+def of_parts(user: dict[str, Any], generic: dict[str, Any]) -> dict[str, list[str]]:
+    """Of every attention and MLP that was left out alone (`probe.without_parts`), by layer, all judged together."""
+    sides = [[x for k in PARTS for x in side[k]] for side in (user, generic)]
+    said = verdicts(sides[0], sides[1], (user["rows"], generic["rows"]), ratios=False)
+    layers = len(said) // len(PARTS)
+    return {k: said[i * layers : (i + 1) * layers] for i, k in enumerate(PARTS)}
 
 
 def heads_of(user: Effects, generic: Effects, worth: Worth) -> dict[str, dict[str, list[Any]]]:
