@@ -38,7 +38,7 @@ from sartor.report.html import page
 from sartor.report.layers import layer_rows
 from sartor.sources import Source, cache_dir, fetched, resolve
 from sartor.stages.distil import Trained
-from sartor.stages.probe import PARTS, order_units
+from sartor.stages.probe import order_units
 from sartor.stages.tokens import encode_windows, training_rows
 from sartor.stages.whose import alike, heads_of, of_parts
 from sartor.tensors import sizes_in
