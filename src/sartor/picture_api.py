@@ -83,7 +83,7 @@ def _view(
 
 
 def _decide(p: PreparedPictures, view: View, job: Job, tell: Tell) -> Plan:
-    return plan_pictures(view.dense, view.pictures, view.costs, p.source.sha256, job.effort, job.seed, tell)
+    return plan_pictures(view.dense, view.pictures, view.costs, p.source.sha256, job.effort, job.seed, tell, view.felt)
 
 
 def _finish(
@@ -112,7 +112,7 @@ def _finish(
         report = measure_pictures(p, view.side, originals, artifact, held, tell)
         seconds["measure"] = time.monotonic() - started - seconds["export"]
         report["data"]["mirrored"] = made.mirror
-        report["head"] |= {"sides": view.sides, "nats": view.head.nats, "own": view.head.own}
+        report["head"] |= {"sides": view.sides, "keys": view.keys, "nats": view.head.nats, "own": view.head.own}
         report["speed"]["asked"] = job.faster
         report["weights"] = weights
         report |= _told(p, job, made, memory)

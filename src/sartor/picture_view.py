@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from sartor.carving import four_damage
-from sartor.effort import picture_effort_of
+from sartor.effort import PictureEffort, picture_effort_of
 from sartor.errors import BudgetError
 from sartor.export import onnx_file, onnxrt
 from sartor.job import Job
@@ -27,13 +27,14 @@ from sartor.model.graph import Graph
 from sartor.model.network import BLOCK, Anatomy, anatomy, clone, shrink_attention_, shrink_mlp_
 from sartor.model.precision import running
 from sartor.picture_job import WEIGHTS, PreparedPictures
-from sartor.pictures import RHO, Pictures, felt_pictures, priced
+from sartor.pictures import RHO, FeltPictures, Pictures, felt_pictures, needed, priced
 from sartor.probing import Tell
 from sartor.stages.allot import Costs, Four, allot, refuse_impossible, smallest
 from sartor.stages.allot_maps import MapCosts
 from sartor.stages.curves import Curves
 from sartor.stages.head import Head, choose_head, with_head
-from sartor.stages.probe import recovered
+from sartor.stages.narrow import narrowed, widths
+from sartor.stages.recognition import kl_of, said_of
 from sartor.stages.tokens import sample
 
 SHARES = (1.0, 0.875, 0.75)  # of the side of the original's pictures, that are tried where time is asked for
@@ -41,13 +42,18 @@ SHARES = (1.0, 0.875, 0.75)  # of the side of the original's pictures, that are 
 
 @dataclass(frozen=True)
 class View:
-    """The network to fit, its head, pictures and what it may cost; `sides`: {side of a picture: [nats of its head on pictures left out, damage foretold of what else must go]}."""
+    """The network to fit, its head, pictures and what it may cost; `sides`: {side of a picture: [nats of its head on pictures left out, damage foretold of what else must go]}.
+
+    keys: {dimensions of every head's queries and keys: [what having no more damages, damage foretold of what else must go]}, where it was asked. felt: what the network was found to need, where it was.
+    """
 
     dense: Any
     head: Head
     pictures: Pictures
     costs: Costs | MapCosts
     sides: dict[int, list[float]]
+    keys: dict[int, list[float]] = field(default_factory=dict)
+    felt: FeltPictures | None = None
 
     @property
     def side(self) -> int:
@@ -61,6 +67,7 @@ class View:
         if isinstance(c, MapCosts):
             return told | {"prices": c.prices}
         told["four"] = c.four.damage if c.four else None
+        told |= {"keys": self.dense.config.keys, "tried": self.keys}
         return told | {"block_seconds": c.block_seconds, "head_seconds": c.head_seconds}
 
     def seen(self, pixels: UInt8[Tensor, "n 3 s s"]) -> UInt8[Tensor, "n 3 r r"]:
@@ -89,9 +96,9 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
     refuse_impossible(anatomy(p.dense), _priced(p, p.dense, 0.0))  # before any work is done
     four = _four_damage(p, job, tell)
     if job.faster is None:
-        return View(p.dense, p.head, p.pictures, _priced(p, p.dense, four), {})
+        return _keyed(p, View(p.dense, p.head, p.pictures, _priced(p, p.dense, four), {}), job, four, tell)
     patch, views = p.whole.config.patch, list[View]()
-    effects, curves, fastest, e = None, Curves(), 0.0, picture_effort_of(job.effort)
+    felt, effects, curves, fastest, e = None, None, Curves(), 0.0, picture_effort_of(job.effort)
     sides = [patch * round(share * whole / patch) for share in SHARES]
     for n, r in enumerate(sides):
         told = lambda note, n=n: tell("view", n / len(sides), note)  # noqa: E731
@@ -104,18 +111,47 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
         if effects is None:
             told("what the photos need of heads and channels")
             half = running(dense)
-            user, halves, generic = felt_pictures(half, pictures, e, job.seed)
-            effects = recovered(user, halves, generic) if generic else user
+            felt = felt_pictures(half, pictures, e, job.seed)
+            effects = needed(felt)
             told("what fewer heads and channels cost")
             curves = priced(half, pictures, effects, costs, e, job.seed).curves
         costs = replace(costs, curves=curves)
-        views.append(View(dense, head, pictures, costs, {r: [head.nats, _damage(dense, effects, costs)]}))
+        views.append(View(dense, head, pictures, costs, {r: [head.nats, _damage(dense, effects, costs)]}, felt=felt))
+        felt = None  # it is of the first side
     best = min(views, key=lambda v: sum(v.sides[v.side]))
     if sum(best.sides[best.side]) == float("inf"):
         raise BudgetError(
             f"{job.faster:g} times as fast as the original cannot be reached: the smallest network that Sartor would make is {fastest:.1f} times as fast, with pictures of {sides[-1]} pixels a side; ask for that or less with --faster"
         )
-    return replace(best, sides={r: found for v in views for r, found in v.sides.items()})
+    best = replace(best, sides={r: found for v in views for r, found in v.sides.items()})
+    return _keyed(p, best, job, four, tell)
+
+
+def _keyed(p: PreparedPictures, view: View, job: Job, four: float | None, tell: Tell) -> View:
+    """The view with as many dimensions to compare tokens by as are best, together with what else must go then."""
+    e, half = picture_effort_of(job.effort), running(view.dense)
+    told = lambda share, note: tell("view", 0.5 + 0.3 * share, note)  # noqa: E731
+    felt = view.felt or felt_pictures(half, view.pictures, e, job.seed, told)
+    effects = needed(felt)
+    costs = priced(half, view.pictures, effects, view.costs, e, job.seed, told)
+    tried = {anatomy(half).key_dim: [0.0, _damage(view.dense, effects, costs)]}
+    views, judged = [view], sample(view.pictures.validation, e.checked, job.seed)
+    if sum(*tried.values()):
+        said = said_of(half, judged)
+        for keys in widths(view.dense):
+            tell("view", 0.9, f"what {keys} dimensions to compare patches by cost")
+            dense = _narrowed(view, keys, e, job.seed)
+            fewer = replace(costs, bytes_of=bytes_of(dense), four=_priced(p, dense, four).four)
+            fewer = timed(p, dense, fewer, job.faster)[0] if job.faster else fewer
+            tried[keys] = [kl_of(running(dense), judged, said), _damage(dense, effects, fewer)]
+            views.append(replace(view, dense=dense, costs=fewer))
+    best = min(zip(tried.values(), views, strict=True), key=lambda x: sum(x[0]))[1]
+    costs = costs if best is view else best.costs
+    return replace(best, costs=costs, keys=tried, felt=felt if best is view else None)
+
+
+def _narrowed(view: View, keys: int, e: PictureEffort, seed: int) -> Any:
+    return narrowed(view.dense, sample(view.pictures.train, e.felt, seed), keys)
 
 
 def _view_of_maps(p: PreparedPictures, job: Job, tell: Tell) -> View:
@@ -135,9 +171,12 @@ def view_again(p: PreparedPictures, job: Job, saved: dict[str, Any]) -> View:
         again = replace(map_costs(p.dense, p.budget_bytes), prices=tuple(saved["prices"]), limit=limit)
         return View(p.dense, p.head, p.pictures, again, {})
     dense, head = headed(p, side, job.seed)
-    costs = _priced(p, dense, saved.get("four"))
-    costs = replace(costs, block_seconds=saved["block_seconds"], head_seconds=saved["head_seconds"], limit=limit)
-    return View(dense, head, shrunk(p.pictures, side), costs, {})
+    view = View(dense, head, shrunk(p.pictures, side), _priced(p, dense, saved.get("four")), {})
+    if keys := saved.get("keys"):
+        dense = _narrowed(view, keys, picture_effort_of(job.effort), job.seed)
+        view = replace(view, dense=dense, costs=_priced(p, dense, saved.get("four")))
+    costs = replace(view.costs, block_seconds=saved["block_seconds"], head_seconds=saved["head_seconds"], limit=limit)
+    return replace(view, costs=costs, keys={int(k): x for k, x in saved.get("tried", {}).items()})
 
 
 def shrunk(pictures: Pictures, side: int) -> Pictures:

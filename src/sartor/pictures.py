@@ -76,19 +76,20 @@ def plan_pictures(
     effort: str,
     seed: int = 0,
     tell: Tell = lambda stage, share, note: None,
+    felt: FeltPictures | None = None,
 ) -> Plan:
     """Probe, diagnose, allocate.
 
     Args:
-        model: with a head, fp32; never changed. costs: what file and time may be.
+        model: with a head, fp32; never changed. costs: what file and time may be. felt: what the model was found to need, where that was asked before.
     Raises:
         BudgetError: the budget is below what can be reached.
     """
     carving, e = carving_of(model), picture_effort_of(effort)
     carving.refuse(model, costs)
     dense = running(model)
-    user, halves, generic = felt_pictures(dense, pictures, e, seed, partial(tell, "probe"))
-    user = recovered(user, halves, generic) if generic else user
+    felt = felt or felt_pictures(dense, pictures, e, seed, partial(tell, "probe"))
+    user, generic = needed(felt), felt[2]
     judged = sample(pictures.validation, e.checked, seed)
     worth = carving.check(dense, user, judged, e.checks, seed, partial(_inside, tell, 0.8, 0.1))
     costs = priced(dense, pictures, user, costs, e, seed, partial(_inside, tell, 0.9, 0.1))
@@ -117,13 +118,22 @@ def priced(
     return carving_of(model).priced(model, effects, costs, own, judged, tell)
 
 
+FeltPictures = tuple[Effects, tuple[Effects, Effects], Effects | None]
+
+
+def needed(felt: FeltPictures) -> Effects:
+    """The user's effects, recovered beside generic ones where there are such pictures."""
+    user, halves, generic = felt
+    return recovered(user, halves, generic) if generic else user
+
+
 def felt_pictures(
     model: Any,
     pictures: Pictures,
     e: PictureEffort,
     seed: int,
     tell: Callable[[float, str], None] = lambda share, note: None,
-) -> tuple[Effects, tuple[Effects, Effects], Effects | None]:
+) -> FeltPictures:
     """Backward probes: (the user's effects, those of two halves, generic effects where there are such pictures). The user's pictures are felt as views that training never showed."""
     generator = torch.Generator().manual_seed(seed + 1)
     own = sample(pictures.train, e.felt, seed)

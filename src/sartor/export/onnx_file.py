@@ -115,18 +115,23 @@ def _prefix(c: VisionConfig, table: int) -> Part:
 def _attention(c: VisionConfig, kind: str, name: str, x: str, heads: int) -> Part:
     """From the stream `x` to the stream `name`.x; q, k and v are one matrix, so that their input is quantized once."""
     w, inside = c.hidden_size, heads * c.head_dim
-    q = [f"{name}.{letter}" for letter in "qkv"]
+    q, parts = [f"{name}.{letter}" for letter in "qkv"], [f"{name}.parts"] if c.keys else []
     read = [
-        node("Split", [f"{name}.all"], q, axis=2),
+        node("Split", [f"{name}.all", *parts], q, axis=2),
         node("MultiHeadAttention", q, [f"{name}.read"], CONTRIB, num_heads=heads),
     ]
     return _joined(
         _norm(c, f"{name}.norm", x, f"{name}.n"),
-        _linear(kind, f"{name}.qkv", f"{name}.n", f"{name}.all", 3 * inside, w),
-        (read, {}),
+        _linear(kind, f"{name}.qkv", f"{name}.n", f"{name}.all", sum(_parts(c, heads)), w),
+        (read, dict.fromkeys(parts, (INT64, (3,)))),
         _linear(kind, f"{name}.out", f"{name}.read", f"{name}.y", w, inside),
         ([node("Sum", [x, f"{name}.y"], [f"{name}.x"])], {}),
     )
+
+
+def _parts(c: VisionConfig, heads: int) -> list[int]:
+    """Dimensions of all queries, keys and values of an attention."""
+    return [heads * c.key_dim, heads * c.key_dim, heads * c.head_dim]
 
 
 def _mlp(c: VisionConfig, kind: str, name: str, x: str, channels: int) -> Part:
@@ -201,6 +206,7 @@ def _arrays(model: Vision, weights: str) -> Iterator[tuple[str, np.ndarray]]:
         block: Any = layer
         yield from _two(f"{n:03d}.a.norm", block.input_layernorm)
         yield from _two(f"{n:03d}.m.norm", block.post_attention_layernorm)
+        yield f"{n:03d}.a.parts", np.array(_parts(model.config, anatomy(model).groups[n]), np.int64)
         for end, names in MATRICES.items():
             if has_attention(model, n) if end.startswith("a") else has_mlp(model, n):
                 scales = [model.block_scales.get(parameter(n, name)) for name in names]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ BLOCK = 32  # FFN channels that are kept or removed together: one quantization b
 class Anatomy:
     """The sizes of a model, layer by layer (counts of query groups and FFN channels).
 
-    vocab: tokens, or classes of pictures. gated: the MLP multiplies what it reads by what a third matrix makes of it.
+    vocab: tokens, or classes of pictures. gated: the MLP multiplies what it reads by what a third matrix makes of it. keys: dimensions of every head's queries and keys, 0 where they have as many as its values.
     """
 
     family: str
@@ -47,19 +47,25 @@ class Anatomy:
     ffn: tuple[int, ...]
     tied: bool
     gated: bool = True
+    keys: int = 0
 
     @property
     def layers(self) -> int:
         return len(self.groups)
 
+    @property
+    def key_dim(self) -> int:
+        return self.keys or self.head_dim
+
     def linear_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
         """(out, in) of every linear of the layer that exists."""
         g, f, w, d, r = self.groups[layer], self.ffn[layer], self.width, self.head_dim, self.queries_per_group
+        k = self.key_dim
         shapes: dict[str, tuple[int, int]] = {}
         if g:
             shapes |= {
-                "self_attn.q_proj": (g * r * d, w),
-                "self_attn.k_proj": (g * d, w),
+                "self_attn.q_proj": (g * r * k, w),
+                "self_attn.k_proj": (g * k, w),
                 "self_attn.v_proj": (g * d, w),
                 "self_attn.o_proj": (w, g * r * d),
             }
@@ -70,7 +76,8 @@ class Anatomy:
 
     def unit_parameters(self) -> tuple[int, int]:
         """Of a block of FFN channels, and of a query group."""
-        return (2 + self.gated) * BLOCK * self.width, 2 * self.width * self.head_dim * (self.queries_per_group + 1)
+        dims = self.head_dim + self.key_dim
+        return (2 + self.gated) * BLOCK * self.width, self.width * dims * (self.queries_per_group + 1)
 
     def parameters(self) -> int:
         linear = sum(o * i for n in range(self.layers) for o, i in self.linear_shapes(n).values())
@@ -146,11 +153,12 @@ def anatomy(model: nn.Module) -> Anatomy:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     groups, ffn = [], []
     for i in range(len(layers_of(model))):
-        groups.append(linear(model, i, "self_attn.k_proj").out_features // head_dim if has_attention(model, i) else 0)
+        groups.append(linear(model, i, "self_attn.v_proj").out_features // head_dim if has_attention(model, i) else 0)
         ffn.append(linear(model, i, "mlp.up_proj").out_features if has_mlp(model, i) else 0)
     if isinstance(model, Vision):
         sizes = tuple(groups), tuple(ffn)
-        return Anatomy(config.family, config.classes, config.hidden_size, head_dim, 1, *sizes, tied=False, gated=False)
+        told = config.family, config.classes, config.hidden_size, head_dim, 1
+        return Anatomy(*told, *sizes, tied=False, gated=False, keys=config.keys)
     family_of(config.model_type)
     return Anatomy(
         config.model_type,
@@ -287,7 +295,7 @@ def _sliced(old: nn.Linear, rows: Tensor | None, columns: Tensor | None) -> nn.L
 
 
 def query_rows(groups: Sequence[int], a: Anatomy) -> tuple[Tensor, Tensor]:
-    """(rows of q_proj = columns of o_proj, rows of k_proj and v_proj) that belong to the given query groups."""
+    """(columns of o_proj, rows of v_proj) that belong to the given query groups; where queries and keys are as wide as values also rows of q_proj and of k_proj."""
     size = a.queries_per_group * a.head_dim
     q = [torch.arange(g * size, (g + 1) * size) for g in groups]
     k = [torch.arange(g * a.head_dim, (g + 1) * a.head_dim) for g in groups]
@@ -300,10 +308,12 @@ def shrink_attention_(model: Any, layer: int, groups: Sequence[int]) -> None:
     if not groups:
         block.self_attn = NoAttention()
         return
-    q, k = query_rows(groups, anatomy(model))
+    a = anatomy(model)
+    o, v = query_rows(groups, a)
+    q, k = query_rows(groups, replace(a, head_dim=a.key_dim))
     attention = block.self_attn
-    attention.q_proj, attention.o_proj = _sliced(attention.q_proj, q, None), _sliced(attention.o_proj, None, q)
-    attention.k_proj, attention.v_proj = _sliced(attention.k_proj, k, None), _sliced(attention.v_proj, k, None)
+    attention.q_proj, attention.o_proj = _sliced(attention.q_proj, q, None), _sliced(attention.o_proj, None, o)
+    attention.k_proj, attention.v_proj = _sliced(attention.k_proj, k, None), _sliced(attention.v_proj, v, None)
 
 
 def shrink_mlp_(model: Any, layer: int, channels: Tensor) -> None:

@@ -35,7 +35,8 @@ class VisionConfig:
 
     Attributes:
         family: a row of `families.VISION`. size, patch: pixels of a side. prefix: tokens in front of the patches. activation: a row of ACTIVATIONS.
-        first_norm: a layer norm in front of the first layer. mean, std: of the pixels, between 0 and 1. classes: rows of the head, 0 without.
+        first_norm: a layer norm in front of the first layer. mean, std: of the pixels, between 0 and 1. classes: rows of the head, 0 without. keys: dimensions of every head's queries and keys, 0 where they
+        have as many as its values (`stages/narrow.py`).
     """
 
     family: str
@@ -52,10 +53,15 @@ class VisionConfig:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     classes: int = 0
+    keys: int = 0
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_dim(self) -> int:
+        return self.keys or self.head_dim
 
     @property
     def tokens(self) -> int:
@@ -71,22 +77,23 @@ class VisionConfig:
 
 
 class Attention(nn.Module):
-    """Every head reads all tokens."""
+    """Every head reads all tokens; its queries and keys may have fewer dimensions than its values."""
 
-    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+    def __init__(self, width: int, heads: int, head_dim: int, key_dim: int) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, heads * head_dim) for _ in range(3))
+        self.head_dim, self.key_dim = head_dim, key_dim
+        self.q_proj, self.k_proj = (nn.Linear(width, heads * key_dim) for _ in range(2))
+        self.v_proj = nn.Linear(width, heads * head_dim)
         self.o_proj = nn.Linear(heads * head_dim, width)
         self.softmax = nn.Softmax(-1)  # a part of its own, so that what heads read can be looked at
 
     def forward(self, hidden_states: Float[Tensor, "n t w"]) -> tuple[Float[Tensor, "n t w"], None]:
         q, k, v = (
-            p(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
+            p(hidden_states).unflatten(-1, (-1, size)).transpose(1, 2)
+            for p, size in ((self.q_proj, self.key_dim), (self.k_proj, self.key_dim), (self.v_proj, self.head_dim))
         )
         # not torch's own function: for so few tokens its tiles cost twice the time on a CPU (docs/log.md)
-        read = self.softmax((q * self.head_dim**-0.5) @ k.transpose(-1, -2)) @ v
+        read = self.softmax((q * self.key_dim**-0.5) @ k.transpose(-1, -2)) @ v
         return self.o_proj(read.transpose(1, 2).flatten(2)), None
 
 
@@ -108,7 +115,7 @@ class Layer(nn.Module):
     def __init__(self, c: VisionConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.LayerNorm(c.hidden_size, c.eps)
-        self.self_attn = Attention(c.hidden_size, c.num_attention_heads, c.head_dim)
+        self.self_attn = Attention(c.hidden_size, c.num_attention_heads, c.head_dim, c.key_dim)
         self.post_attention_layernorm = nn.LayerNorm(c.hidden_size, c.eps)
         self.mlp = Mlp(c.hidden_size, c.intermediate_size, c.activation)
 
