@@ -32,7 +32,7 @@ def plans(effects: Array, rng: np.random.Generator) -> tuple[Array, Array]:
     """(random, chosen): 1 where a unit is off."""
     random, chosen = np.zeros((30, len(effects))), np.zeros((10, len(effects)))
     for i, row in enumerate(random):
-        row[rng.permutation(len(effects))[: round(SHARES[i % 10] * len(effects))]] = 1
+        row[rng.permutation(len(effects))[: round(SHARES[i % len(SHARES)] * len(effects))]] = 1
     for share, row in zip(SHARES, chosen, strict=True):
         row[np.argsort(effects)[: round(share * len(effects))]] = 1
     return random, chosen
@@ -88,8 +88,8 @@ def main() -> None:
                 f"{name:7s} plans, {how:6s} R2 {raw:6.3f}  of the logarithm {log:6.3f}  rank {spearmanr(x, y).statistic:.3f}  measured / foretold {np.median(y / x):.2f}",
                 flush=True,
             )
-        for share in SHARES[::3]:
-            here = np.isclose(masks.mean(1), share, atol=0.005)
+        for i, share in list(enumerate(SHARES))[::3]:
+            here = np.arange(len(masks)) % len(SHARES) == i
             print(
                 f"  {share:.0%} removed: {y[here].mean():.3f} nats, sum {sums[here].mean():.3f}, joint {joint[here].mean():.3f}"
             )

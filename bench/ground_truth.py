@@ -42,6 +42,8 @@ def opened(model: str, data: str, generic: str | None) -> tuple[Prepared, Any]:
 
 def generic_units(p: Prepared, model: Any, block: int) -> Units:
     """Units ordered by what generic text needs."""
+    if odd := [f for f in anatomy(model).ffn if block < 1 or f % block]:
+        sys.exit(f"--block is {block}: it must divide the {odd[0]} channels of a layer")
     rows = sample(training_rows(p.texts.generic_train, p.tokenizer), 64, 0)
     generic = effects_of(anatomy(model), feel(model, rows))
     return order_units(generic, block)
@@ -49,6 +51,12 @@ def generic_units(p: Prepared, model: Any, block: int) -> Units:
 
 def probing_rows(p: Prepared, generic: bool, rows: int) -> torch.Tensor:
     return sample(training_rows(p.texts.generic_probe if generic else p.texts.probe, p.tokenizer), rows, 0)
+
+
+def at_least(many: int, rows: torch.Tensor, name: str) -> None:
+    """Ends the script where there is less text."""
+    if len(rows) < many:
+        sys.exit(f"{name} has {len(rows)} rows of {rows.shape[1]} tokens: {many} are needed, so give it more text")
 
 
 def kept_file(kind: str, *parts: Any) -> Path:
@@ -62,8 +70,8 @@ def kept_file(kind: str, *parts: Any) -> Path:
 
 
 def found_share(scores: np.ndarray, truth: np.ndarray, share: float = 0.1) -> float:
-    """Of the units with the highest true effects, those among the highest scores."""
-    k = round(share * len(truth))
+    """Of the units with the highest true effects, one at least, those among the highest scores."""
+    k = max(1, round(share * len(truth)))
     return len(set(np.argsort(-scores)[:k]) & set(np.argsort(-truth)[:k])) / k
 
 

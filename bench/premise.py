@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ground_truth import found_share, generic_units, kept_file, opened
+from ground_truth import at_least, found_share, generic_units, kept_file, opened
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -34,6 +34,7 @@ from sartor.stages.tokens import sample, training_rows
 DRAWS = 200
 ORDERED = 64  # rows of generic text that `generic_units` orders channels by
 Array = np.ndarray
+LEAST = 2  # rows of a text: they are halved
 GRAINS = ("sub-layers, left out", "query groups", "blocks of channels", "matrices at four bits")
 
 
@@ -118,6 +119,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128, help="of 256 tokens, of the training split, for gradients")
     parser.add_argument("--exact-rows", type=int, default=16, help="for leaving out")
     a = parser.parse_args()
+    for name, many in (("--rows", a.rows), ("--exact-rows", a.exact_rows)):
+        if many < LEAST:
+            parser.error(f"{name} is {many}: halves of them are compared, so it must be {LEAST} or more")
     keep_freed()
     found: dict[str, Mapping[str, Array]] = {}
     for data in a.data:
@@ -126,6 +130,7 @@ def main() -> None:
         for name, texts in (("generic", p.texts.generic_train), (Path(data).name, p.texts.train)):
             if name not in found:
                 rows = training_rows(texts, p.tokenizer)
+                at_least(ORDERED + LEAST, rows, name)
                 few = sample(rows, a.exact_rows, 1)
                 other = sample(rows, a.rows + ORDERED, 0)[ORDERED:]  # not those that the blocks were made by
                 found[name] = measured(model, p.source.sha256, units, other, few, name)

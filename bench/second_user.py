@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 from cuts import by_effects, chosen, plan_of, without_repair
-from ground_truth import opened, remembered
+from ground_truth import at_least, opened, remembered
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from sartor.stages.sensitivity import feel, together
 from sartor.stages.tokens import cut_windows, encode_windows, sample, training_rows
 
 ROWS = (4, 8, 16, 32, 64)
+LEAST = 32  # other rows of the same user, where fewer than `--reference` are there
 
 
 def flat(e: Effects) -> Tensor:
@@ -55,9 +55,9 @@ def one_user(
     p, model = opened(model_name, data, generic)
     shape = anatomy(model)
     validation = encode_windows(cut_windows(p.texts.validation, 24_576), p.tokenizer)
-    own = sample(training_rows(p.texts.train, p.tokenizer), reference + ROWS[-1], 0)
-    if len(own) < ROWS[-1] + 32:
-        sys.exit(f"{Path(data).name} has {len(own)} rows of 256 tokens: at least {ROWS[-1] + 32} are needed")
+    rows = training_rows(p.texts.train, p.tokenizer)
+    at_least(ROWS[-1] + min(reference, LEAST), rows, Path(data).name)
+    own = sample(rows, reference + ROWS[-1], 0)
     few, others = own[: ROWS[-1]], own[ROWS[-1] :]
     said = sample(training_rows(p.texts.generic_train, p.tokenizer), profile_rows, 0)
     profile, truth = (effects_of(shape, feel(model, rows)) for rows in (said, others))

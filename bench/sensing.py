@@ -1,8 +1,8 @@
 """Which way of probing finds the units that matter: designs, recoveries and measurements against exact leave-one-out.
 
-    python bench/sensing.py MODEL --data DIR [--generic DIR] [--on-generic] [--rows 4] [--block 64]
+    python bench/sensing.py MODEL --data DIR [--generic DIR] [--on-generic] [--rows 4] [--block 64] [--spent 8 4 2 1]
 
-For every number of probes (d/8, d/4, d/2) the share found of the true highest tenth of all units and of the cheapest three tenths, which a cut would take, and what it cost in seconds. Masks
+For every number of probes (d/8, d/4, d/2 and d) the share found of the true highest tenth of all units and of the cheapest three tenths, which a cut would take, and what it cost in seconds. Masks
 are drawn by four designs and read by four measurements; effects are recovered by eight solvers. Beside them: scores that need no mask, and screened
 leave-one-out (exact probes of the units that backward probes put highest). Needs scikit-learn (pip install -e '.[bench]'). Masks are cached.
 """
@@ -13,7 +13,7 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ from sartor.stages.tokens import sample, training_rows
 from sartor.stages.yardstick import Yardstick
 
 SHARE = 0.03  # of all units that a mask takes
-SPENT = (8, 4, 2)
+SPENT = (8, 4, 2, 1)  # d over each of these is a number of probes
+FOLDS = 5  # of masks, to choose a strength by
+ORDER = 64  # of Hadamard matrices
 Array = np.ndarray
 
 
@@ -61,17 +63,18 @@ def partition(units: Units, m: int, rng: np.random.Generator) -> Array:
 def antithetic(units: Units, m: int, rng: np.random.Generator) -> Array:
     """Pairs: a random half of a random pool, and the pool's other half (Bonsai, arXiv:2402.05406)."""
     d = len(units.layer)
-    size = round(SHARE * d)
-    out = np.zeros((m, d))
-    for i in range(0, m - 1, 2):
+    size = max(1, round(SHARE * d))
+    out = np.zeros((m + m % 2, d))
+    for one, other in out.reshape(-1, 2, d):
         pool = rng.permutation(d)[: 2 * size]
-        out[i, pool[:size]] = out[i + 1, pool[size:]] = 1
-    return out
+        one[pool[:size]] = other[pool[size:]] = 1
+    return out[:m]
 
 
 def hadamard_groups(units: Units, m: int, rng: np.random.Generator) -> Array:
-    """Rows of Hadamard matrices over groups of units: each matrix works on 64 groups drawn anew, half of them off."""
-    d, order = len(units.layer), 64
+    """Rows of Hadamard matrices over groups of units: each matrix works on ORDER groups drawn anew (fewer where there are not so many units), half of them off."""
+    d = len(units.layer)
+    order = min(ORDER, 1 << (d.bit_length() - 1))
     width = max(1, round(2 * SHARE * d / order))
     rows: list[Array] = []
     while len(rows) < m:
@@ -120,17 +123,25 @@ Solver = Callable[[Array, Array, Array], Array]
 
 
 def _centred(a: Array, y: Array) -> tuple[Array, Array]:
-    return a - a.mean(0), y - y.mean(0)
+    """A unit that is the same in all masks becomes nothing: no mask tells of it, and what rounding would leave of it could be scaled to anything."""
+    return np.where(np.ptp(a, 0) > 0, a - a.mean(0), 0.0), y - y.mean(0)
+
+
+def _least_squares(a: Array, y: Array, s: float) -> Array:
+    """Ridge in as many unknowns as there are masks, at a share s of a mask's mean square; nothing where all masks are alike."""
+    gram = a @ a.T
+    strength = s * np.trace(gram) / len(y) or 1.0
+    return a.T @ np.linalg.solve(gram + strength * np.eye(len(y)), y)
 
 
 def best_strength(solve: Callable[[Array, Array, Array, float], Array], strengths: tuple[float, ...]) -> Solver:
-    """The strength of best rank correlation on held-out masks, in five folds."""
+    """The strength of best rank correlation on held-out masks, in FOLDS folds."""
 
     def run(a: Array, y: Array, prior: Array) -> Array:
-        fold, worth = np.arange(len(y)) % 5, []
+        fold, worth = np.arange(len(y)) % FOLDS, []
         for s in strengths:
             held = np.zeros(len(y))
-            for f in range(5):
+            for f in range(FOLDS):
                 held[fold == f] = a[fold == f] @ solve(a[fold != f], y[fold != f], prior, s)
             worth.append(np.nan_to_num(spearmanr(held, y).statistic))
         return solve(a, y, prior, strengths[int(np.argmax(worth))])
@@ -140,20 +151,22 @@ def best_strength(solve: Callable[[Array, Array, Array, float], Array], strength
 
 def ridge(a: Array, y: Array, prior: Array, s: float) -> Array:
     """Towards nothing."""
-    a, y = _centred(a, y)
-    return a.T @ np.linalg.solve(a @ a.T + s * np.trace(a @ a.T) / len(y) * np.eye(len(y)), y)
+    return _least_squares(*_centred(a, y), s)
 
 
 def ridge_to_prior(a: Array, y: Array, prior: Array, s: float) -> Array:
     """Every unit away from its backward effect p at a cost of (x - p)^2 / p^2: the posterior mean of a Gaussian of that width."""
-    scaled = a * prior
-    centred, rest = _centred(scaled, y - a @ prior)
-    gram = centred @ centred.T
-    return prior * (1 + centred.T @ np.linalg.solve(gram + s * np.trace(gram) / len(y) * np.eye(len(y)), rest))
+    return prior * (1 + _least_squares(*_centred(a * prior, y - a @ prior), s))
+
+
+def _emptying(a: Array, y: Array) -> float:
+    """The strength of LASSO from which on it leaves nothing; any where nothing is there to leave."""
+    a, y = _centred(a, y)
+    return float(np.abs(a.T @ y).max()) / len(y) or 1.0
 
 
 def lasso(a: Array, y: Array, prior: Array, s: float) -> Array:
-    return Lasso(alpha=s * np.abs((a - a.mean(0)).T @ (y - y.mean())).max() / len(y), max_iter=2000).fit(a, y).coef_
+    return Lasso(alpha=s * _emptying(a, y), max_iter=2000).fit(a, y).coef_
 
 
 def debiased(a: Array, y: Array, prior: Array, s: float) -> Array:
@@ -166,8 +179,7 @@ def debiased(a: Array, y: Array, prior: Array, s: float) -> Array:
 
 
 def elastic(a: Array, y: Array, prior: Array, s: float) -> Array:
-    top = np.abs((a - a.mean(0)).T @ (y - y.mean())).max() / len(y)
-    return ElasticNet(alpha=2 * s * top, l1_ratio=0.5, max_iter=2000).fit(a, y).coef_
+    return ElasticNet(alpha=2 * s * _emptying(a, y), l1_ratio=0.5, max_iter=2000).fit(a, y).coef_
 
 
 def non_negative(a: Array, y: Array, prior: Array, s: float) -> Array:
@@ -196,11 +208,10 @@ def from_vectors(a: Array, vectors: Array, jointly_sparse: bool) -> Array:
     y = vectors.astype(np.float32) @ projection
     centred, rest = _centred(a, y)
     if jointly_sparse:
-        top = np.linalg.norm(centred.T @ rest, axis=1).max() / len(y)
+        top = float(np.linalg.norm(centred.T @ rest, axis=1).max()) / len(y) or 1.0
         v = MultiTaskLasso(alpha=0.05 * top, max_iter=500).fit(a, y).coef_.T
     else:
-        gram = centred @ centred.T
-        v = centred.T @ np.linalg.solve(gram + 0.1 * np.trace(gram) / len(y) * np.eye(len(y)), rest)
+        v = _least_squares(centred, rest, 0.1)
     return (v**2).sum(1)
 
 
@@ -216,6 +227,17 @@ def of_units(units: Units, e: Effects) -> Array:
     )
 
 
+def recoveries(got: dict[str, Array], m: int, prior: Array) -> Iterator[tuple[str, Array]]:
+    """(measurement and recovery, scores of all units), from the first m masks of a design."""
+    masks = got["removed"][:m]
+    for name, solve in SOLVERS.items():
+        yield f"KL, {name}", solve(masks, got["kl"][:m], prior)
+    for kind in ("loss", "hidden"):
+        yield f"{kind}, LASSO", SOLVERS["LASSO"](masks, got[kind][:m], prior)
+    for sparse, name in ((False, "ridge"), (True, "jointly sparse")):
+        yield f"vector, {name}", from_vectors(masks, got["vector"][:m], sparse)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -224,17 +246,24 @@ def main() -> None:
     parser.add_argument("--on-generic", action="store_true", help="probe the generic reference itself")
     parser.add_argument("--rows", type=int, default=4, help="of 256 tokens, for the truth as for every probe")
     parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--spent", nargs="+", type=int, default=SPENT, help="numbers of probes: d over each of these")
     a = parser.parse_args()
+    if min(a.spent) < 1:
+        parser.error(f"--spent is {min(a.spent)}: d over it are drawn, so it must be 1 or more")
     keep_freed()
     warnings.filterwarnings("ignore")
     p, model = opened(a.model, a.data, a.generic)
     units = generic_units(p, model, a.block)
     d = len(units.layer)
+    if (fewest := d // max(a.spent)) < 2 * FOLDS:
+        sys.exit(
+            f"d/{max(a.spent)} of {d} units are {fewest} masks: {2 * FOLDS} are needed, so take a smaller --block or --spent"
+        )
     rows = probing_rows(p, a.on_generic, a.rows)
     exact = leave_one_out(model, p.source.sha256, units, rows, "truth")
-    truth = exact["kl"].mean(1)
+    truth, each = exact["kl"].mean(1), float(exact["seconds"]) / d
     print(
-        f"{'generic' if a.on_generic else Path(a.data).name}: {d} units, {rows.numel()} tokens a probe; share found of the true highest tenth, and of the cheapest three tenths",
+        f"{'generic' if a.on_generic else Path(a.data).name}: {d} units, {rows.numel()} tokens a probe, {1 / each:.1f} units left out a second; share found of the true highest tenth, and of the cheapest three tenths",
         flush=True,
     )
 
@@ -264,30 +293,20 @@ def main() -> None:
     for name, score in per_channel.items():
         tell(name, of_units(units, _as_effects(model, score)), looked)
     tell("random", np.random.default_rng(0).random(d), 0.0)
-    each = float(exact["seconds"]) / d
-    for part in SPENT:
+    for part in a.spent:
         m = d // part
         first = np.argsort(-backward[64])[:m]
         mixed = backward[64] * 1e-6
         mixed[first] += truth[first]
         tell(f"d/{part} = {m}: screened leave-one-out", mixed, m * each)
     for design in DESIGNS:
-        got = readings(model, p.source.sha256, units, rows, design, d // SPENT[-1])
-        for part in SPENT:
+        got = readings(model, p.source.sha256, units, rows, design, d // min(a.spent))
+        seconds = float(got["seconds"]) / len(got["removed"])
+        print(f"  {design}: {len(got['removed'])} masks, {1 / seconds:.1f} a second", flush=True)
+        for part in a.spent:
             m = d // part
-            masks, seconds = got["removed"][:m], float(got["seconds"]) * m / len(got["removed"])
-            for name, solve in SOLVERS.items():
-                tell(f"d/{part} = {m}: {design}, KL, {name}", solve(masks, got["kl"][:m], backward[64]), seconds)
-            for kind in ("loss", "hidden"):
-                tell(
-                    f"d/{part} = {m}: {design}, {kind}, LASSO",
-                    SOLVERS["LASSO"](masks, got[kind][:m], backward[64]),
-                    seconds,
-                )
-            for sparse, name in ((False, "ridge"), (True, "jointly sparse")):
-                tell(
-                    f"d/{part} = {m}: {design}, vector, {name}", from_vectors(masks, got["vector"][:m], sparse), seconds
-                )
+            for name, scores in recoveries(got, m, backward[64]):
+                tell(f"d/{part} = {m}: {design}, {name}", scores, m * seconds)
 
 
 def _as_effects(model: Any, score: Callable[[int, str, torch.Tensor], torch.Tensor]) -> Effects:

@@ -18,7 +18,7 @@ from cuts import TEST_BYTES, by_effects, chosen, lesson_of, plan_of
 from ground_truth import opened
 
 from sartor.memory import keep_freed
-from sartor.model.network import anatomy
+from sartor.model.network import anatomy, linears_of
 from sartor.model.precision import running
 from sartor.stages.buffer import IN_STEPS, buffered
 from sartor.stages.distil import distil_
@@ -31,6 +31,11 @@ from sartor.stages.sensitivity import feel
 from sartor.stages.tokens import cut_windows, encode_windows, sample, training_rows
 
 RHO = 0.3
+
+
+def weights_of(model: Any) -> int:
+    """Of attention and FFN."""
+    return sum(module.weight.numel() for _, _, module in linears_of(model))
 
 
 def main() -> None:
@@ -75,7 +80,7 @@ def main() -> None:
 
     shape = anatomy(p.model)
     plan = plan_of(shape, chosen(shape, by_effects(sense(p.model)), a.removed), a.seed)
-    dense = score(whole, test).bits_per_byte
+    dense, weights = score(whole, test).bits_per_byte, weights_of(whole)
     print(f"dense {dense:.3f} bits per byte; {a.removed:.0%} removed, {a.train} rows of recovery", flush=True)
     for name, steps, by_entropy in (
         ("one shot", 1, True),
@@ -93,7 +98,7 @@ def main() -> None:
         got = score(running(small), test).bits_per_byte
         back = sum(not s.kept for s in done)
         print(
-            f"{name:30s} {got:.4f} ({got / dense - 1:+.1%}); foretold {sum(s.allowed for s in done if s.kept):.3f}, real {sum(s.real for s in done if s.kept):.3f} nats "
+            f"{name:30s} {got:.4f} ({got / dense - 1:+.1%}); {weights - weights_of(small):,} weights gone; foretold {sum(s.allowed for s in done if s.kept):.3f}, real {sum(s.real for s in done if s.kept):.3f} nats "
             f"a token; {sum(s.kept for s in done)} steps kept, {back} taken back; {time.monotonic() - started:.0f} s",
             flush=True,
         )
