@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import sartor
-from sartor import effort, picture_exports
+from sartor import effort, picture_exports, picture_storage
 from sartor.cli import main
 from sartor.data.photos import open_photo
 from sartor.export import onnxrt
@@ -103,6 +103,22 @@ def test_the_file_keeps_its_budget_and_agrees_with_pytorch(fitted: Path) -> None
         assert torch.cosine_similarity(model.features(pixels), torch.tensor(said["features"])).min() > 0.98
     assert classes == sorted(NAMES)
     assert len(plan.layers) == r["head"]["depth"]
+
+
+def test_heads_compare_by_as_many_dimensions_as_damage_least_with_what_else_must_go(fitted: Path) -> None:
+    head = report(fitted)["head"]
+    tried = {int(k): sum(damages) for k, damages in head["keys"].items()}
+    assert set(tried) == {8, 16}
+    assert head["key_dim"] == min(tried, key=lambda k: tried[k])
+    model = picture_storage.load(fitted)[0]
+    assert model.config.key_dim == head["key_dim"]
+    assert all(
+        p.shape[0] % head["key_dim"] == 0
+        for n, p in model.named_parameters()
+        if n.endswith(("q_proj.weight", "k_proj.weight"))
+    )
+    said = ("of 16 dimensions" in (fitted / "report.html").read_text()) == (head["key_dim"] == 8)
+    assert said
 
 
 def test_photos_are_named_with_what_decided_drawn(
@@ -265,6 +281,7 @@ def test_photos_without_labels_are_fitted_to_how_alike_they_are(place: dict[str,
     assert all(layer["verdict"] == {} for layer in r["layers"])  # with nobody to compare with, nothing is said
     assert r["adaptation"] == {}
     assert r["head"]["side"] in {int(side) for side in r["head"]["sides"]}
+    assert len(r["head"]["keys"]) in (1, 2)
     assert (r["speed"]["dense_seconds"] / r["speed"]["seconds"] < 1.05) == (
         "1.05 times as fast was asked for" in (out / "report.html").read_text()
     )

@@ -112,7 +112,13 @@ def _finish(
         report = measure_pictures(p, view.side, originals, artifact, held, tell)
         seconds["measure"] = time.monotonic() - started - seconds["export"]
         report["data"]["mirrored"] = made.mirror
-        report["head"] |= {"sides": view.sides, "keys": view.keys, "nats": view.head.nats, "own": view.head.own}
+        report["head"] |= {
+            "sides": view.sides,
+            "keys": view.keys,
+            "key_dim": view.key_dim,
+            "nats": view.head.nats,
+            "own": view.head.own,
+        }
         report["speed"]["asked"] = job.faster
         report["weights"] = weights
         report |= _told(p, job, made, memory)

@@ -60,6 +60,11 @@ class View:
         found: int = self.dense.size
         return found
 
+    @property
+    def key_dim(self) -> int | None:
+        """Dimensions that heads compare patches by; None where there are no heads."""
+        return None if isinstance(self.dense, Graph) else anatomy(self.dense).key_dim
+
     def decided(self) -> dict[str, Any]:
         """What `view_again` needs, for JSON."""
         c = self.costs

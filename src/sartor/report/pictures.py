@@ -173,6 +173,17 @@ def _read_at(head: dict[str, Any]) -> str:
         f"answers are read behind layer {head['depth']} of {head['of']}: {head['nats']:.3f} nats on pictures left out"
         + (f"; {head['own']} of its classes the model's own head knows by name" if head.get("own") else "")
         + (f"; pictures of {head['side']} pixels a side" if "side" in head else "")
+        + _compared(head)
+    )
+
+
+def _compared(head: dict[str, Any]) -> str:
+    """Where heads compare patches by fewer dimensions than they had."""
+    most = max((int(k) for k in head.get("keys") or ()), default=0)
+    return (
+        f"; heads compare patches by {head['key_dim']} of {most} dimensions"
+        if most > (head.get("key_dim") or most)
+        else ""
     )
 
 
