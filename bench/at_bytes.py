@@ -1,10 +1,10 @@
 """The end that counts: who chooses what goes, and how the rest is repaired, at equal bytes of the file, everything else the same.
 
     pip install -e '.[bench]'
-    python bench/at_bytes.py MODEL --data DIR [DIR ...] [--generic DIR] [--sizes 25% 18% 15%] [--seeds 0] [--rows 128] [--train 800] [--only Sartor FLAP]
+    python bench/at_bytes.py MODEL --data DIR [DIR ...] [--generic DIR] [--sizes 25% 18% 15%] [--seeds 0] [--rows 128] [--train 800] [--nearest] [--only Sartor FLAP]
 
 For each size Sartor's plan says which words stay and on which grid the embedding is; the trimmed network adapts on `--train` rows, once for all arms. Then every method looks at the same rows
-of that network, removes units until the file fits with everything else on four bits (IQ4_NL), repairs as its paper says, is rounded with our error feedback and recovers on `--train` rows more, on its grids. Bits
+of that network, removes units until the file fits with everything else on four bits (IQ4_NL), repairs as its paper says, is rounded with our error feedback (`--nearest`: without, as error feedback goes column by column, which a GPU waits for) and recovers on `--train` rows more, on its grids. Bits
 per byte of 48 KB of held-out test text, in PyTorch: rounded, and recovered. Every cell is cached. Results: a table on stdout.
 """
 
@@ -31,13 +31,14 @@ from sartor.job import Prepared
 from sartor.memory import keep_freed
 from sartor.model.network import anatomy
 from sartor.model.precision import running, running_dtype
+from sartor.numerics.grids import GRIDS, search_scales
 from sartor.pipeline import kept_back, measure, own_rows, trim
 from sartor.plan import Plan, parse_budget
 from sartor.stages.bits import all_on_base, embeddings_of
 from sartor.stages.decide import decide
 from sartor.stages.distil import anchor, distil_, joined
 from sartor.stages.fit import Evidence, evidence_of, fit
-from sartor.stages.masters import free, put_
+from sartor.stages.masters import Latents, free, put_
 from sartor.stages.measure import score
 from sartor.stages.tokens import Window, cut_windows, encode_windows, sample, training_rows
 
@@ -49,7 +50,7 @@ class Ground:
     """What all arms of one size start from.
 
     Attributes:
-        network: trimmed and adapted, in fp32. grids: of every matrix. limit: bytes that the file may have, bytes_of what it has. own, generic: rows that methods look at. windows: test text of the user's and generic.
+        network: trimmed and adapted, in fp32. grids: of every matrix. limit: bytes that the file may have, bytes_of what it has. own, generic: rows that methods look at. windows: test text of the user's and generic. nearest: every weight goes to the nearest level, without error feedback.
     """
 
     network: Any
@@ -60,6 +61,7 @@ class Ground:
     generic: torch.Tensor
     windows: tuple[Sequence[Window], Sequence[Window]]
     lesson: Lesson
+    nearest: bool
 
 
 def plans_of(p: Prepared, dense: Any, sizes: Sequence[str]) -> dict[str, Plan]:
@@ -73,7 +75,7 @@ def plans_of(p: Prepared, dense: Any, sizes: Sequence[str]) -> dict[str, Plan]:
     }
 
 
-def ground_of(p: Prepared, plan: Plan, rows: int, train: int, seed: int) -> Ground:
+def ground_of(p: Prepared, plan: Plan, rows: int, train: int, seed: int, nearest: bool) -> Ground:
     """The trimmed network, adapted on `train` rows."""
     e = EFFORTS["standard"]  # not fitted to this machine's pace
     small, fitted = trim(p.model, p.tokenizer, plan)
@@ -87,12 +89,13 @@ def ground_of(p: Prepared, plan: Plan, rows: int, train: int, seed: int) -> Grou
     distil_(student, latents, learned, dense_said, validation, config, seed)
     for name, weight in small.named_parameters():
         weight.data = latents.masters[name]
-    said = joined(anchor(student, sample(learned, e.training.lessons, seed)), dense_said)
+    heard = sample(learned, min(e.training.lessons, train), seed)  # no more than can be learnt from
+    said = joined(anchor(student, heard), dense_said)
     grids = all_on_base(small) | {n: plan.grids[n] for n in embeddings_of(anatomy(small))}
     windows = tuple(encode_windows(cut_windows(t, TEST_BYTES), fitted) for t in (p.user.test, p.generic.test))
     return Ground(
         small, grids, plan.budget_bytes, lambda a: p.bytes_of(a, fitted, grids), sample(unseen, rows, seed), sample(training_rows(p.texts.generic_train, fitted), rows, seed),
-        windows, Lesson(said, validation, counted(e.training.recover, train), seed),
+        windows, Lesson(said, validation, counted(e.training.recover, train), seed), nearest,
     )  # fmt: skip
 
 
@@ -112,13 +115,15 @@ def cell(ground: Ground, plan: Plan, arm: Arm, seen: Seen, evidence: Evidence) -
     Args:
         evidence: that an arm without its own is rounded on, towards its own repaired self.
     """
-    started = time.monotonic()
+    started, grids = time.monotonic(), {} if ground.nearest else ground.grids
     if arm.evidence:
         cut = without_repair(ground.network, plan)
-        latents = fit(cut, running(ground.network), arm.evidence, ground.grids)
+        latents = fit(cut, running(ground.network), arm.evidence, grids)
     else:
         cut = arm.repair(ground.network, plan, seen)
-        latents = fit(cut, running(cut), evidence, ground.grids)
+        latents = free(cut) if ground.nearest else fit(cut, running(cut), evidence, grids)
+    if ground.nearest:
+        latents = to_nearest(latents, ground.grids)
     student = running(cut)
     home = next(student.parameters()).device  # the fit leaves on the processor what it has done
     latents = replace(latents, masters=_at(home, latents.masters), scales=_at(home, latents.scales))
@@ -128,6 +133,14 @@ def cell(ground: Ground, plan: Plan, arm: Arm, seen: Seen, evidence: Evidence) -
     distil_(student, latents, None, lesson.said, lesson.validation, lesson.config, lesson.seed)
     found += [score(student, w).bits_per_byte for w in ground.windows]
     return [*found, time.monotonic() - started]
+
+
+def to_nearest(latents: Latents, names: Mapping[str, str]) -> Latents:
+    """The same weights on grids, the scales searched."""
+    grids = {n: GRIDS[g] for n, g in names.items() if n in latents.masters}
+    return replace(
+        latents, scales={n: search_scales(latents.masters[n], None, g) for n, g in grids.items()}, grids=grids
+    )
 
 
 def _at(home: torch.device, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -143,6 +156,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rows", type=int, default=128, help="of 256 tokens, that a method may look at")
     parser.add_argument("--train", type=int, default=800, help="rows of adaptation, and of recovery")
+    parser.add_argument("--nearest", action="store_true", help="rounded without error feedback")
     parser.add_argument("--only", nargs="+", help="names of arms; all where it is left out")
     a = parser.parse_args()
     if unknown := set(a.only or ()) - {*RIVALS, *OURS}:
@@ -166,19 +180,31 @@ def at_size(
     p: Prepared, plan: Plan, size: str, base: Sequence[float], computed: str, seed: int, a: argparse.Namespace
 ) -> None:
     """All arms of one user, seed and size, on stdout."""
-    ground = ground_of(p, plan, a.rows, a.train, seed)
+    ground = ground_of(p, plan, a.rows, a.train, seed, a.nearest)
     whole = running(ground.network)
     print(
         f"{size}, seed {seed}: adapted {told([score(whole, w).bits_per_byte for w in ground.windows], base)}",
         flush=True,
     )
     seen = look(whole, ground.own)
-    evidence = evidence_of(whole, ground.own, ground.generic[: len(ground.generic) // 2], RHO)
+    evidence = evidence_of(whole, ground.own, ground.generic[: len(ground.generic) // 2], RHO, listened=not a.nearest)
     arms = ours(ground.network, ground.own, ground.generic, seed, a.only) | published(seen, a.only)
     for name, arm in arms.items():
         kept, share = cut_to_fit(ground, arm, seed)
         masks = [(layer.groups, layer.channels) for layer in kept.layers]
-        key = CELLS, p.source.sha256, name, size, json.dumps(masks), ground.own, ground.generic, a.train, seed, computed
+        key = (
+            CELLS,
+            p.source.sha256,
+            name,
+            size,
+            json.dumps(masks),
+            ground.own,
+            ground.generic,
+            a.train,
+            a.nearest,
+            seed,
+            computed,
+        )
         *found, seconds = remembered(partial(cell, ground, kept, arm, seen, evidence), "at-bytes", *key)
         size_now = ground.bytes_of(after(anatomy(ground.network), kept))
         for what, of in (("rounded", found[:2]), (f"trained on {a.train}", found[2:])):

@@ -14,6 +14,7 @@ import torch
 
 from sartor.model.network import clone, load_dense
 from sartor.stages import masters
+from sartor.stages.bits import all_on_base
 from sartor.stages.distil import DistilConfig, anchor, distil_
 from sartor.stages.masters import Adam, free
 from sartor.stages.tokens import cut_windows, encode_windows, training_rows
@@ -108,3 +109,12 @@ def test_at_equal_bytes_every_arm_fits_and_only_its_cuts_and_repair_differ(
     monkeypatch.setattr(at_bytes, "cell", lambda *_: pytest.fail("it was known"))
     at_bytes.main()
     assert capsys.readouterr().out.splitlines() == first
+
+
+def test_weights_on_their_nearest_levels_are_nearly_what_they_were(place: dict[str, Path]) -> None:
+    model = load_dense(place["model"])[0]
+    latents = at_bytes.to_nearest(free(model), all_on_base(model))
+    assert set(latents.scales) == set(all_on_base(model))
+    for name in latents.scales:
+        w = latents.masters[name]
+        assert float((latents.value(name) - w).square().mean()) < 0.02 * float(w.square().mean())
