@@ -194,7 +194,7 @@ def probe(
     with paging(pages, room):
         p = Prepared(job, tell, source)
         dense = running(p.release())
-        user, general = sense(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
+        user, general = sense(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p), alone=True)
         worth = worth_of(dense, p.tokenizer, p.texts, order_units(user), effort, seed, tell, _memory(p))
         without = explain(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
     return {

@@ -50,12 +50,19 @@ def anew(what: str, rows: Tensor, seed: int, compute: Compute, enough: Enough = 
 
 
 def sense(
-    dense: Any, tokenizer: Any, texts: Texts, effort: str, seed: int, tell: Tell, recall: Recall = anew
+    dense: Any,
+    tokenizer: Any,
+    texts: Texts,
+    effort: str,
+    seed: int,
+    tell: Tell,
+    recall: Recall = anew,
+    alone: bool = False,
 ) -> tuple[Effects, Effects]:
     """What the user's text, recovered beside generic text, and generic text need of every unit.
 
     Args:
-        dense: in bf16. recall: given what is to be measured, on which rows, with which seed, how, and what of an earlier job would be enough, returns it, from an earlier job where it can.
+        dense: in bf16. alone: the user's text is read until it tells the order by itself, for whoever wants to know about single units; a decision needs less. recall: given what is to be measured, on which rows, with which seed, how, and what of an earlier job would be enough, returns it, from an earlier job where it can.
     """
     rows = training_rows(texts.train, tokenizer), training_rows(texts.generic_train, tokenizer)
     e = effort_of(effort)
@@ -64,10 +71,12 @@ def sense(
     told = lambda share: tell("probe", 0.4 + 0.4 * share, "gradients on the user's text")  # noqa: E731
 
     def measure() -> dict[str, Any]:
-        found = sounded(dense, own, e.known, seed, told, generic)
+        found = sounded(dense, own, e.known, seed, told, None if alone else generic)
         return {str(i): x.to_dict() for i, x in enumerate(found)}
 
-    raw = recall(f"halves-{e.known}", torch.cat([own.flatten(), rows[1].flatten()]), seed, measure, always)
+    raw = recall(
+        f"halves{'-alone' * alone}-{e.known}", torch.cat([own.flatten(), rows[1].flatten()]), seed, measure, always
+    )
     user, one, other = (Effects.from_dict(raw[str(i)]) for i in range(3))
     return recovered(user, (one, other), generic), generic
 
