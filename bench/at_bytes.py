@@ -17,20 +17,33 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from cuts import CELLS, OURS, TEST_BYTES, Arm, Lesson, chosen, counted, ours, plan_of, published, told, without_repair
-from ground_truth import opened, remembered
+from cuts import (
+    CELLS,
+    TEST_BYTES,
+    Arm,
+    Lesson,
+    asked,
+    chosen,
+    computed,
+    counted,
+    ours,
+    plan_of,
+    published,
+    show,
+    users,
+    without_repair,
+)
+from ground_truth import remembered
 from pruned_rivals import after, least_share
-from rivals import RIVALS, Seen, look
+from rivals import Seen, look
 
 from sartor.effort import EFFORTS
 from sartor.job import Prepared
-from sartor.memory import keep_freed
 from sartor.model.network import anatomy
-from sartor.model.precision import running, running_dtype
+from sartor.model.precision import running
 from sartor.numerics.grids import GRIDS, search_scales
 from sartor.pipeline import kept_back, measure, own_rows, trim
 from sartor.plan import Plan, parse_budget
@@ -149,69 +162,47 @@ def _at(home: torch.device, tensors: Mapping[str, torch.Tensor]) -> dict[str, to
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--data", nargs="+", required=True)
-    parser.add_argument("--generic")
     parser.add_argument("--sizes", nargs="+", default=["25%", "18%", "15%"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--rows", type=int, default=128, help="of 256 tokens, that a method may look at")
     parser.add_argument("--train", type=int, default=800, help="rows of adaptation, and of recovery")
     parser.add_argument("--nearest", action="store_true", help="rounded without error feedback")
-    parser.add_argument("--only", nargs="+", help="names of arms; all where it is left out")
-    a = parser.parse_args()
-    if unknown := set(a.only or ()) - {*RIVALS, *OURS}:
-        parser.error(f"there is no arm '{unknown.pop()}': take some of {', '.join((*OURS, *RIVALS))}")
-    keep_freed()
-    computed = f"{running_dtype()} on {torch.get_default_device()}"
-    for data in a.data:
-        p, dense = opened(a.model, data, a.generic)
-        texts = (p.user.test, p.generic.test)
-        base = [score(dense, encode_windows(cut_windows(t, TEST_BYTES), p.tokenizer)).bits_per_byte for t in texts]
-        print(f"{Path(data).name}: dense {base[0]:.3f}, generic {base[1]:.3f} bits per byte", flush=True)
+    a = asked(parser)
+    for p, dense, _, base in users(a):
         make = partial(plans_of, p, dense, a.sizes)
         key = CELLS, p.source.sha256, p.fingerprint(), a.sizes
         plans = remembered(lambda make=make: {s: plan.to_json() for s, plan in make().items()}, "plans", *key)
         for size, plan in plans.items():
             for seed in a.seeds:
-                at_size(p, Plan.from_json(plan), size, base, computed, seed, a)
+                at_size(p, Plan.from_json(plan), size, base, seed, a)
 
 
-def at_size(
-    p: Prepared, plan: Plan, size: str, base: Sequence[float], computed: str, seed: int, a: argparse.Namespace
-) -> None:
+def at_size(p: Prepared, plan: Plan, size: str, base: Sequence[float], seed: int, a: argparse.Namespace) -> None:
     """All arms of one user, seed and size, on stdout."""
     ground = ground_of(p, plan, a.rows, a.train, seed, a.nearest)
     whole = running(ground.network)
-    print(
-        f"{size}, seed {seed}: adapted {told([score(whole, w).bits_per_byte for w in ground.windows], base)}",
-        flush=True,
-    )
+    show(f"{size}, seed {seed}:", ("adapted", ""), [score(whole, w).bits_per_byte for w in ground.windows], base)
     seen = look(whole, ground.own)
     evidence = evidence_of(whole, ground.own, ground.generic[: len(ground.generic) // 2], RHO, listened=not a.nearest)
     arms = ours(ground.network, ground.own, ground.generic, seed, a.only) | published(seen, a.only)
     for name, arm in arms.items():
         kept, share = cut_to_fit(ground, arm, seed)
-        masks = [(layer.groups, layer.channels) for layer in kept.layers]
+        masks = json.dumps([(layer.groups, layer.channels) for layer in kept.layers])
         key = (
             CELLS,
             p.source.sha256,
             name,
             size,
-            json.dumps(masks),
+            masks,
             ground.own,
             ground.generic,
             a.train,
             a.nearest,
             seed,
-            computed,
+            computed(),
         )
         *found, seconds = remembered(partial(cell, ground, kept, arm, seen, evidence), "at-bytes", *key)
         size_now = ground.bytes_of(after(anatomy(ground.network), kept))
-        for what, of in (("rounded", found[:2]), (f"trained on {a.train}", found[2:])):
-            print(
-                f"{size}, seed {seed}: {name:46s} {what:16s} {told(of, base)}; {share:.0%} gone, {size_now:,} bytes",
-                flush=True,
-            )
+        note = f"; {share:.0%} gone, {size_now:,} bytes"
+        show(f"{size}, seed {seed}: {name:46s}", ("rounded", f"trained on {a.train}"), found, base, note)
         print(f"  ({seconds:.0f} s)", file=sys.stderr)
 
 

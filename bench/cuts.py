@@ -252,27 +252,42 @@ def told(found: Sequence[float], base: Sequence[float]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was asked, with the options that every comparison of arms has."""
     parser.add_argument("model")
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--generic")
-    parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.3, 0.4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--rows", type=int, default=128, help="of 256 tokens, of the user's training split")
-    parser.add_argument("--train", type=int, default=0, help="rows of recovery")
+    parser.add_argument("--rows", type=int, default=128, help="of 256 tokens, that a method may look at")
     parser.add_argument("--only", nargs="+", help="names of arms; all where it is left out")
     a = parser.parse_args()
     if unknown := set(a.only or ()) - {*RIVALS, *OURS}:
         parser.error(f"there is no arm '{unknown.pop()}': take some of {', '.join((*OURS, *RIVALS))}")
+    return a
+
+
+def users(a: argparse.Namespace) -> Iterator[tuple[Any, Any, tuple[Sequence[Window], Sequence[Window]], list[float]]]:
+    """(the job, the network as it runs, windows of the user's and of generic test text, what it needs for them), user by user."""
     keep_freed()
-    computed = f"{running_dtype()} on {torch.get_default_device()}"
     for data in a.data:
         p, dense = opened(a.model, data, a.generic)
-        user = encode_windows(cut_windows(p.user.test, TEST_BYTES), p.tokenizer)
-        general = encode_windows(cut_windows(p.generic.test, TEST_BYTES), p.tokenizer)
-        base = score(dense, user).bits_per_byte, score(dense, general).bits_per_byte
+        user, general = (encode_windows(cut_windows(t, TEST_BYTES), p.tokenizer) for t in (p.user.test, p.generic.test))
+        base = [score(dense, w).bits_per_byte for w in (user, general)]
         print(f"{Path(data).name}: dense {base[0]:.3f}, generic {base[1]:.3f} bits per byte", flush=True)
+        yield p, dense, (user, general), base
+
+
+def computed() -> str:
+    """In what, and where, networks are computed here: part of what a cell is kept under."""
+    return f"{running_dtype()} on {torch.get_default_device()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.3, 0.4])
+    parser.add_argument("--train", type=int, default=0, help="rows of recovery")
+    a = asked(parser)
+    for p, dense, windows, base in users(a):
         for seed in a.seeds:
             own = sample(training_rows(p.texts.train, p.tokenizer), a.rows, seed)
             generic = sample(training_rows(p.texts.generic_train, p.tokenizer), a.rows, seed)
@@ -282,16 +297,20 @@ def main() -> None:
             for removed in a.removed:
                 for name, arm in arms.items():
                     kept = chosen(shape, arm.ranking, removed)
-                    key = CELLS, p.source.sha256, name, json.dumps(kept), own, generic, a.train, seed, computed
-                    run = partial(cell, p.model, plan_of(shape, kept, seed), arm.repair, seen, (user, general), lesson)
+                    key = CELLS, p.source.sha256, name, json.dumps(kept), own, generic, a.train, seed, computed()
+                    run = partial(cell, p.model, plan_of(shape, kept, seed), arm.repair, seen, windows, lesson)
                     *found, seconds = remembered(run, "cut", *key)
-                    for what, of in (("cut", found[:2]), (f"trained on {a.train}", found[2:])):
-                        if of:
-                            print(
-                                f"{removed:.0%} removed, seed {seed}: {name:46s} {what:16s} {told(of, base)}",
-                                flush=True,
-                            )
+                    show(
+                        f"{removed:.0%} removed, seed {seed}: {name:46s}", ("cut", f"trained on {a.train}"), found, base
+                    )
                     print(f"  ({seconds:.0f} s)", file=sys.stderr)
+
+
+def show(what: str, stages: tuple[str, str], found: Sequence[float], base: Sequence[float], note: str = "") -> None:
+    """A line for each stage that was measured."""
+    for stage, of in zip(stages, (found[:2], found[2:]), strict=True):
+        if of:
+            print(f"{what} {stage:16s} {told(of, base)}{note}", flush=True)
 
 
 if __name__ == "__main__":

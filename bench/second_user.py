@@ -77,7 +77,8 @@ def one_user(
     for n in ROWS:
         halves = [feel(model, few[i * n // 2 : (i + 1) * n // 2], i) for i in (0, 1)]
         user, one, two = (effects_of(shape, f) for f in (together(*halves), *halves))
-        print(f" {n} rows, reliability {reliability(one, two):.2f}", flush=True)
+        alone, beside = reliability(one, two), reliability(one, two, profile)
+        print(f" {n} rows, reliability {alone:.2f}, {beside:.2f} beside the profile", flush=True)
         tell(f"{n} rows alone", user)
         tell(f"{n} rows, mixed with 0.3 generic", blended(user, profile, 0.3))
         tell(f"{n} rows, recovered beside the profile", recovered(user, (one, two), profile))
