@@ -34,15 +34,16 @@ from cuts import (
     published,
     show,
     users,
+    with_bias,
     without_repair,
 )
 from ground_truth import remembered
-from pruned_rivals import after, least_share
+from pruned_rivals import BIAS, after, least_share
 from rivals import Seen, look
 
 from sartor.effort import EFFORTS
 from sartor.job import Prepared
-from sartor.model.network import anatomy
+from sartor.model.network import Anatomy, anatomy
 from sartor.model.precision import running
 from sartor.numerics.grids import GRIDS, search_scales
 from sartor.pipeline import kept_back, measure, own_rows, trim
@@ -116,10 +117,16 @@ def cut_to_fit(ground: Ground, arm: Arm, seed: int) -> tuple[Plan, float]:
     """(what stays, share of attention and FFN that goes): the least that makes the file fit."""
     a = anatomy(ground.network)
     plan_at = lambda share: plan_of(a, chosen(a, arm.ranking, share), seed)  # noqa: E731
-    share = least_share(lambda x: ground.bytes_of(after(a, plan_at(x))) <= ground.limit)
+    share = least_share(lambda x: file_bytes(ground, after(a, plan_at(x)), arm) <= ground.limit)
     if share is None:
         sys.exit(f"at_bytes: {ground.limit:,} bytes cannot be reached by cuts alone with these words: ask for more")
     return plan_at(share), share
+
+
+def file_bytes(ground: Ground, a: Anatomy, arm: Arm) -> int:
+    """Of a network of these sizes, at most, with the biases that an arm's repair adds."""
+    biases = 2 * a.layers * (4 * a.width + BIAS) if arm.repair is with_bias else 0
+    return ground.bytes_of(a) + biases
 
 
 def cell(ground: Ground, plan: Plan, arm: Arm, seen: Seen, evidence: Evidence) -> list[float]:
@@ -200,7 +207,7 @@ def at_size(p: Prepared, plan: Plan, size: str, base: Sequence[float], seed: int
             computed(),
         )
         *found, seconds = remembered(partial(cell, ground, kept, arm, seen, evidence), "at-bytes", *key)
-        size_now = ground.bytes_of(after(anatomy(ground.network), kept))
+        size_now = file_bytes(ground, after(anatomy(ground.network), kept), arm)
         note = f"; {share:.0%} gone, {size_now:,} bytes"
         show(f"{size}, seed {seed}: {name:46s}", ("rounded", f"trained on {a.train}"), found, base, note)
         print(f"  ({seconds:.0f} s)", file=sys.stderr)

@@ -14,7 +14,7 @@ from sartor.export import onnx_file, onnxrt
 from sartor.model.network import anatomy, clone, masked, shrink_attention_
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.head import choose_head, with_head
-from sartor.stages.narrow import narrowed, widths
+from sartor.stages.narrow import moments_of_heads, narrowed, widths
 from sartor.stages.recognition import kl_of, said_of
 from tests.test_pictures import drawn, network
 
@@ -35,14 +35,14 @@ def whole() -> Any:
 
 
 def test_all_dimensions_say_what_the_network_says(whole: Any, seen: torch.Tensor) -> None:
-    same = narrowed(whole, seen, anatomy(whole).head_dim)
+    same = narrowed(whole, moments_of_heads(whole, seen), anatomy(whole).head_dim)
     assert torch.allclose(same(seen), whole(seen), atol=1e-4)
 
 
 def test_the_more_dimensions_the_less_it_costs_and_less_than_taking_some(whole: Any, seen: torch.Tensor) -> None:
     fresh = drawn(32, 2)[0]
     said = said_of(whole, fresh)
-    costs = [kl_of(narrowed(whole, seen, keys), fresh, said) for keys in (4, 8, 12, 16)]
+    costs = [kl_of(narrowed(whole, moments_of_heads(whole, seen), keys), fresh, said) for keys in (4, 8, 12, 16)]
     assert costs == sorted(costs, reverse=True)
     assert costs[0] > 1e-4
     plain = clone(whole)
@@ -53,7 +53,7 @@ def test_the_more_dimensions_the_less_it_costs_and_less_than_taking_some(whole: 
 
 
 def test_heads_leave_a_narrowed_network_as_they_leave_a_whole_one(whole: Any, seen: torch.Tensor) -> None:
-    small = narrowed(whole, seen, 8)
+    small = narrowed(whole, moments_of_heads(whole, seen), 8)
     a = anatomy(small)
     assert a.key_dim == 8
     assert a.groups == anatomy(whole).groups
@@ -71,7 +71,8 @@ def test_the_file_of_a_narrowed_network_says_what_it_says_and_has_the_bytes_fore
 ) -> None:
     pytest.importorskip("onnxruntime")
     model = network()
-    small = narrowed(with_head(model, choose_head(model, *drawn(60, 1), 3)), seen, 8)
+    model = with_head(model, choose_head(model, *drawn(60, 1), 3))
+    small = narrowed(model, moments_of_heads(model, seen), 8)
     shrink_attention_(small, 1, [0])
     onnx_file.write(tmp_path / "m.onnx", small, weights)
     assert (tmp_path / "m.onnx").stat().st_size == onnx_file.file_bytes(small.config, anatomy(small), weights)
@@ -83,7 +84,7 @@ def test_the_file_of_a_narrowed_network_says_what_it_says_and_has_the_bytes_fore
 
 
 def test_a_narrowed_network_is_the_same_after_a_round_trip(whole: Any, seen: torch.Tensor, tmp_path: Path) -> None:
-    small = narrowed(whole, seen, 8)
+    small = narrowed(whole, moments_of_heads(whole, seen), 8)
     shrink_attention_(small, 0, [0])
     a = anatomy(small)
     layers = tuple(LayerPlan(to_mask(range(g), g), to_mask(range(f), f)) for g, f in zip(a.groups, a.ffn, strict=True))
@@ -92,6 +93,24 @@ def test_a_narrowed_network_is_the_same_after_a_round_trip(whole: Any, seen: tor
     again, _, _ = picture_storage.load(tmp_path)
     assert again.config == replace(whole.config, keys=8)
     assert torch.equal(again(seen[:4]), small(seen[:4]))
+
+
+def test_what_all_keys_of_a_picture_share_costs_no_dimension(seen: torch.Tensor) -> None:
+    model = network()
+    moved = clone(model)
+    for n, layer in enumerate(moved.model.layers):
+        layer.self_attn.k_proj.bias.data += 50 * torch.randn(64, generator=torch.Generator().manual_seed(n))
+    one, other = (narrowed(m, moments_of_heads(m, seen), 8) for m in (model, moved))
+    assert torch.allclose(one.features(seen[:8]), other.features(seen[:8]), atol=1e-3)
+
+
+def test_a_head_that_compares_nothing_still_compares_nothing(whole: Any, seen: torch.Tensor) -> None:
+    still = clone(whole)
+    for name in ("q_proj", "k_proj"):
+        getattr(still.model.layers[0].self_attn, name).weight.data[:16] = 0
+        getattr(still.model.layers[0].self_attn, name).bias.data[:16] = 0
+    small = narrowed(still, moments_of_heads(still, seen), 16)
+    assert torch.allclose(small(seen[:8]), still(seen[:8]), atol=1e-4)
 
 
 def test_widths_are_steps_below_the_heads_own(whole: Any) -> None:

@@ -13,11 +13,14 @@ import torch
 from PIL import Image
 
 import sartor
-from sartor import effort, picture_exports, picture_storage
+from sartor import effort, picture_exports, picture_storage, picture_view
 from sartor.cli import main
 from sartor.data.photos import open_photo
 from sartor.export import onnxrt
+from sartor.job import Job
 from sartor.picture_api import ARTIFACT
+from sartor.picture_job import PreparedPictures
+from sartor.sources import resolve
 from sartor.stages.tune import TuneConfig
 
 from .test_pictures import drawn
@@ -142,8 +145,9 @@ def test_the_report_compares_with_what_a_user_would_pick_instead(fitted: Path) -
     r = report(fitted)
     assert {"user", "generic", "speed", "parity", "head", "layers", "controls", "data", "versions"} <= set(r)
     assert r["controls"][1]["name"].startswith("ONNX Runtime's own 8 bits of the original's first")
+    left = "nothing" if r["head"]["key_dim"] == 16 else "nothing else than to 8 dimensions to compare patches by"
     assert [c["name"] for c in r["controls"]][2:] == [
-        "the original adapted to your photos, 8 bits, nothing cut",
+        f"the original adapted to your photos, 8 bits, {left} cut",
         "same bytes, personal calibration",
         "same bytes, generic calibration",
     ]
@@ -328,9 +332,42 @@ def test_an_interrupted_job_on_photos_resumes(stage: str, place: dict[str, Path]
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 
+def test_a_job_whose_heads_are_narrowed_resumes_runs_and_is_exported(
+    place: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(picture_view, "kl_of", lambda *_: 0.0)  # then fewer dimensions are always better
+    ask = (str(place["model"]), place["photos"], "30%", tmp_path / "out")
+    more = {"generic": place["generic"], "controls": "none"}
+
+    def stop(now: str, share: float, note: str) -> None:
+        if now == "adapt":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sartor.compress(*ask, **more, tell=stop)
+    saved = json.loads((tmp_path / "out" / "checkpoint" / "view.json").read_text())
+    assert saved["keys"] == 8
+    job = Job(str(place["model"]), str(place["photos"]), "30%", generic=str(place["generic"]))
+    p = PreparedPictures(job, resolve(job.model), lambda *_: None)
+    view = picture_view.view_of(p, job, lambda *_: None)
+    again = picture_view.view_again(p, job, json.loads(json.dumps(view.decided())))
+    assert all(torch.equal(x, y) for x, y in zip(view.dense.parameters(), again.dense.parameters(), strict=True))
+    assert again.decided() == view.decided()
+    sartor.compress(*ask, **more, resume=True)
+    assert picture_storage.load(tmp_path / "out")[0].config.keys == 8
+    assert report(tmp_path / "out")["head"]["key_dim"] == 8
+    photo = str(next((place["photos"] / NAMES[0]).iterdir()))
+    assert main(["run", str(tmp_path / "out"), photo, "--why", str(tmp_path / "why.png")]) == 0
+    assert main(["export", str(tmp_path / "out"), "--to", "onnx-int4", "--out", str(tmp_path / "four")]) == 0
+    assert main(["run", str(tmp_path / "four"), photo]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "8 of 16 dimensions" in capsys.readouterr().out
+
+
 def test_a_job_in_steps_resumes_and_its_controls_are_alike(place: dict[str, Path], tmp_path: Path) -> None:
     def stop(now: str, share: float, note: str) -> None:
-        if now == "fit" and share > 0.3:
+        if now == "prune" and "step 2" in note:
             raise KeyboardInterrupt
 
     ask = (str(place["model"]), place["photos"], "18%", tmp_path / "out")
@@ -338,7 +375,10 @@ def test_a_job_in_steps_resumes_and_its_controls_are_alike(place: dict[str, Path
     with pytest.raises(KeyboardInterrupt):
         sartor.compress(*ask, **more, tell=stop)
     assert not sartor.Plan.from_json((tmp_path / "out" / "checkpoint" / "plan.json").read_text()).settled
-    sartor.compress(*ask, **more, resume=True)
+    seen: list[str] = []
+    sartor.compress(*ask, **more, resume=True, tell=lambda stage, share, note: seen.append(note))
+    assert not any(note.startswith("step 1:") for note in seen)
+    assert any(note.startswith("step 2:") for note in seen)
     told = report(tmp_path / "out")
     assert any(s["kept"] for s in told["pruning"]["steps"])
     page = (tmp_path / "out" / "report.html").read_text()

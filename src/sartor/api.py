@@ -194,7 +194,7 @@ def probe(
     with paging(pages, room):
         p = Prepared(job, tell, source)
         dense = running(p.release())
-        user, general = sense(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p), alone=True)
+        user, general, halves = sense(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p), alone=True)
         worth = worth_of(dense, p.tokenizer, p.texts, order_units(user), effort, seed, tell, _memory(p))
         without = explain(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
     return {
@@ -207,7 +207,7 @@ def probe(
         "without": without,
         "verdicts": of_parts(without["user"], without["generic"]),
         "groups": heads_of(user, general, worth),
-        "alike": alike(user, general),
+        "alike": alike(halves, general),
     }
 
 

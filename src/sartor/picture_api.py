@@ -83,7 +83,9 @@ def _view(
 
 
 def _decide(p: PreparedPictures, view: View, job: Job, tell: Tell) -> Plan:
-    return plan_pictures(view.dense, view.pictures, view.costs, p.source.sha256, job.effort, job.seed, tell, view.felt)
+    found = view.dense, view.pictures, view.costs, p.source.sha256, job.effort, job.seed, tell, view.felt
+    plan = plan_pictures(*found)
+    return replace(plan, predicted_damage=plan.predicted_damage + view.narrow)
 
 
 def _finish(

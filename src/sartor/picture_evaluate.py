@@ -254,7 +254,8 @@ def picture_controls(
         )
         teacher = clone(made.teacher, torch.float32)
         seen.write(file, carving_of(teacher).eight(teacher, view.pictures.train), WEIGHTS)
-        name = "the original adapted to your photos, 8 bits, nothing cut"
+        left = "nothing" if not view.narrow else f"nothing else than to {view.key_dim} dimensions to compare patches by"
+        name = f"the original adapted to your photos, 8 bits, {left} cut"
         rows.append(_row(name, *measured(view.seen(test)), ours))
         if len(p.generic.train):
             shipped = artifact.stat().st_size, ours

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from sartor.carving import four_damage
-from sartor.effort import PictureEffort, picture_effort_of
+from sartor.effort import picture_effort_of
 from sartor.errors import BudgetError
 from sartor.export import onnx_file, onnxrt
 from sartor.job import Job
@@ -33,7 +33,7 @@ from sartor.stages.allot import Costs, Four, allot, refuse_impossible, smallest
 from sartor.stages.allot_maps import MapCosts
 from sartor.stages.curves import Curves
 from sartor.stages.head import Head, choose_head, with_head
-from sartor.stages.narrow import narrowed, widths
+from sartor.stages.narrow import Moments, moments_of_heads, narrowed, widths
 from sartor.stages.recognition import kl_of, said_of
 from sartor.stages.tokens import sample
 
@@ -44,7 +44,7 @@ SHARES = (1.0, 0.875, 0.75)  # of the side of the original's pictures, that are 
 class View:
     """The network to fit, its head, pictures and what it may cost; `sides`: {side of a picture: [nats of its head on pictures left out, damage foretold of what else must go]}.
 
-    keys: {dimensions of every head's queries and keys: [what having no more damages, damage foretold of what else must go]}, where it was asked. felt: what the network was found to need, where it was.
+    keys: {dimensions of every head's queries and keys: [what having no more damages, damage foretold of what else must go]}, where it was asked; looked: pictures that were looked at for it. felt: what the network was found to need, where it was.
     """
 
     dense: Any
@@ -53,6 +53,7 @@ class View:
     costs: Costs | MapCosts
     sides: dict[int, list[float]]
     keys: dict[int, list[float]] = field(default_factory=dict)
+    looked: int = 0
     felt: FeltPictures | None = None
 
     @property
@@ -65,6 +66,11 @@ class View:
         """Dimensions that heads compare patches by; None where there are no heads."""
         return None if isinstance(self.dense, Graph) else anatomy(self.dense).key_dim
 
+    @property
+    def narrow(self) -> float:
+        """What it is foretold to damage that heads compare patches by so many dimensions, in nats a picture."""
+        return self.keys.get(self.key_dim or 0, [0.0])[0]
+
     def decided(self) -> dict[str, Any]:
         """What `view_again` needs, for JSON."""
         c = self.costs
@@ -72,7 +78,7 @@ class View:
         if isinstance(c, MapCosts):
             return told | {"prices": c.prices}
         told["four"] = c.four.damage if c.four else None
-        told |= {"keys": self.dense.config.keys, "tried": self.keys}
+        told |= {"keys": self.dense.config.keys, "tried": self.keys, "pictures": self.looked, "curves": c.curves}
         return told | {"block_seconds": c.block_seconds, "head_seconds": c.head_seconds}
 
     def seen(self, pixels: UInt8[Tensor, "n 3 s s"]) -> UInt8[Tensor, "n 3 r r"]:
@@ -133,7 +139,9 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
 
 
 def _keyed(p: PreparedPictures, view: View, job: Job, four: float | None, tell: Tell) -> View:
-    """The view with as many dimensions to compare tokens by as are best, together with what else must go then."""
+    """The view with as many dimensions to compare tokens by as are best, together with what else must go then; as many as there are where nobody says what the network adapts to, which heals it."""
+    if not p.labelled:
+        return view
     e, half = picture_effort_of(job.effort), running(view.dense)
     told = lambda share, note: tell("view", 0.5 + 0.3 * share, note)  # noqa: E731
     felt = view.felt or felt_pictures(half, view.pictures, e, job.seed, told)
@@ -143,7 +151,8 @@ def _keyed(p: PreparedPictures, view: View, job: Job, four: float | None, tell: 
     views, judged = [view], sample(view.pictures.validation, e.checked, job.seed)
     if sum(*tried.values()):
         tell("view", 0.9, "what fewer dimensions to compare patches by cost")
-        networks = {keys: _narrowed(view, keys, e, job.seed) for keys in widths(view.dense)}
+        moments = _moments(view, e.felt, job.seed)
+        networks = {keys: narrowed(view.dense, moments, keys) for keys in widths(view.dense)}
         quicker = _head_seconds(p, view.dense, networks, costs) if job.faster else {}
         said = said_of(half, judged)
         for keys, dense in networks.items():
@@ -153,7 +162,7 @@ def _keyed(p: PreparedPictures, view: View, job: Job, four: float | None, tell: 
             views.append(replace(view, dense=dense, costs=fewer))
     best = min(zip(tried.values(), views, strict=True), key=lambda x: sum(x[0]))[1]
     costs = costs if best is view else best.costs
-    return replace(best, costs=costs, keys=tried, felt=felt if best is view else None)
+    return replace(best, costs=costs, keys=tried, looked=e.felt, felt=felt if best is view else None)
 
 
 def _head_seconds(p: PreparedPictures, dense: Any, networks: Mapping[int, Any], costs: Costs) -> dict[int, float]:
@@ -168,8 +177,8 @@ def _head_seconds(p: PreparedPictures, dense: Any, networks: Mapping[int, Any], 
     return {keys: max(costs.head_seconds - (whole - times[str(keys)]["seconds"]) / heads, 0.0) for keys in networks}
 
 
-def _narrowed(view: View, keys: int, e: PictureEffort, seed: int) -> Any:
-    return narrowed(view.dense, sample(view.pictures.train, e.felt, seed), keys)
+def _moments(view: View, many: int, seed: int) -> Moments:
+    return moments_of_heads(view.dense, sample(view.pictures.train, many, seed))
 
 
 def _view_of_maps(p: PreparedPictures, job: Job, tell: Tell) -> View:
@@ -191,10 +200,13 @@ def view_again(p: PreparedPictures, job: Job, saved: dict[str, Any]) -> View:
     dense, head = headed(p, side, job.seed)
     view = View(dense, head, shrunk(p.pictures, side), _priced(p, dense, saved.get("four")), {})
     if keys := saved.get("keys"):
-        dense = _narrowed(view, keys, picture_effort_of(job.effort), job.seed)
+        dense = narrowed(view.dense, _moments(view, saved["pictures"], job.seed), keys)
         view = replace(view, dense=dense, costs=_priced(p, dense, saved.get("four")))
     costs = replace(view.costs, block_seconds=saved["block_seconds"], head_seconds=saved["head_seconds"], limit=limit)
-    return replace(view, costs=costs, keys={int(k): x for k, x in saved.get("tried", {}).items()})
+    costs = replace(costs, curves=saved.get("curves", {}))
+    return replace(
+        view, costs=costs, looked=saved.get("pictures", 0), keys={int(k): x for k, x in saved.get("tried", {}).items()}
+    )
 
 
 def shrunk(pictures: Pictures, side: int) -> Pictures:

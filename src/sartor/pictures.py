@@ -261,7 +261,7 @@ class PictureSurgery:
     effort: PictureEffort
     training: TuneConfig
     tell: Tell
-    kept: Kept = field(default_factory=InMemory)
+    kept: Kept | None = None
 
     def cut(self, small: Any, plan: Plan, steps: int) -> tuple[Any, Plan, dict[str, Any]]:
         """(The network without what goes, chosen anew where the plan is not settled; the plan as it was done; what went, and what validation says of it)."""
@@ -286,11 +286,12 @@ class PictureSurgery:
         """
         carving, teacher = carving_of(small), self.lessons.teacher
         held = sample(self.pictures.validation, self.effort.checked, plan.seed)
-        said, felt = said_of(teacher, held), [self._needed(teacher, plan)]
+        said, whole_needs, done_before = said_of(teacher, held), self._needed(teacher, plan), tried(self.kept)
+        felt = [] if done_before else [whole_needs]  # the first step is of the whole network
         priced = _measured(self.costs, plan)
-        at_once = carving.allot(teacher, felt[0], priced)
+        at_once = carving.allot(teacher, whole_needs, priced)
         whole, priced = _as_allotted(plan, teacher, at_once), priced.at(at_once.four)  # bits are decided once
-        left = list(range(steps - tried(self.kept)))  # trainings, one for each step, however many are tried
+        left = list(range(steps - done_before))  # trainings, one for each step, however many are tried
 
         def heal(network: Any) -> Any:
             network, latents = self.fitted(network, replace(plan, grids={}), self.effort.fitted // 2)

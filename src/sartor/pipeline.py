@@ -149,7 +149,7 @@ def _probed(
     dense: Any, tokenizer: Any, texts: Texts, effort: str, seed: int, tell: Tell, recall: Recall
 ) -> tuple[Units, Effects, Effects, Worth]:
     """(units, the user's effects, generic ones, what effects are worth)."""
-    user, generic = sense(dense, tokenizer, texts, effort, seed, tell, recall)
+    user, generic, _ = sense(dense, tokenizer, texts, effort, seed, tell, recall)
     units = order_units(user)
     return units, user, generic, worth_of(dense, tokenizer, texts, units, effort, seed, tell, recall)
 

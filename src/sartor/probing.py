@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,14 @@ Enough = Callable[[dict[str, Any]], bool]
 Recall = Callable[[str, Tensor, int, Compute, Enough], dict[str, Any]]
 
 
+class Sensed(NamedTuple):
+    """What was felt: the user's effects beside the generic profile, that, and the effects of two halves of the user's text by themselves."""
+
+    user: Effects
+    generic: Effects
+    halves: tuple[Effects, Effects]
+
+
 def always(kept: dict[str, Any]) -> bool:
     """Whatever is kept will do."""
     return True
@@ -58,7 +66,7 @@ def sense(
     tell: Tell,
     recall: Recall = anew,
     alone: bool = False,
-) -> tuple[Effects, Effects]:
+) -> Sensed:
     """What the user's text, recovered beside generic text, and generic text need of every unit.
 
     Args:
@@ -78,7 +86,7 @@ def sense(
         f"halves{'-alone' * alone}-{e.known}", torch.cat([own.flatten(), rows[1].flatten()]), seed, measure, always
     )
     user, one, other = (Effects.from_dict(raw[str(i)]) for i in range(3))
-    return recovered(user, (one, other), generic), generic
+    return Sensed(recovered(user, (one, other), generic), generic, (one, other))
 
 
 def profile(
@@ -91,7 +99,7 @@ def profile(
     """
     e = effort_of(effort)
     read = sample(rows, e.felt_rows, 0)
-    tokens = len(read) * medium_of(dense).positions(read)
+    tokens = (len(read) - 1) * medium_of(dense).positions(read)  # where one is left over, it is not read
     told = lambda share: tell(share, "gradients on generic text")  # noqa: E731
     measure = lambda: sounded(dense, read, e.known, 0, told)[0].to_dict()  # noqa: E731
     return Effects.from_dict(

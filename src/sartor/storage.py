@@ -122,7 +122,7 @@ def remembered(folder: Path, model_sha256: str) -> Recall:
         what: str, rows: Tensor, seed: int, compute: Callable[[], dict[str, Any]], enough: Enough = always
     ) -> dict[str, Any]:
         about = {
-            "format": f"sartor-{what}-2",
+            "format": f"sartor-{what}-3",
             "model_sha256": model_sha256,
             "rows_sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
             "seed": seed,

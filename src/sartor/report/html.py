@@ -92,11 +92,11 @@ def _layers(r: dict[str, Any]) -> str:
     p = r["probing"]
     worth = (
         f"Summed effects foretold the damage of {p['masks']:.0f} random cuts on other text of yours with rank correlation {p['spearman']:.2f} "
-        f"(R² {p['r2']:.2f} of its logarithm; before repair a cut costs {p['factor']:.1f} times the sum; order of the units known from {p['user_tokens']:,.0f} tokens with reliability {p['known']:.2f})."
+        f"(R² {p['r2']:.2f} of its logarithm; before repair a cut costs {p['factor']:.1f} times the sum; order of the units known from {p['user_tokens']:,.0f} tokens of yours, beside the generic profile, with reliability {p['known']:.2f})."
     )
     return (
         f"<h2>Layers</h2><p>Blue: what was kept. Below: what the removal of a layer's parts would cost on <b class=u>your</b> and on <b class=g>generic</b> text (nats per token, square-root scale). {worth} "
-        f"A layer is called personalized where the two intervals do not meet.</p>"
+        f"A layer is called personalized where the two differ by more than chance would have it, all layers judged together.</p>"
         + layer_map(r["layers"], "query groups")
         + stepped(r["pruning"], "query groups")
     )

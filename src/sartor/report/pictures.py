@@ -14,6 +14,7 @@ ACCURACY = "accuracy"
 NAMES = {ACCURACY: "named as you do, your pictures", "feature agreement": "features alike, your pictures"}
 STAGES = {
     "open": "opening model and pictures",
+    "view": "choosing how it looks",
     "plan": "probing and planning",
     "adapt": "adapting to your pictures",
     "prune": "choosing what goes",
@@ -169,21 +170,17 @@ def _bits(r: dict[str, Any]) -> str:
 
 
 def _read_at(head: dict[str, Any]) -> str:
+    most = max(map(int, head.get("keys") or [0]))
+    fewer = (
+        f"; heads compare patches by {head['key_dim']} of {most} dimensions"
+        if most > (head.get("key_dim") or most)
+        else ""
+    )
     return (
         f"answers are read behind layer {head['depth']} of {head['of']}: {head['nats']:.3f} nats on pictures left out"
         + (f"; {head['own']} of its classes the model's own head knows by name" if head.get("own") else "")
         + (f"; pictures of {head['side']} pixels a side" if "side" in head else "")
-        + _compared(head)
-    )
-
-
-def _compared(head: dict[str, Any]) -> str:
-    """Where heads compare patches by fewer dimensions than they had."""
-    most = max((int(k) for k in head.get("keys") or ()), default=0)
-    return (
-        f"; heads compare patches by {head['key_dim']} of {most} dimensions"
-        if most > (head.get("key_dim") or most)
-        else ""
+        + fewer
     )
 
 
@@ -338,7 +335,7 @@ def _layers(r: dict[str, Any]) -> str:
     )
     return (
         f"<h2>Layers</h2><p>Blue: {_drawn(r)} that were kept. Below: what the removal of a layer's parts would cost on <b class=u>your</b> and on "
-        f"<b class=g>generic</b> pictures (nats a picture, square-root scale). {foretold} A layer is called personalized where the two intervals do not meet. {_read_at(r['head']).capitalize()}.</p>"
+        f"<b class=g>generic</b> pictures (nats a picture, square-root scale). {foretold} A layer is called personalized where the two differ by more than chance would have it, all layers judged together. {_read_at(r['head']).capitalize()}.</p>"
         + layer_map(r["layers"], "heads")
     )
 

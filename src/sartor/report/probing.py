@@ -38,7 +38,8 @@ def sentences(r: dict[str, Any]) -> list[str]:
         out.append(
             f"Without the {NAMES[k]} of layer {n} each byte of your texts costs {_range(user)} more; of generic text {_range(generic)}: it matters {than} to you."
         )
-    hurts = [f"{NAMES[k]} of layer {n}" for n, k, user, _, _ in parts if user[2] < 0]
+    several = r["without"]["user"]["rows"] > 1
+    hurts = [f"{NAMES[k]} of layer {n}" for n, k, user, _, _ in parts if user[2] < 0 and several]
     if hurts:
         out.append(f"Without these your texts cost less than with them: {', '.join(hurts)}.")
     return [*out, *_finer(r)]
@@ -85,7 +86,7 @@ def _finer(r: dict[str, Any]) -> list[str]:
         )
     out.append(
         f"How far to believe that: summed effects of such fine units foretold the damage of {w['masks']} random cuts on other text of yours with rank correlation {w['spearman']:.2f}; a cut costs {w['factor']:.1f} times the sum before it is repaired. "
-        f"{r['tokens']['user']:,} tokens of yours told the order of the units with reliability {r['known']:.2f}, generic text beside them."
+        f"{r['tokens']['user']:,} tokens of yours told the order of the units with reliability {r['known']:.2f} by themselves."
     )
     if w["spearman"] < 0.5:
         out.append("That is too little to tell whose a group of heads is; more text helps.")

@@ -17,7 +17,7 @@ from sartor.model.network import BLOCK, Anatomy, anatomy, clone
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.decide import settle
 from sartor.stages.distil import DistilConfig
-from sartor.stages.masters import InMemory, Kept, free
+from sartor.stages.masters import Kept, free
 from sartor.stages.medium import medium_of
 from sartor.stages.probe import Effects
 from sartor.stages.prune import cut_
@@ -84,11 +84,7 @@ def buffered(
         (the cut network, the plan of what was done, every step).
     """
     a, most = anatomy(small), 2 * steps if steps > 1 else 1
-    aim, unit, kept = (
-        aim or (lambda effects, lost: settle(plan, a, effects, lost)),
-        medium_of(small).unit,
-        kept or InMemory(),
-    )
+    aim, unit = aim or (lambda effects, lost: settle(plan, a, effects, lost)), medium_of(small).unit
     small, course = _resumed(small, plan, kept) or (small, _Course(_whole(plan.layers, a), steps, damage(small)))
 
     def attempt(taken: Sequence[_Unit], of: int) -> tuple[Any, Step]:
@@ -117,14 +113,15 @@ def buffered(
             trial, step = attempt(taken, len(rest))
         small = trial
         course.took(step, _without(course.now, taken, a), len(taken) == len(rest))
-        kept.save(replace(free(small), exact=True), 0.0, course.state())
+        if kept is not None:
+            kept.save(replace(free(small), exact=True), 0.0, course.state())
     done = max(1, sum(s.kept for s in course.history))
     return small, replace(course.goal or plan, layers=course.now, steps=done), course.history
 
 
-def tried(kept: Kept) -> int:
+def tried(kept: Kept | None) -> int:
     """Steps that an interrupted cut has tried already."""
-    return len(kept.state().get("history", ()))
+    return len(kept.state().get("history", ())) if kept else 0
 
 
 @dataclass
@@ -150,10 +147,11 @@ class _Course:
         return told | {"history": [asdict(s) for s in self.history], "goal": self.goal.to_json() if self.goal else None}
 
 
-def _resumed(small: Any, plan: Plan, kept: Kept) -> tuple[Any, _Course] | None:
+def _resumed(small: Any, plan: Plan, kept: Kept | None) -> tuple[Any, _Course] | None:
     """The network behind its last step, and the course."""
-    saved, told = kept.load(), kept.state()
-    if saved is None or not told:
+    told = kept.state() if kept else {}
+    saved = kept.load() if kept and told else None
+    if saved is None:
         return None
     now = tuple(replace(x, groups=g, channels=c) for x, (g, c) in zip(plan.layers, told["now"], strict=True))
     network = _cut(small, plan, _whole(plan.layers, anatomy(small)), now)

@@ -1,8 +1,8 @@
 """Queries and keys of fewer dimensions than the values: the best rank of what heads compare tokens by.
 
 A head of d dimensions compares a query q with a key k by q . k. Of all pairs A, B of d x r matrices, (A^T q) . (B^T k) is nearest in mean square to q . k, over queries with second moments Q and keys with covariance K
-that are drawn each for itself, where A = Q^-1/2 U S^1/2 and B = K^-1/2 V S^1/2 with U S V^T the r largest parts of Q^1/2 K^1/2 (Eckart and Young 1936). Keys count from their mean, as what a query makes of that is the same for all
-keys and softmax does not see it. Of DINOv2's 64 dimensions 48 cost as little as as many parameters of its FFN channels, and come on top (docs/log.md). Values cost ten times as much: they stay.
+that are drawn each for itself, where A = Q^-1/2 U S^1/2 and B = K^-1/2 V S^1/2 with U S V^T the r largest parts of Q^1/2 K^1/2 (Eckart and Young 1936). Keys count from the mean of their picture, as what a query makes of that is the same for
+all keys that it is compared with, and softmax does not see it. Of DINOv2's 64 dimensions 48 cost as little as as many parameters of its FFN channels, and come on top (docs/log.md). Values cost ten times as much: they stay.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from sartor.model.hooks import removed_after
 from sartor.model.network import anatomy, clone, has_attention, linear
 from sartor.model.vision import Vision
 
-LEAST = 1e-7  # of a root's largest eigenvalue, that the smallest counts as
+LEAST = 1e-7  # of the largest eigenvalue of moments, that the smallest counts as
+NONE = 1e-30  # that the largest counts as, of a head that compares nothing
 PASS = 16  # pictures
 STEP = 8  # dimensions: fewer make no product faster
 SHARES = (0.75, 0.5)  # of a head's dimensions, that may be left of its queries and keys
-Moments = dict[tuple[int, str], tuple[Float[Tensor, "h d d"], Float[Tensor, "h d"]]]
+Moments = dict[tuple[int, str], Float[Tensor, "h d d"]]
 
 
 def widths(model: Vision) -> list[int]:
     """Dimensions that queries and keys may be narrowed to, the most first."""
     dims = anatomy(model).head_dim
-    return sorted({STEP * round(share * dims / STEP) for share in SHARES} - {0, dims}, reverse=True)
+    found = {STEP * round(share * dims / STEP) for share in SHARES}
+    return sorted((keys for keys in found if 0 < keys < dims), reverse=True)
 
 
 @torch.no_grad()
-def narrowed(model: Vision, pictures: UInt8[Tensor, "n 3 s s"], keys: int) -> Vision:
+def narrowed(model: Vision, moments: Moments, keys: int) -> Vision:
     """A copy whose heads compare tokens by `keys` dimensions.
 
     Args:
-        model: whole, or with fewer heads; of queries and keys as wide as its values. pictures: what tokens are like is seen on them.
+        model: whole, or with fewer heads; of queries and keys as wide as its values. moments: of them (`moments_of_heads`).
     """
-    a, moments = anatomy(model), _moments(model, pictures)
+    a = anatomy(model)
     new: Vision = clone(model)
     new.config = replace(model.config, keys=keys)
     for n in range(a.layers):
         if not has_attention(model, n):
             continue
-        turned = [_turned(moments[n, "q"][0][h], *moments[n, "k"], h, keys) for h in range(a.groups[n])]
-        centre = moments[n, "k"][1]
+        turned = [_turned(q, k, keys) for q, k in zip(moments[n, "q"], moments[n, "k"], strict=True)]
         for side, letter in enumerate("qk"):
             old, parts = linear(model, n, f"self_attn.{letter}_proj"), []
             for h, pair in enumerate(turned):
-                at = slice(h * a.head_dim, (h + 1) * a.head_dim)
-                bias = old.bias[at].double() - (centre[h] if letter == "k" else 0)
-                parts.append((pair[side].T @ old.weight[at].double(), pair[side].T @ bias))
+                at, turn = slice(h * a.head_dim, (h + 1) * a.head_dim), pair[side].T
+                parts.append((turn @ old.weight[at].double(), turn @ old.bias[at].double()))
             _exchange(new, n, letter, parts)
         block: Any = new.model.layers[n].self_attn
         block.key_dim = keys
@@ -59,10 +59,10 @@ def narrowed(model: Vision, pictures: UInt8[Tensor, "n 3 s s"], keys: int) -> Vi
 
 
 def _turned(
-    q: Float[Tensor, "d d"], k: Float[Tensor, "h d d"], mean: Float[Tensor, "h d"], h: int, keys: int
+    q: Float[Tensor, "d d"], k: Float[Tensor, "d d"], keys: int
 ) -> tuple[Float[Tensor, "d r"], Float[Tensor, "d r"]]:
     """(A, B), A with the factor by which fewer dimensions are scaled otherwise."""
-    (root, back), (other, other_back) = _root(q), _root(k[h] - torch.outer(mean[h], mean[h]))
+    (root, back), (other, other_back) = _root(q), _root(k)
     u, s, v = torch.linalg.svd(root @ other)
     half = s[:keys].sqrt()
     return (keys / len(q)) ** 0.5 * back @ (u[:, :keys] * half), other_back @ (v[:keys].T * half)
@@ -71,7 +71,7 @@ def _turned(
 def _root(c: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
     """Square root of a moment matrix, and its inverse."""
     w, v = torch.linalg.eigh(c)
-    w = w.clamp_min(float(w.max()) * LEAST)
+    w = w.clamp_min(max(float(w.max()), NONE) * LEAST)
     return (v * w.sqrt()) @ v.T, (v / w.sqrt()) @ v.T
 
 
@@ -83,23 +83,23 @@ def _exchange(model: Vision, layer: int, letter: str, parts: list[tuple[Tensor, 
     setattr(model.model.layers[layer].self_attn, f"{letter}_proj", new)
 
 
-def _moments(model: Vision, pictures: Tensor) -> Moments:
-    """(E[x x^T], E[x]) of every head's queries and keys, over all tokens."""
-    a, total, tokens = anatomy(model), dict[tuple[int, str], list[Tensor]](), 0
+@torch.no_grad()
+def moments_of_heads(model: Vision, pictures: UInt8[Tensor, "n 3 s s"]) -> Moments:
+    """Of every head: second moments of its queries, over all tokens, and covariances of its keys within a picture, by (layer, "q" or "k")."""
+    a, total, tokens = anatomy(model), Moments(), len(pictures) * model.config.tokens
 
-    def note(key: tuple[int, str]) -> object:
-        def add(_: nn.Module, __: object, out: Tensor) -> None:
-            z = out.flatten(0, -2).unflatten(-1, (-1, a.head_dim)).double()
-            found = [torch.einsum("nhi,nhj->hij", z, z), z.sum(0)]
-            total[key] = [x + y for x, y in zip(total[key], found, strict=True)] if key in total else found
+    def note(key: tuple[int, str]) -> Any:
+        def add(_: nn.Module, __: Any, out: Tensor) -> None:
+            z = out.unflatten(-1, (-1, a.head_dim)).double()
+            z = (z - z.mean(1, keepdim=True) if key[1] == "k" else z).flatten(0, 1)
+            found = torch.einsum("nhi,nhj->hij", z, z) / tokens
+            total[key] = total[key] + found if key in total else found
 
         return add
 
     sites = [(n, letter) for n in range(a.layers) if has_attention(model, n) for letter in "qk"]
-    with removed_after(
-        [linear(model, n, f"self_attn.{letter}_proj").register_forward_hook(note((n, letter))) for n, letter in sites]  # type: ignore[arg-type]
-    ):
+    handles = [linear(model, n, f"self_attn.{x}_proj").register_forward_hook(note((n, x))) for n, x in sites]
+    with removed_after(handles):
         for part in pictures.split(PASS):
             model(part)
-            tokens += len(part) * model.config.tokens
-    return {key: (c / tokens, mean / tokens) for key, (c, mean) in total.items()}
+    return total

@@ -107,12 +107,12 @@ def reliability(one: Effects, other: Effects, generic: Effects | None = None) ->
     measured, tells by c^2 / r how true it has become (correction for attenuation; Spearman 1904). Odds of either half, x / (1 - x), are how many times the noise the signal has, and add up.
     """
     r = min(_agreement(one, other), SURE)
-    if r <= 0:
+    if not r > 0:  # nor where all effects are alike and there is no order
         return 0.0
     half = r
     if generic is not None:
         c = np.mean([_agreement(_half(x, y, generic), y) for x, y in ((one, other), (other, one))])
-        half = min(max(float(c), 0.0) ** 2 / r, SURE)
+        half = min(max(float(c), 0.0) ** 2 / r, SURE) if c > 0 else 0.0
     odds = half / (1 - half) + r / (1 - r)
     return odds / (1 + odds)
 
