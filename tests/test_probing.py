@@ -234,7 +234,7 @@ def test_of_parts_called_personalized_few_are_so_by_chance(rows: tuple[int, int]
         said = verdicts(measured(mine, rows[0], seed), theirs, rows)
         true, false = true + said[:20].count("personalized"), false + said[20:].count("personalized")
         none += verdicts(measured(truth, rows[0], seed), theirs, rows).count("personalized")
-    assert true > 80  # of 200
+    assert true > (40 if max(rows) < 16 else 120)  # of 200
     assert false < 0.08 * true
     assert none <= 3  # of 2,000 that do not differ
 

@@ -233,17 +233,15 @@ def apply_plan(
     validation = encode_windows(cut_windows(texts.validation, e.validation_bytes), fitted)
     school = _School(validation, plan.seed, tell, kept or (lambda stage: InMemory()))
     clock.lap("trim")
-    said, adapted = None, None
+    said, adapted, pruning = None, None, dict[str, Any]()
     if max(training.adapt.seconds, training.recover.seconds) > 0:
         said, adapted = _adapt(small, learned, sample(generic, e.rows, plan.seed), training, school)
         clock.lap("adapt")
-    pruning: dict[str, Any] = {}
     latents, before = school.kept("recover").load() or (None, 0.0)
     if latents is None:
         whole = running(small)
-        surgery = Surgery(
-            whole, learned, unseen, generic, validation, said, training.recover, effort, tell, school.kept("steps")
-        )
+        rows = learned, unseen, generic, validation
+        surgery = Surgery(whole, *rows, said, training.recover, effort, tell, school.kept("steps"))
         held = probe_rows(texts.validation, fitted, e.probe_rows, plan.seed)
         small, plan, pruning = surgery.cut(small, plan, steps, held)
         if plan.steps == 1:
