@@ -23,8 +23,9 @@ Nothing of your data leaves this machine; the network is used only to fetch the 
 stand for everyone else (not with --generic)."""
 
 
-PROBE = """Which parts of a model your texts need, beside generic text: every attention and every MLP is left out alone, and finer units
-are felt from their gradients. Nothing is cut. What was measured is kept in the cache: sartor compress of the same model and texts starts from it."""
+PROBE = """Which parts of a model your texts need, beside generic text: every attention and every MLP is left out alone, and finer units (groups of
+heads, channels) are felt from their gradients. Nothing is cut. What generic text needs of a model is measured once and kept in the cache, for
+sartor compress, too, and for every other user's texts."""
 
 
 EXPORT = """Write a fitted model for other runtimes. Language models: gguf, onnx (the same weights, with a cache of keys and values; its tokenizer and
