@@ -285,7 +285,7 @@ def test_photos_without_labels_are_fitted_to_how_alike_they_are(place: dict[str,
     assert all(layer["verdict"] == {} for layer in r["layers"])  # with nobody to compare with, nothing is said
     assert r["adaptation"] == {}
     assert r["head"]["side"] in {int(side) for side in r["head"]["sides"]}
-    assert len(r["head"]["keys"]) in (1, 2)
+    assert r["head"]["keys"] == {}  # nobody says what the network adapts to, which would heal it
     assert (r["speed"]["dense_seconds"] / r["speed"]["seconds"] < 1.05) == (
         "1.05 times as fast was asked for" in (out / "report.html").read_text()
     )
@@ -336,7 +336,7 @@ def test_a_job_whose_heads_are_narrowed_resumes_runs_and_is_exported(
     place: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(picture_view, "kl_of", lambda *_: 0.0)  # then fewer dimensions are always better
-    ask = (str(place["model"]), place["photos"], "30%", tmp_path / "out")
+    ask = (str(place["model"]), place["photos"], "18%", tmp_path / "out")
     more = {"generic": place["generic"], "controls": "none"}
 
     def stop(now: str, share: float, note: str) -> None:
@@ -347,7 +347,7 @@ def test_a_job_whose_heads_are_narrowed_resumes_runs_and_is_exported(
         sartor.compress(*ask, **more, tell=stop)
     saved = json.loads((tmp_path / "out" / "checkpoint" / "view.json").read_text())
     assert saved["keys"] == 8
-    job = Job(str(place["model"]), str(place["photos"]), "30%", generic=str(place["generic"]))
+    job = Job(str(place["model"]), str(place["photos"]), "18%", generic=str(place["generic"]))
     p = PreparedPictures(job, resolve(job.model), lambda *_: None)
     view = picture_view.view_of(p, job, lambda *_: None)
     again = picture_view.view_again(p, job, json.loads(json.dumps(view.decided())))
