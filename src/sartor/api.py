@@ -345,8 +345,7 @@ def evaluate_again(
     """
     if is_picture_artifact(folder):
         return evaluate_pictures_again(folder, data, generic, tell, model, labels)
-    if labels:
-        raise InputError(f"--labels is for models that see, and '{folder.name}' holds none: leave it out")
+    storage.refuse_labels(folder, labels)
     old = storage.report_of(folder)
     if not (folder / ARTIFACT).exists():
         raise InputError(f"'{folder.name}' is not a Sartor artifact: {ARTIFACT} is missing")

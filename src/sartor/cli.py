@@ -36,8 +36,7 @@ def do_export(a: argparse.Namespace) -> None:
         raise InputError("name one runtime with --to; with --data several are compared")
     _no_bars()
     if not picture_api.is_picture_artifact(a.folder):
-        if a.labels:
-            raise InputError(f"--labels is for models that see, and '{a.folder.name}' holds none: leave it out")
+        storage.refuse_labels(a.folder, a.labels)
         there, others = text_exports.installed()
         if "executorch" in (a.to or there):
             print("ExecuTorch's file takes minutes to lower; leave it out by naming others with --to", file=sys.stderr)

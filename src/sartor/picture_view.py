@@ -127,8 +127,8 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
             told("what fewer heads and channels cost")
             curves = priced(half, pictures, effects, costs, e, job.seed).curves
         costs = replace(costs, curves=curves)
-        views.append(View(dense, head, pictures, costs, {r: [head.nats, _damage(dense, effects, costs)]}, felt=felt))
-        felt = None  # it is of the first side
+        damages = {r: [head.nats, _damage(dense, effects, costs)]}
+        views.append(View(dense, head, pictures, costs, damages, felt=felt if n == 0 else None))
     best = min(views, key=lambda v: sum(v.sides[v.side]))
     if sum(best.sides[best.side]) == float("inf"):
         raise BudgetError(
@@ -156,8 +156,8 @@ def _keyed(p: PreparedPictures, view: View, job: Job, four: float | None, tell: 
         quicker = _head_seconds(p, view.dense, networks, costs) if job.faster else {}
         said = said_of(half, judged)
         for keys, dense in networks.items():
-            fewer = replace(costs, bytes_of=bytes_of(dense), four=_priced(p, dense, four).four)
-            fewer = replace(fewer, head_seconds=quicker.get(keys, costs.head_seconds))
+            seconds, own = quicker.get(keys, costs.head_seconds), _priced(p, dense, four)
+            fewer = replace(costs, bytes_of=own.bytes_of, four=own.four, head_seconds=seconds)
             tried[keys] = [kl_of(running(dense), judged, said), _damage(dense, effects, fewer)]
             views.append(replace(view, dense=dense, costs=fewer))
     best = min(zip(tried.values(), views, strict=True), key=lambda x: sum(x[0]))[1]
@@ -168,13 +168,19 @@ def _keyed(p: PreparedPictures, view: View, job: Job, four: float | None, tell: 
 def _head_seconds(p: PreparedPictures, dense: Any, networks: Mapping[int, Any], costs: Costs) -> dict[int, float]:
     """Of a picture's time, what a head takes in each of these narrowed networks: beside the whole one in the same run."""
     named = {"whole": dense} | {str(keys): network for keys, network in networks.items()}
+    times = _seconds(p, {name: (network, WEIGHTS) for name, network in named.items()})
+    gained = {keys: (times["whole"] - times[str(keys)]) / sum(anatomy(dense).groups) for keys in networks}
+    return {keys: max(costs.head_seconds - less, 0.0) for keys, less in gained.items()}
+
+
+def _seconds(p: PreparedPictures, networks: Mapping[str, tuple[Any, str]]) -> dict[str, float]:
+    """Of a picture in the runtime, by turns in one run; networks: each with the weights that it is written with."""
     with tempfile.TemporaryDirectory() as tmp:
-        files = {name: Path(tmp) / f"{name}.onnx" for name in named}
-        for name, network in named.items():
-            onnx_file.write(files[name], network, WEIGHTS)
+        files = {name: Path(tmp) / f"{name}.onnx" for name in networks}
+        for name, (network, weights) in networks.items():
+            onnx_file.write(files[name], network, weights)
         times = onnxrt.speeds(files, p.album.train.pixels[:TIMED].numpy(), THREADS)
-    whole, heads = times["whole"]["seconds"], sum(anatomy(dense).groups)
-    return {keys: max(costs.head_seconds - (whole - times[str(keys)]["seconds"]) / heads, 0.0) for keys in networks}
+    return {name: found["seconds"] for name, found in times.items()}
 
 
 def _moments(view: View, many: int, seed: int) -> Moments:
@@ -202,11 +208,10 @@ def view_again(p: PreparedPictures, job: Job, saved: dict[str, Any]) -> View:
     if keys := saved.get("keys"):
         dense = narrowed(view.dense, _moments(view, saved["pictures"], job.seed), keys)
         view = replace(view, dense=dense, costs=_priced(p, dense, saved.get("four")))
-    costs = replace(view.costs, block_seconds=saved["block_seconds"], head_seconds=saved["head_seconds"], limit=limit)
-    costs = replace(costs, curves=saved.get("curves", {}))
-    return replace(
-        view, costs=costs, looked=saved.get("pictures", 0), keys={int(k): x for k, x in saved.get("tried", {}).items()}
-    )
+    seconds = {k: saved[k] for k in ("block_seconds", "head_seconds")}
+    costs = replace(view.costs, limit=limit, curves=saved.get("curves", {}), **seconds)
+    tried = {int(k): x for k, x in saved.get("tried", {}).items()}
+    return replace(view, costs=costs, looked=saved.get("pictures", 0), keys=tried)
 
 
 def shrunk(pictures: Pictures, side: int) -> Pictures:
@@ -270,13 +275,8 @@ def timed(p: PreparedPictures, dense: Any, costs: Costs, faster: float) -> tuple
     a = anatomy(dense)
     few = smallest(a)
     sizes = {"whole": a, "channels": replace(a, ffn=few.ffn), "heads": replace(a, groups=few.groups)}
-    with tempfile.TemporaryDirectory() as tmp:
-        files = {name: Path(tmp) / f"{name}.onnx" for name in (*sizes, "original")}
-        for name, size in sizes.items():
-            onnx_file.write(files[name], resized(dense, size), WEIGHTS)
-        onnx_file.write(files["original"], p.whole, "fp32")
-        times = onnxrt.speeds(files, p.album.train.pixels[:TIMED].numpy(), THREADS)
-    second = {name: found["seconds"] for name, found in times.items()}
+    networks = {name: (resized(dense, size), WEIGHTS) for name, size in sizes.items()}
+    second = _seconds(p, networks | {"original": (p.whole, "fp32")})
     block = (second["whole"] - second["channels"]) / (sum(a.ffn) - sum(few.ffn)) * BLOCK
     head = (second["whole"] - second["heads"]) / (sum(a.groups) - sum(few.groups))
     costs = replace(costs, block_seconds=max(block, 0.0), head_seconds=max(head, 0.0))

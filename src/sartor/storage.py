@@ -102,6 +102,12 @@ def original_of(folder: Path) -> str:
     return str(report_of(folder)["model"]["spec"]) if (folder / "report.json").exists() else "a model"
 
 
+def refuse_labels(folder: Path, labels: Path | None) -> None:
+    """Raises InputError where labels of photos are given for a model that sees none."""
+    if labels:
+        raise InputError(f"--labels is for models that see, and '{folder.name}' holds none: leave it out")
+
+
 def refuse_other_texts(report: dict[str, Any], found: Corpus) -> None:
     """Raises InputError where these are not the texts that the artifact of this report was fitted to: what was held out would be mixed with what it learnt."""
     told = report["data"]

@@ -71,9 +71,8 @@ class Surgery:
 
     def _in_steps(self, small: Any, plan: Plan, steps: int, held: Tensor) -> tuple[Any, Plan, list[dict[str, Any]]]:
         reference = top_of(self.whole, held)
-        time = [self.training.part(IN_STEPS / steps)] * max(
-            0, steps - tried(self.kept)
-        )  # one for each step, however many are tried
+        left = steps - tried(self.kept)  # trainings, one for each step, however many are tried
+        time = [self.training.part(IN_STEPS / steps)] * left
         silent: Tell = lambda stage, share, note: None  # noqa: E731
         small, plan, done = buffered(
             small,

@@ -126,20 +126,12 @@ def page(r: dict[str, Any]) -> str:
         for n, k, user, generic, verdict in _parts(r)
     ]
     said = "".join(f"<p>{s}</p>" for s in sentences(r))
-    g = r["groups"]
-    cells = [
-        (
-            f"layer {n}",
-            [
-                (_times(u, t), v == "personalized")
-                for u, t, v in zip(g["user"][n], g["generic"][n], g["verdicts"][n], strict=True)
-            ],
-        )
-        for n in g["verdicts"]
-    ]
+    cells: dict[str, list[tuple[float, bool]]] = {}
+    for n, _, user, generic, verdict in _heads(r):
+        cells.setdefault(f"layer {n}", []).append((_times(user, generic), verdict == "personalized"))
     picture = (
         f"<p>Groups of heads, layer by layer: how many times as much they are worth to <b class=u>your texts</b> as to <b class=g>generic text</b>; framed where the difference stands out.</p>"
-        f"{svg.ratios(cells, 'groups of heads, yours beside generic')}"
+        f"{svg.ratios(list(cells.items()), 'groups of heads, yours beside generic')}"
         if cells
         else ""
     )

@@ -110,10 +110,8 @@ def ratios(rows: Sequence[tuple[str, Sequence[tuple[float, bool]]]], title: str)
         y = 8 + n * 20
         out.append(written(142, y + 12, label, "end"))
         for i, (ratio, framed) in enumerate(cells):
-            x, deep = (
-                150 + step * i,
-                min(abs(math.log2(max(ratio, 1e-9))) / 3, 1.0),
-            )  # eight times is as deep as it gets
+            x = 150 + step * i
+            deep = min(abs(math.log2(max(ratio, 1e-9))) / 3, 1.0)  # eight times is as deep as it gets
             colour, edge = USER if ratio > 1 else GENERIC, INK if framed else "none"
             out.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{step - 4:.1f}" height="17" fill="{colour}" fill-opacity="{0.1 + 0.8 * deep:.2f}" stroke="{edge}"/>'

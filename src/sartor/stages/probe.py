@@ -112,13 +112,18 @@ def reliability(one: Effects, other: Effects, generic: Effects | None = None) ->
     half = r
     if generic is not None:
         c = np.mean([_agreement(_half(x, y, generic), y) for x, y in ((one, other), (other, one))])
-        half = min(max(float(c), 0.0) ** 2 / r, SURE) if c > 0 else 0.0
+        half = min(float(c) ** 2 / r, SURE) if c > 0 else 0.0
     odds = half / (1 - half) + r / (1 - r)
     return odds / (1 + odds)
 
 
 def _agreement(one: Effects, other: Effects) -> float:
-    return float(spearmanr(_flat(one), _flat(other)).statistic)
+    return rank_correlation(_flat(one), _flat(other))
+
+
+def rank_correlation(one: Float[np.ndarray, " d"], other: Float[np.ndarray, " d"]) -> float:
+    """Spearman's; NaN where all of one are alike."""
+    return float(spearmanr(one, other).statistic)
 
 
 def _flat(e: Effects) -> Float[np.ndarray, " d"]:
@@ -294,7 +299,7 @@ def worth_of_masks(
     ratio = np.log(np.maximum(y, 1e-9)) - np.log(np.maximum(removed @ effects, 1e-9))
     spread = np.log(np.maximum(y, 1e-9)).var()
     r2 = float(1 - ratio.var() / spread) if spread > 0 else 0.0
-    return Worth(masks, r2, float(spearmanr(removed @ effects, y).statistic), float(np.exp(np.median(ratio))))
+    return Worth(masks, r2, rank_correlation(removed @ effects, y), float(np.exp(np.median(ratio))))
 
 
 def random_masks(effects: Float[np.ndarray, " d"], masks: int, seed: int) -> Float[np.ndarray, "m d"]:

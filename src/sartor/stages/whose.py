@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
-from scipy.stats import false_discovery_control, spearmanr, t
+from scipy.stats import false_discovery_control, t
 
-from sartor.stages.probe import PARTS, Effects, Worth
+from sartor.stages.probe import PARTS, Effects, Worth, rank_correlation
 
 LEAST_WORTH = 0.5  # rank correlation with measured damage below which effects decide nothing about whose a layer is
 FALSE = 0.05  # of all parts called personalized, that may be so by chance
 ALIKE = 0.5  # of the larger one, that the smaller must have to be called alike
 LEAST_KNOWN = 0.2  # rank correlation of two halves of a text, below which their order says nothing
 NONE = 1e-30  # of a part that is not there
+K = TypeVar("K")
 Measured = Sequence[Sequence[float]]  # [mean, low, high] of every part, as `probe.interval` has them
 
 
@@ -38,9 +39,8 @@ def verdicts(user: Measured, generic: Measured, rows: tuple[int, int], ratios: b
     if ratios:  # a mean that fell low by chance says of itself that it is sure: at least the error of the others counts
         errors = errors / np.maximum(means, NONE)
         errors = np.maximum(errors, np.median(errors[:, ~none], 1)[:, None]) if not none.all() else errors
-        means = (
-            np.log(np.maximum(means, NONE)) + errors**2 / 2
-        )  # the logarithm of a mean lies too low by half of its variance
+        low = errors**2 / 2  # that the logarithm of a mean lies too low by: half of its variance
+        means = np.log(np.maximum(means, NONE)) + low
     apart = abs(means[0] - means[1])
     error = np.maximum(np.sqrt((errors**2).sum(0)), NONE)
     least = freedom.min()
@@ -52,40 +52,37 @@ def verdicts(user: Measured, generic: Measured, rows: tuple[int, int], ratios: b
     ]
 
 
+def _together(
+    user: Mapping[K, Measured], generic: Mapping[K, Measured], rows: tuple[int, int], ratios: bool = True
+) -> dict[K, list[str]]:
+    """Verdicts of several lists of parts, all judged together."""
+    sides = [[x for k in user for x in side[k]] for side in (user, generic)]
+    said = iter(verdicts(sides[0], sides[1], rows, ratios))
+    return {k: [next(said) for _ in parts] for k, parts in user.items()}
+
+
 def diagnose(
     user: Effects, generic: Effects, worth: Worth
 ) -> list[tuple[dict[str, list[float]], dict[str, list[float]], dict[str, str]]]:
     """Layer by layer [effect, low, high] of its parts on either kind of data, and what that makes them; undecided where effects do not foretell what cuts cost."""
-    flat = lambda e: [x for k in user.parts for x in e.parts[k]]  # noqa: E731
-    said = _believed(verdicts(flat(user), flat(generic), (user.rows, generic.rows)), worth)
-    layers = len(next(iter(user.parts.values())))
-    by_part = dict(zip(user.parts, (said[i : i + layers] for i in range(0, len(said), layers)), strict=True))
+    said = _believed(_together(user.parts, generic.parts, (user.rows, generic.rows)), worth)
     return [
-        (
-            {k: x[n] for k, x in user.parts.items()},
-            {k: generic.parts[k][n] for k in user.parts},
-            {k: v[n] for k, v in by_part.items()},
-        )
-        for n in range(layers)
+        tuple({k: x[n] for k, x in of.items()} for of in (user.parts, generic.parts, said))  # type: ignore[misc]
+        for n in range(len(next(iter(user.parts.values()))))
     ]
 
 
 def of_parts(user: dict[str, Any], generic: dict[str, Any]) -> dict[str, list[str]]:
     """Of every attention and MLP that was left out alone (`probe.without_parts`), by layer, all judged together."""
-    sides = [[x for k in PARTS for x in side[k]] for side in (user, generic)]
-    said = verdicts(sides[0], sides[1], (user["rows"], generic["rows"]), ratios=False)
-    layers = len(said) // len(PARTS)
-    return {k: said[i * layers : (i + 1) * layers] for i, k in enumerate(PARTS)}
+    mine, theirs = ({k: side[k] for k in PARTS} for side in (user, generic))
+    return _together(mine, theirs, (user["rows"], generic["rows"]), ratios=False)
 
 
 def heads_of(user: Effects, generic: Effects, worth: Worth) -> dict[str, dict[str, list[Any]]]:
     """Every query group by layer: {"user" or "generic": {layer: [effect, low, high] of each}, "verdicts": {layer: of each}}."""
-    places = [(n, g) for n, groups in user.heads.items() for g in range(len(groups))]
-    sides = [[e.heads[n][g] for n, g in places] for e in (user, generic)]
-    said = iter(_believed(verdicts(sides[0], sides[1], (user.rows, generic.rows)), worth))
-    by_layer = {str(n): [next(said) for _ in groups] for n, groups in user.heads.items()}
-    mine, theirs = ({str(n): list(x) for n, x in e.heads.items()} for e in (user, generic))
-    return {"user": mine, "generic": theirs, "verdicts": by_layer}
+    said = _believed(_together(user.heads, generic.heads, (user.rows, generic.rows)), worth)
+    told = {"user": user.heads, "generic": generic.heads, "verdicts": said}
+    return {name: {str(n): list(x) for n, x in of.items()} for name, of in told.items()}  # type: ignore[attr-defined]
 
 
 def alike(halves: tuple[Effects, Effects], generic: Effects) -> dict[str, float]:
@@ -96,17 +93,13 @@ def alike(halves: tuple[Effects, Effects], generic: Effects) -> dict[str, float]
     found = {}
     for n, theirs in generic.channel.items():
         one, other = (h.channel[n].numpy() for h in halves)
-        known = _ranks_agree(one, other)
+        known = rank_correlation(one, other)
         if known >= LEAST_KNOWN:
-            seen = np.mean([_ranks_agree(x, theirs.numpy()) for x in (one, other)])
+            seen = np.mean([rank_correlation(x, theirs.numpy()) for x in (one, other)])
             found[str(n)] = round(float(np.clip(seen / np.sqrt(known * max(generic.known, LEAST_KNOWN)), -1, 1)), 3)
     return found
 
 
-def _ranks_agree(one: np.ndarray, other: np.ndarray) -> float:
-    return float(spearmanr(one, other).statistic)
-
-
-def _believed(said: list[str], worth: Worth) -> list[str]:
+def _believed(said: dict[K, list[str]], worth: Worth) -> dict[K, list[str]]:
     """Effects say nothing of whose a part is where they do not foretell what cuts cost."""
-    return said if worth.spearman >= LEAST_WORTH else ["undecided"] * len(said)
+    return said if worth.spearman >= LEAST_WORTH else {k: ["undecided"] * len(v) for k, v in said.items()}
