@@ -136,6 +136,16 @@ def test_bernoulli_masks_take_their_share() -> None:
     assert abs(masks.mean() - sensing.SHARE) < 4 * (sensing.SHARE / masks.size) ** 0.5
 
 
+def test_masks_of_segments_take_every_unit_once_and_touch_few_layers() -> None:
+    masks = drawn("segments", 200)
+    per = next(m for m in range(1, 200) if (masks[:m].sum(0) == 1).all())
+    assert (masks[per : 2 * per].sum(0) == 1).all()
+    layers = [set(UNITS.layer[mask > 0]) for mask in masks]
+    assert all(len(x) == 1 for x in layers)  # of six layers a segment has one
+    assert {n for x in layers for n in x} == set(range(6))
+    assert masks.sum(1).max() <= 2 * round(sensing.SHARE * D)
+
+
 # what is recovered
 
 
@@ -162,11 +172,33 @@ def test_vectors_find_planted_effects(jointly_sparse: bool) -> None:
 def test_masks_leave_a_true_prior_as_it_is_and_correct_a_wrong_one() -> None:
     masks, rng = drawn("partition", D // 2), np.random.default_rng(3)
     x = rng.lognormal(size=D)
-    solve = sensing.SOLVERS["ridge to backward effects"]
+    solve = sensing.SOLVERS[sensing.TO_PRIOR]
     assert np.allclose(solve(masks, masks @ x, x), x)
     wrong = x * rng.lognormal(sigma=0.5, size=D)
     found = solve(masks, masks @ x, wrong)
     assert np.square(found - x).sum() < np.square(wrong - x).sum()
+
+
+def test_a_prior_that_knows_only_an_order_is_put_into_the_unit_of_what_was_measured() -> None:
+    masks, x = drawn("partition", D // 2), np.random.default_rng(3).lognormal(size=D)
+    assert np.allclose(sensing.priced(1000 * x, masks, masks @ x), x)
+    assert (sensing.priced(x, masks, -masks @ x) > 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:Orthogonal matching", "ignore:An input array is constant")
+def test_what_foretells_held_out_masks_is_chosen_and_told_how_sure_it_is() -> None:
+    masks, x, rng = drawn("partition", D), planted(), np.random.default_rng(4)
+    got = {"removed": masks, "kl": masks @ x, "loss": masks @ x, "hidden": masks @ x}
+    got["vector"] = masks @ rng.normal(size=(D, 48))
+    priors = {"the truth": x, "noise": rng.lognormal(size=D)}
+    found = {name: (scores, note) for name, scores, note in sensing.recoveries(got, D, priors)}
+    scores, note = found["KL, what foretells held-out masks best"]
+    assert ground_truth.found_share(scores, x, PLANTED / D) == 1
+    chosen, sure = note.split("; ")
+    assert np.array_equal(found["KL, " + chosen][0], scores)
+    assert chosen != "ridge to noise"
+    mean, low, high = map(float, re.findall(r"[\d.]+", sure))
+    assert 0.5 < low <= mean <= high <= 1
 
 
 @pytest.mark.filterwarnings("ignore:Orthogonal matching", "ignore:An input array is constant")
@@ -175,7 +207,7 @@ def test_masks_that_are_all_alike_say_nothing(masks: Array) -> None:
     prior = np.random.default_rng(0).lognormal(size=D)
     for name, solve in sensing.SOLVERS.items():
         found = solve(masks, masks @ prior, prior)
-        if name == "ridge to backward effects":
+        if name == sensing.TO_PRIOR:
             assert np.array_equal(found, prior)
         elif name == "non-negative":  # reads levels, not differences
             assert len(np.unique(found.round(9))) <= 2
@@ -238,7 +270,7 @@ def test_the_table_of_sensing_has_every_way_and_screening_all_units_is_the_truth
     lines = asked(sensing, monkeypatch, capsys, place, "--rows", "1", "--block", "32", "--spent", "2", "1")
     for design in sensing.DESIGNS:
         for m in ("d/2 = 15", "d/1 = 30"):
-            assert sum(f"  {m}: {design}, " in line for line in lines) == len(sensing.SOLVERS) + 4
+            assert sum(f"  {m}: {design}, " in line for line in lines) == len(sensing.SOLVERS) + 3 + 5
     speeds = {
         line.split(":")[0].strip(): float(line.split(", ")[1].split()[0]) for line in lines if " a second" in line
     }
