@@ -89,7 +89,7 @@ def uniform(m: Measured, subject: Subject) -> Measured:
     )
     flat = replace(m.user, channel=channel, group=group)
     poorer = {g: np.full(len(d), d.mean()) for g, d in m.poorer_damage.items()}
-    return replace(m, user=flat, units=order_units(flat), poorer_damage=poorer)
+    return replace(m, user=flat, units=order_units(flat), poorer_damage=poorer, curves={})
 
 
 def _alike(effects: dict[int, Tensor], order: dict[int, Any]) -> dict[int, Tensor]:

@@ -35,12 +35,12 @@ from sartor.numerics.allocate import Ladder, allocate
 from sartor.numerics.compensate import refit
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.calibrate import Site
-from sartor.stages.decide import LEAST_BLOCKS, kept_groups
+from sartor.stages.decide import LEAST_BLOCKS
 from sartor.stages.distil import Anchor, DistilConfig, anchor, distil_, joined
 from sartor.stages.fit import Evidence, evidence_of, fit
 from sartor.stages.masters import free, put_
 from sartor.stages.measure import score
-from sartor.stages.probe import Effects, blended, effects_of, order_units, recovered
+from sartor.stages.probe import Effects, blended, effects_of, kept_groups, order_units, recovered
 from sartor.stages.prune import cut_
 from sartor.stages.sensitivity import feel, together
 from sartor.stages.tokens import Window, cut_windows, encode_windows, sample, training_rows

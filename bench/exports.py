@@ -51,7 +51,7 @@ HEAD = ("family", "runtime", "weights", "MB", "same answers", "parity", "speed",
 def put_least_effort() -> None:
     text, seen = DistilConfig(SECONDS, 1e-3, checks=1), TuneConfig(SECONDS, 1e-3, checks=1)
     effort.EFFORTS["quick"] = effort.Effort(
-        rows=16, felt_rows=16, known=0.0, probe_rows=4, checks=4, expected_rows=16, layers_at_once=4, fit_rows=16,
+        rows=16, felt_rows=16, known=0.0, probe_rows=4, checks=4, expected_rows=16, layers_at_once=4, curve_rows=0, fit_rows=16,
         training=effort.Training(text, text, lessons=16), validation_bytes=8_000, test_bytes=8_000,
     )  # fmt: skip
     effort.PICTURE_EFFORTS["quick"] = effort.PictureEffort(32, 0.0, 4, 16, 32, seen, seen)

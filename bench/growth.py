@@ -40,7 +40,7 @@ def least_effort(seconds: float) -> effort.Effort:
     """Rows of 256 tokens a stage looks at, and seconds of each training."""
     config = DistilConfig(seconds, 1e-4, checks=1)
     return effort.Effort(
-        rows=8, felt_rows=8, known=0.0, probe_rows=2, checks=2, expected_rows=8, layers_at_once=100, fit_rows=8,
+        rows=8, felt_rows=8, known=0.0, probe_rows=2, checks=2, expected_rows=8, layers_at_once=100, curve_rows=0, fit_rows=8,
         training=effort.Training(config, config, lessons=8), validation_bytes=4096, test_bytes=8192,
     )  # fmt: skip
 

@@ -61,7 +61,7 @@ WORDS = {
     ],
 }
 TRAINING = effort.Training(DistilConfig(1.0, 1e-3, checks=2), DistilConfig(1.0, 2e-4, checks=2), 16)
-TINY = effort.Effort(16, 16, 0.9, 4, 6, 16, 2, 16, TRAINING, 8_000, 8_000)
+TINY = effort.Effort(16, 16, 0.9, 4, 6, 16, 2, 2, 16, TRAINING, 8_000, 8_000)
 COMMON = [
     "the",
     "a",

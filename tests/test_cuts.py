@@ -19,6 +19,7 @@ from sartor.numerics.grids import fits
 from sartor.stages import buffer, paper, probe
 from sartor.stages.buffer import buffered
 from sartor.stages.calibrate import second_moments
+from sartor.stages.curves import WRITERS, foretold, measured_curves, moments_of, refitted
 from sartor.stages.decide import settle
 from sartor.stages.likelihood import kl_of, top_of
 from sartor.stages.masters import InMemory
@@ -50,6 +51,48 @@ def in_steps(model: Any, rows: torch.Tensor, steps: int, damage: Any = None, **m
     return buffered(
         model, plan_of(model, *PLAN), sense, heal, damage or (lambda m: kl_of(m, rows, reference)), steps, **more
     )
+
+
+def test_a_curve_says_what_a_cut_and_fitted_part_of_a_language_model_damages(known: Any, rows: torch.Tensor) -> None:
+    e, a = probe.effects_of(net.anatomy(known), feel(known, rows)), net.anatomy(known)
+    fitted, judged = moments_of(known, rows[:8]), rows[8:]
+    before = {n: p.clone() for n, p in known.named_parameters()}
+    curves = measured_curves(known, e, fitted, judged)
+    assert all(torch.equal(p, before[n]) for n, p in known.named_parameters())
+    assert set(curves) == {f"{kind}.{n}" for kind in ("attention", "mlp") for n in range(3)}
+    assert [share for share, _ in curves["attention.1"]] == [0.5, 1.0]  # of two query groups one, and all
+    units, said = probe.order_units(e), top_of(known, judged)
+    for name, cut in (
+        ("mlp.1", lambda m, gone: net.shrink_mlp_(m, 1, units.order[1][gone * net.BLOCK :].sort().values)),
+        ("attention.1", lambda m, gone: net.shrink_attention_(m, 1, probe.kept_groups(units.of(1, "attention"), gone))),
+    ):
+        kind, n = name.split(".")
+        for share, ratio in curves[name]:
+            gone = round(share * len(units.of(1, kind)))
+            small = net.clone(known)
+            cut(small, gone)
+            if gone < len(units.of(1, kind)):
+                stays = sorted(units.order[1][gone * net.BLOCK :].tolist())
+                if kind == "attention":
+                    stays = net.query_rows(probe.kept_groups(units.of(1, kind), gone), a)[0].tolist()
+                whole = net.linear(known, 1, WRITERS[kind])
+                weight, bias = refitted(whole, fitted[1, WRITERS[kind]], stays)
+                net.linear(small, 1, WRITERS[kind]).weight.data = weight
+                assert bias is None
+            damage = ratio * sum(np.sort(units.of(1, kind))[:gone])
+            assert damage == pytest.approx(kl_of(small, judged, said), rel=1e-2, abs=1e-6)
+            assert foretold(units, 1, kind, curves)[gone] >= damage * (1 - 1e-4)  # it never falls
+
+
+def test_a_plan_takes_what_was_measured_to_cost_less(known: Any, rows: torch.Tensor) -> None:
+    a, e = net.anatomy(known), probe.effects_of(net.anatomy(known), feel(known, rows))
+    plan = plan_of(known, *PLAN)
+    dear = {f"mlp.{n}": [[0.5, 0.05 if n == 0 else 15.0], [1.0, 0.05 if n == 0 else 15.0]] for n in range(3)}
+    plain, curved = (settle(replace(plan, curves=c), a, e) for c in ({}, dear))
+    lost = lambda p: [f - len(x.kept_channels()) for f, x in zip(a.ffn, p.layers, strict=True)]  # noqa: E731
+    assert sum(lost(curved)) == sum(lost(plain))
+    assert lost(curved)[0] > lost(plain)[0]
+    assert settle(curved, a, e).layers == curved.layers
 
 
 @pytest.mark.parametrize("steps", [1, 3])

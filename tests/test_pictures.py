@@ -231,7 +231,7 @@ def test_a_curve_says_what_the_cut_and_fitted_part_really_damages_and_leaves_no_
     effects = sounded(headed, drawn(24, 1)[0], 0.9, 0, lambda share: None)[0]
     rows, judged = drawn(48, 2)[0], drawn(32, 3)[0]
     state = {n: p.clone() for n, p in headed.named_parameters()}
-    curves = measured_curves(headed, effects, rows, judged)
+    curves = measured_curves(headed, effects, moments_of(headed, rows), judged)
     assert all(torch.equal(state[n], p) for n, p in headed.named_parameters())
     assert set(curves) == {f"{kind}.{n}" for kind in ("attention", "mlp") for n in range(4)}
     units = order_units(effects)
@@ -256,6 +256,8 @@ def test_a_curve_is_met_where_it_was_measured_and_never_falls() -> None:
     falling = bent((0.0, 1.0, 2.0, 3.0, 4.0), [[0.25, 10.0], [0.75, 0.1]])
     assert list(falling) == sorted(falling)
     assert bent((0.0, 3.0), [[1.0, 2.0], [1.0, 2.0]]) == pytest.approx((0.0, 6.0))
+    few = bent((0.0, 1.0, 2.0, 4.0), [[1 / 3, 0.5], [2 / 3, 0.4], [1.0, 1.5]])  # every number of three was tried
+    assert few == pytest.approx((0.0, 0.5, 0.8, 6.0))
     rest = bent((0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0), [[0.5, 0.5], [0.75, 2.0]])  # two units went before
     assert rest == pytest.approx((0.0, 0.0, *measured))
 

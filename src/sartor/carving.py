@@ -19,7 +19,7 @@ from sartor.numerics.four import FOUR
 from sartor.plan import LayerPlan, Plan
 from sartor.stages.allot import Allotment, Costs, allot, refuse_impossible
 from sartor.stages.allot_maps import allot_maps, refuse_impossible_maps
-from sartor.stages.curves import measured_curves
+from sartor.stages.curves import measured_curves, moments_of
 from sartor.stages.fit import evidence_of, fit
 from sartor.stages.maps import check_maps
 from sartor.stages.masters import Latents, free, put_
@@ -58,7 +58,7 @@ def curved(model: Vision, effects: Effects, costs: Costs, own: Tensor, judged: T
     """Costs with a curve for every part of the network, where anything has to go and none was measured yet."""
     if costs.curves or _nothing_goes(model, effects, costs):
         return costs
-    return replace(costs, curves=measured_curves(model, effects, own, judged, tell))
+    return replace(costs, curves=measured_curves(model, effects, moments_of(model, own), judged, tell))
 
 
 def _nothing_goes(model: Vision, effects: Effects, costs: Costs) -> bool:

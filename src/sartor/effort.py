@@ -54,7 +54,7 @@ class Effort:
     Attributes:
         rows: rows of 256 tokens for second moments, and generic ones in training. felt_rows: for backward probes on either text, at most; known: reliability of the units' order that is enough
         (`probing.sounded`). probe_rows: on which damage is measured. checks: random masks. expected_rows: rows on which the model says what words it expects.
-        layers_at_once: whose three-bit damage is measured together. fit_rows: the user's rows that the cut network is fitted and rounded on.
+        layers_at_once: whose three-bit damage is measured together. curve_rows: on which it is measured what cuts of a part cost once the rest is fitted; 0: it is taken as the sum of effects. fit_rows: the user's rows that the cut network is fitted and rounded on.
         validation_bytes, test_bytes: text measured on.
     """
 
@@ -65,6 +65,7 @@ class Effort:
     checks: int
     expected_rows: int
     layers_at_once: int
+    curve_rows: int
     fit_rows: int
     training: Training
     validation_bytes: int
@@ -80,6 +81,7 @@ EFFORTS: dict[str, Effort] = {
         checks=8,
         expected_rows=64,
         layers_at_once=5,
+        curve_rows=0,
         fit_rows=64,
         training=Training(DistilConfig(75.0, 2e-4, checks=1), DistilConfig(75.0, 4e-4, checks=1), lessons=160),
         validation_bytes=12_288,
@@ -93,6 +95,7 @@ EFFORTS: dict[str, Effort] = {
         checks=16,
         expected_rows=96,
         layers_at_once=3,
+        curve_rows=4,
         fit_rows=192,
         training=Training(DistilConfig(350.0, 2e-4, checks=3), DistilConfig(350.0, 3e-4, checks=3), lessons=768),
         validation_bytes=24_576,
@@ -106,6 +109,7 @@ EFFORTS: dict[str, Effort] = {
         checks=48,
         expected_rows=512,
         layers_at_once=1,
+        curve_rows=16,
         fit_rows=768,
         training=Training(DistilConfig(1200.0, 1e-4), DistilConfig(2800.0, 1.5e-4), lessons=1024),
         validation_bytes=32_768,

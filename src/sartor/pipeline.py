@@ -13,8 +13,8 @@ from torch import Tensor
 from sartor.clock import Clock
 from sartor.effort import Training, effort_of
 from sartor.errors import BudgetError
-from sartor.model.families import ATTENTION
-from sartor.model.network import anatomy, clone, converted_, shrink_vocabulary_
+from sartor.model.families import ATTENTION, family_of
+from sartor.model.network import anatomy, clone, converted_, linears_of, shrink_vocabulary_
 from sartor.model.precision import running, running_dtype
 from sartor.model.vocabulary import can_trim, trim_tokenizer
 from sartor.plan import Plan, from_mask
@@ -32,7 +32,8 @@ from sartor.stages.bits import (
     poorer_damage,
 )
 from sartor.stages.buffer import after_steps
-from sartor.stages.calibrate import Moments, second_moments
+from sartor.stages.calibrate import SITE_OF, Moments, second_moments
+from sartor.stages.curves import WRITERS, Curves, measured_curves
 from sartor.stages.decide import Bytes, Measured, decide, smallest_bytes
 from sartor.stages.distil import Anchor, DistilConfig, Trained, anchor, distil_, joined
 from sartor.stages.likelihood import expected_use, top_of
@@ -140,9 +141,20 @@ def measure(
     kinds = _damage_of_bits(dense, tokenizer, user_moments, rows, reference, budget, bytes_of, told)
     poorer = poorer_damage(
         dense, user_moments, kinds[1][DOWN, BASE], rows, reference, e.layers_at_once,
-        lambda share, note: told(0.7 + 0.3 * share, note),
+        lambda share, note: told(0.7 + 0.15 * share, note),
     )  # fmt: skip
-    return Measured(*probed, listed, *kinds, poorer)
+    curves = Curves()
+    if e.curve_rows and bytes_of(anatomy(dense), tokenizer, all_on_base(dense)) > budget:  # something has to go
+        judged = probe_rows(texts.probe, tokenizer, e.curve_rows, seed)
+        curves = _curves(dense, probed[1], user_moments, judged, lambda share, note: told(0.85 + 0.15 * share, note))
+    return Measured(*probed, listed, *kinds, poorer, curves)
+
+
+def _curves(dense: Any, user: Effects, moments: Moments, judged: Tensor, told: Callable[[float, str], None]) -> Curves:
+    """What cuts of every part that may lose anything cost, beside the sum of effects."""
+    flexible = family_of(anatomy(dense).family).gguf_flexible is not None
+    read = {(n, name): moments.c[n, SITE_OF[name]] for n, name, _ in linears_of(dense) if name in WRITERS.values()}
+    return measured_curves(dense, user, read, judged, told, tuple(WRITERS) if flexible else ("mlp",))
 
 
 def _probed(

@@ -131,7 +131,7 @@ class Plan:
         kept tokens, or None for all. seen_again: mask of those the training text is spelled with. grids: parameter name -> grid.
         predicted_damage: nats per token before recovery. price: damage per byte of the last step. ladders: the step taken on each ladder. probing: what effects are worth. poorer_damage: of every layer's down_proj on coarser grids, None where they do not fit. rho: share of generic second moments.
         settled: the cuts are final; else `apply_plan` chooses which channels go, for the same bytes, once the network has adapted. method: sartor, or paper for the two-rate rule. steps: that the cuts were made in.
-        curves: of a part ("mlp.3"), (share of its units gone, damage measured beside the sum of their effects), twice. gone: share of the layers' weights that was foretold to go, by which training was dealt out; None before it was.
+        curves: of a part ("mlp.3"), (share of its units gone, damage measured beside the sum of their effects), twice or more. gone: share of the layers' weights that was foretold to go, by which training was dealt out; None before it was.
     """
 
     model_sha256: str

@@ -16,9 +16,8 @@ from sartor.errors import BudgetError
 from sartor.model.network import BLOCK, Anatomy
 from sartor.numerics.allocate import Choice, Ladder, allocate
 from sartor.plan import to_mask
-from sartor.stages.curves import Curves, bent, summed
-from sartor.stages.decide import kept_groups
-from sartor.stages.probe import Effects, Units, order_units
+from sartor.stages.curves import Curves, foretold
+from sartor.stages.probe import Effects, Units, kept_groups, order_units
 
 Bytes = Callable[[Anatomy], int]
 MIXES = tuple(i / 10 for i in range(11))  # weights of time against bytes that are tried
@@ -156,10 +155,8 @@ def _ladders(a: Anatomy, units: Units, costs: Costs, mix: float) -> list[Ladder]
     found = []
     for n in range(a.layers):
         for kind, share in zip(("mlp", "attention"), shares, strict=True):
-            damage = summed(units, n, kind)
-            if (name := f"{kind}.{n}") in costs.curves:
-                damage = bent(damage, costs.curves[name])
-            found.append(Ladder(name, tuple(share * i for i in range(len(damage))), damage))
+            damage = foretold(units, n, kind, costs.curves)
+            found.append(Ladder(f"{kind}.{n}", tuple(share * i for i in range(len(damage))), damage))
     return found
 
 

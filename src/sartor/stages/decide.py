@@ -9,7 +9,7 @@ byte.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from sartor.numerics.allocate import Choice, Ladder, allocate
 from sartor.numerics.grids import fits, tensor_bytes
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.stages.bits import BASE, DOWN, RICHER, all_on_base, embeddings_of, kinds_of
-from sartor.stages.probe import Effects, Units, Worth, order_units
+from sartor.stages.curves import Curves, foretold
+from sartor.stages.probe import Effects, Units, Worth, kept_groups, order_units
 from sartor.stages.whose import diagnose
 from sartor.stages.words import Words, least_size
 
@@ -41,7 +42,7 @@ class Measured:
     Attributes:
         units: what may go, with its effects on the user's text. user, generic: effects on either. worth: of the effects, on random masks. words: the vocabulary's ladder.
         embedding_damage: of the embedding on each grid. kind_damage: of one kind of linear in all layers on each grid. poorer_damage: of
-        every layer's `down_proj` on each grid of POORER, beyond BASE.
+        every layer's `down_proj` on each grid of POORER, beyond BASE. curves: what cuts cost once the rest is fitted, beside the sum of effects (`curves.measured_curves`); none: as the sum.
     """
 
     units: Units
@@ -52,6 +53,7 @@ class Measured:
     embedding_damage: dict[str, float]
     kind_damage: dict[tuple[str, str], float]
     poorer_damage: dict[str, np.ndarray]
+    curves: Curves = field(default_factory=dict)
 
 
 def smallest_bytes(model: Any, tokenizer: Any, bytes_of: Bytes) -> int:
@@ -80,7 +82,7 @@ def decide(
         BudgetError: the smallest model that makes sense is still larger.
     """
     a = anatomy(model)
-    mlps = _mlp_ladders(a, measured.units, measured.poorer_damage)
+    mlps = _mlp_ladders(a, measured.units, measured.poorer_damage, measured.curves)
     cuts = _cut_ladders(a, measured, mlps)
     kinds = kinds_of(model)
     rich = {k: names for k, names in kinds.items() if (k, FINEST_FIRST[0]) in measured.kind_damage}
@@ -124,7 +126,7 @@ MlpLadders = dict[str, tuple[list[int], list[Option]]]
 
 
 def mlp_options(
-    a: Anatomy, units: Units, poorer: Mapping[str, np.ndarray], layers: Sequence[int], gone: int = 0
+    a: Anatomy, units: Units, poorer: Mapping[str, np.ndarray], curves: Curves, layers: Sequence[int], gone: int = 0
 ) -> list[Option]:
     """All ways to make these layers' MLPs smaller by the same blocks, the smallest saving first; option 0 changes nothing.
 
@@ -134,7 +136,7 @@ def mlp_options(
     cumulative = np.zeros(1)
     depth = min(a.ffn[n] for n in layers) // BLOCK - LEAST_BLOCKS
     for n in layers:
-        cumulative = cumulative + np.concatenate([[0.0], np.cumsum(units.of(n, "mlp")[:depth])])
+        cumulative = cumulative + np.array(foretold(units, n, "mlp", curves)[: depth + 1])
     whole = sum(_mlp_bytes(a, a.ffn[n] - gone * BLOCK, BASE) for n in layers)
     options = []
     for b in range(gone, max(gone, depth) + 1):
@@ -164,14 +166,14 @@ def _mlp_bytes(a: Anatomy, channels: int, down: str) -> int:
 
 
 def _mlp_ladders(
-    a: Anatomy, units: Units, poorer: Mapping[str, np.ndarray], gone: Sequence[int] | None = None
+    a: Anatomy, units: Units, poorer: Mapping[str, np.ndarray], curves: Curves, gone: Sequence[int] | None = None
 ) -> MlpLadders:
     """{ladder: (its layers, options)}; one for all layers where llama.cpp wants them equal. gone: blocks that each layer has lost already."""
     gone = gone or [0] * a.layers
     if family_of(a.family).gguf_flexible is not None:
-        return {f"mlp.{n}": ([n], mlp_options(a, units, poorer, [n], gone[n])) for n in range(a.layers)}
+        return {f"mlp.{n}": ([n], mlp_options(a, units, poorer, curves, [n], gone[n])) for n in range(a.layers)}
     every = list(range(a.layers))
-    return {"mlp.all": (every, mlp_options(a, units, poorer, every, max(gone)))}
+    return {"mlp.all": (every, mlp_options(a, units, poorer, curves, every, max(gone)))}
 
 
 def _cut_ladders(a: Anatomy, m: Measured, mlps: MlpLadders) -> list[Ladder]:
@@ -180,10 +182,10 @@ def _cut_ladders(a: Anatomy, m: Measured, mlps: MlpLadders) -> list[Ladder]:
     if family_of(a.family).gguf_flexible is None:
         return ladders
     for n in range(a.layers):
-        groups = np.sort(m.units.of(n, "attention"))
+        damage = foretold(m.units, n, "attention", m.curves)
         size = a.queries_per_group * a.head_dim
         cost = 2 * tensor_bytes(BASE, (size, a.width)) + 2 * tensor_bytes(BASE, (a.head_dim, a.width))
-        ladders.append(_ladder(f"attention.{n}", np.full(len(groups), cost), groups))
+        ladders.append(Ladder(f"attention.{n}", tuple(cost * i for i in range(len(damage))), damage))
     return ladders
 
 
@@ -192,10 +194,6 @@ def _ladders_of(mlps: MlpLadders) -> list[Ladder]:
         Ladder(name, tuple(o.saved for o in options), tuple(o.damage for o in options))
         for name, (_, options) in mlps.items()
     ]
-
-
-def _ladder(name: str, saved: np.ndarray, damage_: np.ndarray) -> Ladder:
-    return Ladder(name, (0, *np.cumsum(saved).astype(int).tolist()), (0.0, *np.cumsum(np.maximum(damage_, 0)).tolist()))
 
 
 def _vocabulary_ladder(a: Anatomy, m: Measured, grid: str) -> Ladder:
@@ -258,6 +256,7 @@ def _plan(
         {g: [float(x) if np.isfinite(x) else None for x in d] for g, d in m.poorer_damage.items()},
         rho,
         seed,
+        curves=m.curves,
     )
 
 
@@ -284,7 +283,7 @@ def settle(plan: Plan, a: Anatomy, effects: Effects, gone: Sequence[int] | None 
         gone = [max(gone)] * a.layers
     units = order_units(effects)
     poorer = {g: np.array([np.inf if x is None else x for x in d]) for g, d in plan.poorer_damage.items()}
-    mlps = _mlp_ladders(a, units, poorer, gone)
+    mlps = _mlp_ladders(a, units, poorer, plan.curves, gone)
     grids = [plan.grids.get(parameter(n, DOWN), BASE) for n in range(a.layers)]
     saved = sum(
         _mlp_bytes(a, a.ffn[n], BASE) - _mlp_bytes(a, len(layer.kept_channels()), grids[n])
@@ -302,11 +301,6 @@ def settle(plan: Plan, a: Anatomy, effects: Effects, gone: Sequence[int] | None 
         layers.append(replace(layer, groups=groups, channels=to_mask(_kept(units, n, taken[n]), a.ffn[n])))
     steps = plan.ladders | {name: [float(i)] for name, i in choice.step.items()}
     return replace(plan, layers=tuple(layers), grids=chosen, ladders=steps, settled=True)
-
-
-def kept_groups(effects: np.ndarray, removed: int) -> list[int]:
-    """Query groups of a layer that stay when the `removed` cheapest go."""
-    return sorted(np.argsort(effects, kind="stable")[removed:].tolist())
 
 
 def _kept(units: Units, n: int, blocks: int) -> list[int]:

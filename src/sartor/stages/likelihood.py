@@ -6,7 +6,7 @@ in fp32, which keeps a job within its memory and makes a training step a tenth f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,8 +40,12 @@ def nats_of(model: Any, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n t-1"]:
 def _logits_of(model: Any, ids: Int[Tensor, "n t"], batch: int) -> Iterator[Float[Tensor, "m v"]]:
     """fp32 logits of all positions in order, at most CHUNK of them at once."""
     for part in ids.split(batch):
-        for hidden in hidden_of(model, part).flatten(0, 1).split(CHUNK):
-            yield model.lm_head(hidden).float()
+        yield from _logits_from(model, hidden_of(model, part))
+
+
+def _logits_from(model: Any, hidden: Float[Tensor, "n t w"]) -> Iterator[Float[Tensor, "m v"]]:
+    for part in hidden.flatten(0, 1).split(CHUNK):
+        yield model.lm_head(part).float()
 
 
 @torch.no_grad()
@@ -124,6 +128,19 @@ def kl_of(model: Any, ids: Int[Tensor, "n t"], reference: tuple[Tensor, Tensor],
         total += float(kl_to_top(logits, values[here], tokens[here])) * len(logits)
         at = here.stop
     return total / ids.numel()
+
+
+@torch.no_grad()
+def apart(model: Any, dense: Float[Tensor, "n t w"]) -> Callable[[Float[Tensor, "n t w"]], float]:
+    """Mean KL, in nats per token, of what the head makes of these hidden states to what it makes of others."""
+    said = [_top(logits) for logits in _logits_from(model, dense)]
+
+    @torch.no_grad()
+    def distance(hidden: Float[Tensor, "n t w"]) -> float:
+        parts = zip(_logits_from(model, hidden), said, strict=True)
+        return sum(float(kl_terms(torch.log_softmax(q, -1), *top).sum()) for q, top in parts) / hidden[..., 0].numel()
+
+    return distance
 
 
 @torch.no_grad()

@@ -26,13 +26,14 @@ class Medium:
     Attributes:
         positions: of a row at which something is foretold. directions: among the outputs that a backward probe draws for a row.
         gradients: of log p at the hidden states, along a random direction of what the model itself foretells. listen: sends back from the hidden states what the loss summed over these rows feels, in one or several goes.
-        said: what a model foretells of rows. kl: mean KL of a model to that, in nats a prediction; unit: what that is called.
+        apart: from the hidden states of a model, how far others are from them, as `kl`. said: what a model foretells of rows. kl: mean KL of a model to that, in nats a prediction; unit: what that is called.
     """
 
     positions: Callable[[Tensor], int]
     directions: int
     gradients: Callable[[Any, Tensor, Generator], Tensor]
     listen: Callable[[Any, Tensor, Tensor, Generator], None]
+    apart: Callable[[Any, Tensor], Callable[[Tensor], float]]
     said: Callable[[Any, Tensor], Said]
     kl: Callable[[Any, Tensor, Said], float]
     unit: str
@@ -43,6 +44,7 @@ TEXT = Medium(
     1,
     likelihood.drawn_gradients,
     lambda model, hidden, rows, generator: (likelihood.loss_of(model, hidden, rows) * len(rows)).backward(),
+    likelihood.apart,
     likelihood.top_of,
     likelihood.kl_of,
     "nats per token",
@@ -52,6 +54,7 @@ PICTURES = Medium(
     DIRECTIONS,
     recognition.signed_gradients,
     lambda model, hidden, rows, generator: recognition.listen(model, hidden, generator, DIRECTIONS),
+    recognition.apart,
     recognition.said_of,
     recognition.kl_of,
     "nats a picture",

@@ -250,6 +250,11 @@ def order_units(e: Effects, size: int = BLOCK) -> Units:
     return Units(order, layer, kind, index, effects, size)
 
 
+def kept_groups(effects: np.ndarray, removed: int) -> list[int]:
+    """Query groups of a layer that stay when the `removed` cheapest go."""
+    return sorted(np.argsort(effects, kind="stable")[removed:].tolist())
+
+
 @dataclass(frozen=True)
 class Worth:
     """How well summed effects foretell the damage of random masks on other text.

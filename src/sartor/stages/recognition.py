@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,18 @@ def kl_of(model: Any, pixels: UInt8[Tensor, "n 3 s s"], said: tuple[Tensor, Tens
     """Mean KL(said || model) in nats a picture."""
     p = said[0].exp()
     return float((p * (said[0] - log_p_of(model, pixels))).sum(-1).mean())
+
+
+@torch.no_grad()
+def apart(model: Any, dense: Float[Tensor, "n t w"]) -> Callable[[Float[Tensor, "n t w"]], float]:
+    """Mean KL, in nats a picture, of what the head makes of these hidden states to what it makes of others."""
+
+    @torch.no_grad()
+    def log_p(hidden: Float[Tensor, "n t w"]) -> Float[Tensor, "n c"]:
+        return torch.log_softmax(model.head(model.pool(hidden)).float(), -1)
+
+    said = log_p(dense)
+    return lambda hidden: float((said.exp() * (said - log_p(hidden))).sum(-1).mean())
 
 
 def signed(logits: Float[Tensor, "n c"], generator: torch.Generator) -> Float[Tensor, "n c"]:
