@@ -28,6 +28,7 @@ from sartor.progress import Progress
 from sartor.sources import cache_dir
 from sartor.stages import paper
 from sartor.stages.bits import BASE
+from sartor.stages.curves import Curves
 from sartor.stages.decide import Measured, decide
 from sartor.stages.masters import Latents
 from sartor.stages.probe import order_units
@@ -89,7 +90,19 @@ def uniform(m: Measured, subject: Subject) -> Measured:
     )
     flat = replace(m.user, channel=channel, group=group)
     poorer = {g: np.full(len(d), d.mean()) for g, d in m.poorer_damage.items()}
-    return replace(m, user=flat, units=order_units(flat), poorer_damage=poorer, curves={})
+    return replace(m, user=flat, units=order_units(flat), poorer_damage=poorer, curves=_mean(m.curves))
+
+
+def _mean(curves: Curves) -> Curves:
+    """Of all layers, for every one of them; what was measured at other shares than the first layer's is left out."""
+    found = Curves()
+    for kind in {name.split(".")[0] for name in curves}:
+        of = {name: np.array(c) for name, c in curves.items() if name.startswith(kind)}
+        shares = next(iter(of.values()))[:, 0]
+        ratios = [np.log(c[:, 1]) for c in of.values() if np.array_equal(c[:, 0], shares)]
+        mean = np.stack([shares, np.exp(np.mean(ratios, 0))], 1).tolist()
+        found |= dict.fromkeys(of, mean)
+    return found
 
 
 def _alike(effects: dict[int, Tensor], order: dict[int, Any]) -> dict[int, Tensor]:

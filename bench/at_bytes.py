@@ -175,7 +175,7 @@ def main() -> None:
     a = asked(parser)
     for p, dense, _, base in users(a):
         make = partial(plans_of, p, dense, a.sizes)
-        key = CELLS, p.source.sha256, p.fingerprint(), sorted(a.sizes)
+        key = CELLS, p.source.sha256, p.fingerprint(), sorted(a.sizes), EFFORTS["standard"].curve_rows
         plans = remembered(lambda make=make: {s: plan.to_json() for s, plan in make().items()}, "plans", *key)
         for size, plan in plans.items():
             for seed in a.seeds:

@@ -229,6 +229,15 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
+TO_ORDER = Solver(lambda a, y, prior, s: ridge_to_prior(a, y, priced(prior, a, y), s), SOLVERS[TO_PRIOR].strengths)
+
+
+def priced(prior: Array, masks: Array, y: Array) -> Array:
+    """A prior that knows only an order, in the unit that masks are measured in."""
+    told = masks @ prior
+    return prior * max(float(told @ y) / max(float(told @ told), 1e-30), 1e-12)
+
+
 def from_vectors(a: Array, vectors: Array, jointly_sparse: bool) -> Array:
     """|v_u|^2 of effect vectors recovered from vector measurements: by ridge, or with one support for all coordinates (MMV)."""
     projection = np.random.default_rng(0).normal(size=(vectors.shape[1], 48)) / np.sqrt(48)
@@ -255,11 +264,15 @@ def of_units(units: Units, e: Effects) -> Array:
 
 
 def recoveries(got: dict[str, Array], m: int, priors: dict[str, Array]) -> Iterator[tuple[str, Array, str]]:
-    """(measurement and recovery, scores of all units, what else is known of it), from the first m masks of a design."""
+    """(measurement and recovery, scores of all units, what else is known of it), from the first m masks of a design.
+
+    Args:
+        priors: the first in nats, the others orders only.
+    """
     masks, kl = got["removed"][:m], got["kl"][:m]
     first = next(iter(priors.values()))
     ways = {f"KL, {name}": (solver, first) for name, solver in SOLVERS.items() if name != TO_PRIOR}
-    ways |= {f"KL, ridge to {name}": (SOLVERS[TO_PRIOR], priced(p, masks, kl)) for name, p in priors.items()}
+    ways |= {f"KL, ridge to {name}": (SOLVERS[TO_PRIOR] if p is first else TO_ORDER, p) for name, p in priors.items()}
     judged = {name: solver.judged(masks, kl, prior) for name, (solver, prior) in ways.items()}
     for name, (solver, prior) in ways.items():
         yield name, solver.solve(masks, kl, prior, judged[name][1]), ""
@@ -273,19 +286,13 @@ def recoveries(got: dict[str, Array], m: int, priors: dict[str, Array]) -> Itera
         yield f"vector, {name}", from_vectors(masks, got["vector"][:m], sparse), ""
 
 
-def priced(prior: Array, masks: Array, y: Array) -> Array:
-    """A prior in the unit that masks are measured in: most scores know only an order."""
-    told = masks @ prior
-    return prior * max(float(told @ y) / max(float(told @ told), 1e-30), 1e-12)
-
-
 def again(solved: Callable[[Array, Array], Array], masks: Array, y: Array) -> str:
-    """How sure the order is: rank correlation with what masks drawn again, with replacement, say; mean and 90% interval (Efron 1979)."""
+    """How little the order hangs on single masks, the recovery, its strength and its prior being given: rank correlation with what masks drawn again, with replacement, say; mean and 90% interval (Efron 1979)."""
     rng, whole = np.random.default_rng(0), solved(masks, y)
     drawn = (rng.integers(len(y), size=len(y)) for _ in range(AGAIN))
     agreed = [float(np.nan_to_num(spearmanr(solved(masks[i], y[i]), whole).statistic)) for i in drawn]
     low, high = np.quantile(agreed, (0.05, 0.95))
-    return f"masks drawn again agree by {np.mean(agreed):.2f} [{low:.2f}, {high:.2f}]"
+    return f"masks drawn again order them the same by {np.mean(agreed):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def main() -> None:

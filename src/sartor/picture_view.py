@@ -112,7 +112,7 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
     felt, effects, curves, fastest, e = None, None, Curves(), 0.0, picture_effort_of(job.effort)
     sides = [patch * round(share * whole / patch) for share in SHARES]
     for n, r in enumerate(sides):
-        told = lambda note, n=n: tell("view", n / len(sides), note)  # noqa: E731
+        told = lambda note, n=n: tell("view", 0.5 * n / len(sides), note)  # noqa: E731
         told(f"pictures of {r} pixels a side: what the head says of them")
         dense, head = headed(p, r, job.seed)
         pictures = shrunk(p.pictures, r)

@@ -138,19 +138,23 @@ def measure(
         said = lambda share, note: told(0.45 * share, note)  # noqa: E731
         listed = words(dense, tokenizer, texts.train, expected, texts.probe, e.validation_bytes, said)
     reference = top_of(dense, rows)
+    richest = all_on_base(dense) | dict.fromkeys(embeddings_of(anatomy(dense)), RICHER[-1])
+    curved = e.curve_rows > 0 and bytes_of(anatomy(dense), tokenizer, richest) > budget  # so something may have to go
     kinds = _damage_of_bits(dense, tokenizer, user_moments, rows, reference, budget, bytes_of, told)
     poorer = poorer_damage(
         dense, user_moments, kinds[1][DOWN, BASE], rows, reference, e.layers_at_once,
-        lambda share, note: told(0.7 + 0.15 * share, note),
+        lambda share, note: told(0.7 + (0.15 if curved else 0.3) * share, note),
     )  # fmt: skip
     curves = Curves()
-    if e.curve_rows and bytes_of(anatomy(dense), tokenizer, all_on_base(dense)) > budget:  # something has to go
+    if curved:
         judged = probe_rows(texts.probe, tokenizer, e.curve_rows, seed)
-        curves = _curves(dense, probed[1], user_moments, judged, lambda share, note: told(0.85 + 0.15 * share, note))
+        curves = curves_of(dense, probed[1], user_moments, judged, lambda share, note: told(0.85 + 0.15 * share, note))
     return Measured(*probed, listed, *kinds, poorer, curves)
 
 
-def _curves(dense: Any, user: Effects, moments: Moments, judged: Tensor, told: Callable[[float, str], None]) -> Curves:
+def curves_of(
+    dense: Any, user: Effects, moments: Moments, judged: Tensor, told: Callable[[float, str], None]
+) -> Curves:
     """What cuts of every part that may lose anything cost, beside the sum of effects."""
     flexible = family_of(anatomy(dense).family).gguf_flexible is not None
     read = {(n, name): moments.c[n, SITE_OF[name]] for n, name, _ in linears_of(dense) if name in WRITERS.values()}

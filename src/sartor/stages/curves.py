@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sartor import paging
 from sartor.model.families import ATTENTION, MLP
 from sartor.model.hooks import removed_after
 from sartor.model.network import Anatomy, anatomy, embed, linear, linears_of, query_rows, through
@@ -30,7 +31,7 @@ MODERATE, DEEP = 0.5, 0.92  # of a part's units, gone
 FEW = 4  # units, of which every number is tried
 LAM = 0.1
 PASS = 16  # rows
-MOST = 20.0  # that damage is over or under its sum at most, where the line goes on beyond what was measured
+MOST = 20.0  # that damage is over or under its sum at most, where the line goes on beyond what was measured and nothing was that is more
 Moments = Mapping[tuple[int, str], Float[Tensor, "f f"]]
 Curve = list[list[float]]  # (share of the units gone, damage beside their sum), twice or more
 Curves = dict[str, Curve]  # by the name of a part's ladder
@@ -54,14 +55,19 @@ def bent(damage: Sequence[float], curve: Curve) -> tuple[float, ...]:
 
     Units that are no longer there cost nothing, and what is measured of the others knows that: the curve begins behind them.
     """
-    total = np.asarray(damage)
-    gone = max(int(np.count_nonzero(total == 0)) - 1, 0)
+    total, gone = np.asarray(damage), _gone(damage)
     shares = np.clip(np.arange(-gone, len(total) - gone) / max(len(total) - 1 - gone, 1), 0, 1)
     at, logs = np.array([share for share, _ in curve]), np.log([max(ratio, 1e-6) for _, ratio in curve])
     slopes = np.divide(np.diff(logs), np.diff(at), out=np.zeros(len(at) - 1), where=np.diff(at) > 0)
     segment = np.clip(np.searchsorted(at, shares) - 1, 0, len(slopes) - 1)  # the first and the last one go on
-    ratio = np.clip(logs[segment] + slopes[segment] * (shares - at[segment]), -np.log(MOST), np.log(MOST))
+    ratio = logs[segment] + slopes[segment] * (shares - at[segment])
+    ratio = np.clip(ratio, min(logs.min(), -np.log(MOST)), max(logs.max(), np.log(MOST)))
     return tuple(np.maximum.accumulate(total * np.exp(ratio)).tolist())
+
+
+def _gone(damage: Sequence[float]) -> int:
+    """Units that cost nothing, as they are not there."""
+    return max(int(np.count_nonzero(np.asarray(damage) == 0)) - 1, 0)
 
 
 @torch.no_grad()
@@ -84,13 +90,15 @@ def measured_curves(
     parts = [(n, kind) for n in range(a.layers) for kind in kinds if (a.ffn if kind == "mlp" else a.groups)[n]]
     for i, (n, kind) in enumerate(parts):
         sums, points = summed(units, n, kind), Curve()
-        many = len(sums) - 1
+        idle = _gone(sums)
+        many = len(sums) - 1 - idle
         for gone in _depths(many):
-            stays = _stays(units, a, n, kind, gone)
+            stays = _stays(units, a, n, kind, idle + gone)
             with narrowed(linear(model, n, WRITERS[kind]), moments[n, WRITERS[kind]], stays):
                 kl = apart(tail.hidden_from(n))
-            points.append([gone / many, kl / max(sums[gone], 1e-12)])
-        found[f"{kind}.{n}"] = points * 2 if len(points) == 1 else points
+            points.append([gone / many, kl / max(sums[idle + gone], 1e-12)])
+        if points:  # nothing is measured of what says nothing
+            found[f"{kind}.{n}"] = points * 2 if len(points) == 1 else points
         tell((i + 1) / len(parts), f"layer {n}: what fewer {'channels' if kind == 'mlp' else 'heads'} cost")
     return found
 
@@ -146,6 +154,7 @@ def narrowed(layer: nn.Linear, moments: Float[Tensor, "f f"], stays: Sequence[in
     """The matrix reads these inputs alone while the body runs, fitted to what it said."""
     before = layer.weight, layer.bias
     weight, bias = refitted(layer, moments, stays)
+    paging.let_go(moments, layer.weight.data)  # it is out of its layer, which would have
     wide = torch.zeros_like(layer.weight)
     wide[:, list(stays)] = weight.to(wide.dtype)
     try:

@@ -136,7 +136,7 @@ def mlp_options(
     cumulative = np.zeros(1)
     depth = min(a.ffn[n] for n in layers) // BLOCK - LEAST_BLOCKS
     for n in layers:
-        cumulative = cumulative + np.array(foretold(units, n, "mlp", curves)[: depth + 1])
+        cumulative = cumulative + np.array(foretold(units, n, "mlp", curves)[: max(gone, depth, 0) + 1])
     whole = sum(_mlp_bytes(a, a.ffn[n] - gone * BLOCK, BASE) for n in layers)
     options = []
     for b in range(gone, max(gone, depth) + 1):
