@@ -1,7 +1,7 @@
 """From a user's picture files to arrays of one size, with labels where there are any.
 
 A bad file never stops the reading: it is dropped and counted under a reason in words. File names stay here: a `Gallery`
-carries pixels, class names and fingerprints. Colour profiles are not applied; pixels are taken as sRGB.
+carries pixels, class names and digests. Colour profiles are not applied; pixels are taken as sRGB.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ LEAST_SIDE = 8
 LEAST_PHOTOS = 24  # to fit a model and to test it
 LEAST_CLASS = 4  # photos of a class, below which nothing can be split off it
 THREADS = 2
-RISE = 2  # of 255
 DRAFT = 2  # a JPEG is decoded at the smallest scale with at least this many times the pixels needed along a side
 SUFFIXES = PICTURES | {"", ".jpe", ".jfif", ".heif", ".avif", ".ppm", ".pgm", ".tga", ".jp2"}
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")  # none runs a program
@@ -65,19 +64,18 @@ class Gallery:
 
     Attributes:
         labels: indices into classes, or None; classes: sorted, empty without labels. part: the split that the owner put a photo in.
-        fingerprint: `dhash` of each photo. exact: sha256 of its pixels. dropped: files left out, by reason, and what else was noticed.
+        exact: sha256 of its pixels. dropped: files left out, by reason, and what else was noticed.
     """
 
     pixels: UInt8[Tensor, "n 3 s s"]
     labels: Int64[Tensor, " n"] | None
     classes: tuple[str, ...]
     part: list[str | None]
-    fingerprint: Int64[np.ndarray, " n"]
     exact: tuple[str, ...]
     dropped: Counter[str]
 
     def without(self, exact: Set[str]) -> Gallery:
-        """What is left when photos with these fingerprints go."""
+        """What is left when photos with these digests go."""
         keep = np.array([e not in exact for e in self.exact], bool)
         labels = None if self.labels is None else self.labels[torch.tensor(keep)]
         kept = [i for i, k in enumerate(keep) if k]
@@ -87,7 +85,6 @@ class Gallery:
             pixels=self.pixels[torch.tensor(keep)],
             labels=labels,
             part=parts,
-            fingerprint=self.fingerprint[keep],
             exact=exacts,
         )
 
@@ -222,10 +219,10 @@ def _read_all(entries: Sequence[_Entry], size: int, dropped: Counter[str]) -> Ga
     """Decode on THREADS threads into one block, in file order."""
     pixels = torch.empty(len(entries), 3, size, size, dtype=torch.uint8)
     read: list[_Entry] = []
-    prints, exact = [], []
+    exact = []
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata by file; what matters is counted
-        for entry, (picture, told, mark, digest) in zip(
+        for entry, (picture, told, digest) in zip(
             entries, pool.map(lambda e: _read(e.file, size), entries), strict=True
         ):
             dropped.update(told)
@@ -233,7 +230,6 @@ def _read_all(entries: Sequence[_Entry], size: int, dropped: Counter[str]) -> Ga
                 continue
             pixels[len(read)] = picture
             read.append(entry)
-            prints.append(mark)
             exact.append(digest)
     _check(read, dropped)
     classes = tuple(sorted({e.name for e in read if e.name is not None}))
@@ -241,15 +237,15 @@ def _read_all(entries: Sequence[_Entry], size: int, dropped: Counter[str]) -> Ga
     labels = torch.tensor([index[e.name] for e in read if e.name is not None], dtype=torch.int64) if classes else None
     count(dropped, "file names that differ only in case (kept)", _twins({str(e.file) for e in read}))
     part = [e.part for e in read]
-    return Gallery(pixels[: len(read)], labels, classes, part, np.array(prints, np.int64), tuple(exact), dropped)
+    return Gallery(pixels[: len(read)], labels, classes, part, tuple(exact), dropped)
 
 
-def _read(file: Path, size: int) -> tuple[Tensor | None, Sequence[str], int, str]:
-    """Pixels; the reason why there are none, or what was noticed; fingerprint; digest."""
+def _read(file: Path, size: int) -> tuple[Tensor | None, Sequence[str], str]:
+    """Pixels; the reason why there are none, or what was noticed; digest."""
     picture, told = _load(file, size)
     if picture is None:
-        return None, told, 0, ""
-    return picture, told, dhash(picture), hashlib.sha256(picture.numpy().tobytes()).hexdigest()
+        return None, told, ""
+    return picture, told, hashlib.sha256(picture.numpy().tobytes()).hexdigest()
 
 
 def open_photo(file: Path, size: int) -> UInt8[Tensor, "3 s s"]:
@@ -355,13 +351,3 @@ def _square(image: Image.Image, size: int) -> Image.Image:
     if square.mode == "RGBA":
         square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square)
     return square.convert("RGB")
-
-
-def dhash(picture: UInt8[Tensor, "3 s s"]) -> int:
-    """Difference hash: whether brightness rises to the right by more than RISE, at 8 x 8 places; 64 bits as a signed integer.
-
-    The usual hash asks for any rise; on a white ground compression alone then decides.
-    """
-    grey = Image.fromarray(picture.permute(1, 2, 0).numpy()).convert("L").resize((9, 8), Image.Resampling.BOX)
-    rise = np.diff(np.asarray(grey).astype(np.int16), axis=1)
-    return int(np.packbits(rise > RISE).view(">i8")[0])
