@@ -18,9 +18,13 @@ from sartor.cli import main
 from sartor.data.photos import open_photo
 from sartor.export import onnxrt
 from sartor.job import Job
+from sartor.model.network import BLOCK, anatomy
+from sartor.model.precision import running
 from sartor.picture_api import ARTIFACT
 from sartor.picture_job import PreparedPictures
+from sartor.pictures import felt_pictures, needed
 from sartor.sources import resolve
+from sartor.stages.allot import allot, left
 from sartor.stages.tune import TuneConfig
 
 from .test_pictures import drawn
@@ -363,6 +367,32 @@ def test_a_job_whose_heads_are_narrowed_resumes_runs_and_is_exported(
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "out")]) == 0
     assert "8 of 16 dimensions" in capsys.readouterr().out
+
+
+def test_time_is_set_right_by_what_the_cut_network_really_takes(
+    place: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which networks of half the size are slower than the sum of their parts."""
+
+    def seconds(network: Any, weights: str) -> float:
+        a = anatomy(network)
+        heads, blocks = sum(a.groups), sum(a.ffn) / BLOCK
+        share = (heads + blocks) / (16 + 32)
+        slow = 0.004 * max(0.0, 1 - 4 * abs(share - 0.6))
+        return (0.06 if weights == "fp32" else 0.002 + 0.0005 * heads + 0.00025 * blocks) + slow
+
+    monkeypatch.setattr(picture_view, "_seconds", lambda p, networks: {k: seconds(*n) for k, n in networks.items()})
+    monkeypatch.setattr(picture_view, "SHARES", (1.0,))
+    job = Job(str(place["model"]), str(place["loose"]), "90%", faster=4.0)
+    p = PreparedPictures(job, resolve(job.model), lambda *_: None)
+    found = {}
+    for corrected in (0, 2):
+        monkeypatch.setattr(picture_view, "CORRECTED", corrected)
+        view = picture_view.view_of(p, job, lambda *_: None)
+        effects = needed(felt_pictures(running(view.dense), view.pictures, TINY, 0))
+        small = left(anatomy(view.dense), allot(anatomy(view.dense), effects, view.costs).steps)
+        found[corrected] = 0.06 / seconds(picture_view.resized(view.dense, small), "int8")
+    assert found[0] < 4.0 <= found[2]
 
 
 def test_a_job_in_steps_resumes_and_its_controls_are_alike(place: dict[str, Path], tmp_path: Path) -> None:

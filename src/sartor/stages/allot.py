@@ -105,7 +105,7 @@ def allot(a: Anatomy, effects: Effects, costs: Costs) -> Allotment:
 def _allotted(a: Anatomy, units: Units, costs: Costs) -> Allotment:
     """The same with one number of bits."""
     found = [_least_damage(a, units, costs, mix) for mix in (MIXES if costs.limit < float("inf") else MIXES[:1])]
-    choice = min((c for c in found if costs.met(_cut(a, c))), key=lambda c: c.damage)
+    choice = min((c for c in found if costs.met(left(a, c.step))), key=lambda c: c.damage)
     return _allotment(a, units, choice, costs)
 
 
@@ -131,7 +131,7 @@ def refuse(budget: int, limit: float, size: int, seconds: float, parts: str) -> 
 def _least_damage(a: Anatomy, units: Units, costs: Costs, mix: float) -> Choice:
     """The least that must be saved so that all costs are met, where time has `mix` of the weight."""
     ladders = _ladders(a, units, costs, mix)
-    return allocate(ladders, 0) if costs.met(a) else just_enough(ladders, lambda c: costs.met(_cut(a, c)), UNIT)
+    return allocate(ladders, 0) if costs.met(a) else just_enough(ladders, lambda c: costs.met(left(a, c.step)), UNIT)
 
 
 def just_enough(ladders: Sequence[Ladder], met: Callable[[Choice], bool], most: int) -> Choice:
@@ -169,9 +169,10 @@ def _bytes_of_units(a: Anatomy, bytes_of: Bytes) -> tuple[int, int]:
     return block, bytes_of(a) - bytes_of(replace(a, groups=fewer(a.groups, 1)))
 
 
-def _cut(a: Anatomy, choice: Choice) -> Anatomy:
-    groups = tuple(g - choice.step[f"attention.{n}"] for n, g in enumerate(a.groups))
-    return replace(a, groups=groups, ffn=tuple(f - BLOCK * choice.step[f"mlp.{n}"] for n, f in enumerate(a.ffn)))
+def left(a: Anatomy, steps: Mapping[str, int]) -> Anatomy:
+    """Sizes of what so many steps on each ladder leave."""
+    groups = tuple(g - steps[f"attention.{n}"] for n, g in enumerate(a.groups))
+    return replace(a, groups=groups, ffn=tuple(f - BLOCK * steps[f"mlp.{n}"] for n, f in enumerate(a.ffn)))
 
 
 def _allotment(a: Anatomy, units: Units, choice: Choice, costs: Costs) -> Allotment:
@@ -182,5 +183,5 @@ def _allotment(a: Anatomy, units: Units, choice: Choice, costs: Costs) -> Allotm
         channels.append(to_mask(sorted(order[choice.step[f"mlp.{n}"] * units.size :]), a.ffn[n]))
     block, head = _bytes_of_units(a, costs.bytes_of)
     price = choice.price * UNIT / (block * sum(a.ffn) / BLOCK + head * sum(a.groups))
-    size = costs.bytes_of(_cut(a, choice))
+    size = costs.bytes_of(left(a, choice.step))
     return Allotment(tuple(groups), tuple(channels), size, choice.damage, price, choice.step)

@@ -159,7 +159,8 @@ def narrowed(layer: nn.Linear, moments: Float[Tensor, "f f"], stays: Sequence[in
     wide[:, list(stays)] = weight.to(wide.dtype)
     try:
         layer.weight = nn.Parameter(wide, requires_grad=False)
-        layer.bias = None if bias is None else nn.Parameter(bias.to(wide.dtype), requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.to(wide.dtype), requires_grad=False)
         yield
     finally:
         layer.weight, layer.bias = before
