@@ -41,6 +41,7 @@ RANK = {
     "map_view": 9,
     "picture_view": 11,
     "picture_evaluate": 12,
+    "picture_probe": 11,
     "picture_api": 13,
     "text_exports": 13,
     "picture_exports": 13,

@@ -259,6 +259,8 @@ def test_probing_tells_draws_and_is_remembered(
     for file in (tmp_path / "cache" / "probes").iterdir():
         assert "secret-name" not in file.read_text()
     assert main([*ask, "--out", str(tmp_path / "probed")]) == 2
+    assert main([*ask, "--labels", "some.csv"]) == 2
+    assert "--labels and --faster are for models that see" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["adapt", "fit", "recover"])

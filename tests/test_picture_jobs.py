@@ -369,6 +369,30 @@ def test_a_job_whose_heads_are_narrowed_resumes_runs_and_is_exported(
     assert "8 of 16 dimensions" in capsys.readouterr().out
 
 
+def test_probing_photos_tells_and_draws(
+    place: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["probe", str(place["model"]), "--data", str(place["photos"])]
+    out = tmp_path / "probed"
+    assert main([*ask, "--generic", str(place["generic"]), "--out", str(out)]) == 0
+    told, progress = capsys.readouterr()
+    assert "gradients on your pictures" in progress
+    r = json.loads((out / "probe.json").read_text())
+    layers = len(r["verdicts"]["mlp"])  # up to where the head reads
+    assert all(f"{n} {part}" in told for n in range(layers) for part in ("attention", "MLP"))
+    assert "of your photos are named otherwise" in told or "0 matter to your photos otherwise" in told
+    assert f"of {4 * layers} heads" in told
+    assert "your text" not in told
+    page = (out / "probe.html").read_text()
+    assert page.count("<circle") == 4 * layers  # two parts a layer, for the user's and for generic pictures
+    assert "What your photos need of this model" in page
+    assert all(0 <= x[0] <= 1 for side in r["without"].values() for k in ("attention", "mlp") for x in side[k])
+    assert max(x[0] for k in ("attention", "mlp") for x in r["without"]["user"][k]) > 0
+    assert "secret" not in told + progress + page + (out / "probe.json").read_text()
+    assert main(ask) == 2
+    assert "name a folder of public pictures with --generic" in capsys.readouterr().err
+
+
 def test_time_is_set_right_by_what_the_cut_network_really_takes(
     place: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

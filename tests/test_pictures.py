@@ -26,7 +26,7 @@ from sartor.stages.curves import bent, measured_curves, moments_of, refitted
 from sartor.stages.fit import evidence_of, fit
 from sartor.stages.head import choose_head, clustered, fit_head, read_out, with_head
 from sartor.stages.masters import free, put_
-from sartor.stages.probe import Effects, order_units
+from sartor.stages.probe import Effects, order_units, without_parts
 from sartor.stages.recognition import kl_of, log_p_of, recognize, said_of, signed_gradients
 from sartor.stages.sensitivity import feel
 from sartor.stages.tune import Lessons, TuneConfig, may_mirror, tune_, views
@@ -246,6 +246,21 @@ def test_a_curve_says_what_the_cut_and_fitted_part_really_damages_and_leaves_no_
         )
         foretold = float(units.of(2, "mlp")[:gone].sum())
         assert ratio * foretold == pytest.approx(kl_of(small, judged, said_of(headed, judged)), rel=1e-3)
+
+
+def test_a_part_left_out_renames_as_many_pictures_as_a_network_without_its_weights(headed: Any) -> None:
+    pixels = drawn(60, 5)[0]
+    found = without_parts(headed, pixels)
+    names = log_p_of(headed, pixels).argmax(-1)
+    shares = []
+    for part, name in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
+        for n in range(4):
+            small = clone(headed)
+            linear(small, n, name).weight.data.zero_()
+            shares.append(float((log_p_of(small, pixels).argmax(-1) != names).float().mean()))
+            assert found[part][n][0] == pytest.approx(shares[-1], abs=1e-4)
+    assert max(shares) > 0
+    assert found["rows"] == 60
 
 
 def test_a_curve_is_met_where_it_was_measured_and_never_falls() -> None:

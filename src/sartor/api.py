@@ -29,6 +29,7 @@ from sartor.numerics.metrics import Score
 from sartor.paging import as_usual_, paging
 from sartor.picture_api import compress_pictures, evaluate_pictures_again, is_picture_artifact
 from sartor.picture_exports import export_pictures
+from sartor.picture_probe import probe_pictures
 from sartor.pictures import Fitted
 from sartor.pipeline import Compressed, apply_plan, make_plan
 from sartor.plan import Budget, Plan
@@ -176,20 +177,21 @@ def probe(
     effort: str = "standard",
     seed: int = 0,
     tell: Tell = lambda stage, share, note: None,
+    labels: str | Path | None = None,
 ) -> dict[str, Any]:
-    """What one user's text needs of a model, and what generic text needs, part by part.
+    """What one user's texts or photos need of a model, and what generic ones need, part by part.
 
     Raises:
         InputError, SourceError: each with the way out.
     """
-    job = Job(model, str(data), "50%", effort=effort, generic=str(generic) if generic else None, seed=seed)
+    public, named = (str(x) if x else None for x in (generic, labels))
+    job = Job(model, str(data), "50%", effort=effort, generic=public, seed=seed, labels=named)
     job.check()
     torch.set_num_threads(cores())
     source = resolve(model)
-    if kind_of(source.folder) == "pictures":
-        raise InputError(
-            "sartor probe is for models that read texts so far: sartor compress tells of photos in its report"
-        )
+    job.check_kind(kind := kind_of(source.folder))
+    if kind == "pictures":
+        return probe_pictures(job, source, tell)
     pages, room, _ = pages_for(source, None, None)
     with paging(pages, room):
         p = Prepared(job, tell, source)
@@ -198,6 +200,7 @@ def probe(
         worth = worth_of(dense, p.tokenizer, p.texts, order_units(user), effort, seed, tell, _memory(p))
         without = explain(dense, p.tokenizer, p.texts, effort, seed, tell, _memory(p))
     return {
+        "kind": "texts",
         "model": p.source.provenance(),
         "effort": effort,
         "seed": seed,

@@ -23,7 +23,7 @@ Nothing of your data leaves this machine; the network is used only to fetch the 
 stand for everyone else (not with --generic)."""
 
 
-PROBE = """Which parts of a model your texts need, beside generic text: every attention and every MLP is left out alone, and finer units (groups of
+PROBE = """Which parts of a transformer your texts or photos need, beside generic ones: every attention and every MLP is left out alone, and finer units (groups of
 heads, channels) are felt from their gradients. Nothing is cut. What generic text needs of a model is measured once and kept in the cache, for
 sartor compress, too, and for every other user's texts."""
 
@@ -67,7 +67,9 @@ def parser(do: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.A
         )
     )
     _add_probe(
-        commands.add_parser("probe", help="what your texts need of a model", description=PROBE, formatter_class=raw)
+        commands.add_parser(
+            "probe", help="what your texts or photos need of a model", description=PROBE, formatter_class=raw
+        )
     )
     _add_run(
         commands.add_parser("run", help="generate text, or say what is on a photo, with the artifact in its runtime")
@@ -174,11 +176,12 @@ def _add_method(c: argparse.ArgumentParser) -> None:
 def _add_probe(p: argparse.ArgumentParser) -> None:
     _add_asked(
         p,
-        "language model: transformers folder, .gguf file",
-        "your texts, as for sartor compress",
-        "public texts that stand for everyone else (default: the Brown corpus)",
+        "language model or vision transformer, as for sartor compress",
+        "your texts or photos, as for sartor compress",
+        "public texts that stand for everyone else (default: the Brown corpus); for photos a folder of public pictures, which is needed",
         "how much text is looked at (default: standard, 3 minutes for 135 M parameters)",
     )
+    p.add_argument("--labels", metavar="CSV", help="classes of the photos, as for sartor compress")
     p.add_argument("--out", type=Path, metavar="DIR", help="new folder for probe.html and probe.json")
     p.add_argument("--json", action="store_true", help="print all figures as JSON")
     p.add_argument("--seed", type=counting, default=0, help="of every random choice (default: 0)")

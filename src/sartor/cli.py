@@ -145,7 +145,7 @@ def do_probe(a: argparse.Namespace) -> None:
     folder = claim_folder(a.out) if a.out else None
     progress = Progress(PROBED)
     try:
-        found = probe(a.model, a.data, a.generic, a.effort, a.seed, progress)
+        found = probe(a.model, a.data, a.generic, a.effort, a.seed, progress, a.labels)
     finally:
         progress.end()
     print(json.dumps(found, indent=1) if a.json else probing.text(found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from sartor.report import svg
@@ -13,7 +14,55 @@ BAR = 24  # characters
 TOLD = 5  # parts that are told in words
 LEAST = 0.005  # shares below it count as this when two are compared
 TINY = 1e-12  # nats, likewise
+
+
+@dataclass(frozen=True)
+class Words:
+    """How one kind of data is spoken of. most, without: `format` strings of what is told of the parts that matter most and of one part; worse: what is drawn; read: of how much was looked at. heads, head: units of attention."""
+
+    parts: str
+    yours: str
+    generic: str
+    most: str
+    without: str
+    worse: str
+    stretches: str
+    read: str
+    heads: str
+    head: str
+
+
+WORDS = {
+    "texts": Words(
+        "A layer has two parts: attention, which looks back at earlier words, and an MLP, which works on every word by itself. Each was left out alone.",
+        "your texts",
+        "generic text",
+        "{}: by so much a byte of them costs more without it.",
+        "Without the {part} of layer {n} each byte of your texts costs {user} more; of generic text {generic}",
+        "what each byte costs more without a part",
+        "stretches of text",
+        "{:,} tokens of yours",
+        "groups of heads",
+        "group",
+    ),
+    "pictures": Words(
+        "A layer has two parts: attention, by which patches of a picture look at each other, and an MLP, which works on every patch by itself. Each was left out alone.",
+        "your photos",
+        "generic pictures",
+        "{}: so many of them are named otherwise without it.",
+        "Without the {part} of layer {n} {user} of your photos are named otherwise; of generic pictures {generic}",
+        "what share of pictures is named otherwise without a part",
+        "pictures",
+        "{:,} photos of yours",
+        "heads",
+        "head",
+    ),
+}
 Part = tuple[int, str, list[float], list[float], str]
+
+
+def words_of(r: dict[str, Any]) -> Words:
+    return WORDS[r.get("kind", "texts")]
 
 
 def _parts(r: dict[str, Any]) -> Iterator[Part]:
@@ -25,18 +74,20 @@ def _parts(r: dict[str, Any]) -> Iterator[Part]:
 
 def sentences(r: dict[str, Any]) -> list[str]:
     """For a reader who does not know what a layer is made of."""
-    parts = list(_parts(r))
+    parts, w = list(_parts(r)), words_of(r)
     most = sorted(parts, key=lambda p: p[2][0], reverse=True)[:TOLD]
     counts = _counts(p[4] for p in parts)
     out = [
-        "A layer has two parts: attention, which looks back at earlier words, and an MLP, which works on every word by itself. Each was left out alone.",
-        f"What your texts need most: {', '.join(f'{NAMES[k]} of layer {n} ({user[0]:+.0%})' for n, k, user, *_ in most)}: by so much a byte of them costs more without it.",
-        f"Of {len(parts)} parts {counts['personalized']} matter to your texts otherwise than to generic text, {counts['generic']} alike, {counts['undecided']} cannot be told apart with this much text.",
+        w.parts,
+        f"What {w.yours} need most: "
+        + w.most.format(", ".join(f"{NAMES[k]} of layer {n} ({user[0]:.0%})" for n, k, user, *_ in most)),
+        f"Of {len(parts)} parts {counts['personalized']} matter to {w.yours} otherwise than to {w.generic}, {counts['generic']} alike, {counts['undecided']} cannot be told apart with so many {w.stretches}.",
     ]
     for n, k, user, generic, _ in _told(parts):
         than = "more" if user[0] > generic[0] else "less"
         out.append(
-            f"Without the {NAMES[k]} of layer {n} each byte of your texts costs {_range(user)} more; of generic text {_range(generic)}: it matters {than} to you."
+            w.without.format(part=NAMES[k], n=n, user=_range(user), generic=_range(generic))
+            + f": it matters {than} to you."
         )
     several = r["without"]["user"]["rows"] > 1
     hurts = [f"{NAMES[k]} of layer {n}" for n, k, user, _, _ in parts if user[2] < 0 and several]
@@ -67,29 +118,29 @@ def _heads(r: dict[str, Any]) -> Iterator[tuple[int, int, list[float], list[floa
 
 def _finer(r: dict[str, Any]) -> list[str]:
     """Groups of heads, channels, and how far to believe it."""
-    heads, w = list(_heads(r)), r["worth"]
+    heads, w, say = list(_heads(r)), r["worth"], words_of(r)
     out = []
     if heads:
         counts = _counts(h[4] for h in heads)
         mine = sorted((h for h in heads if h[4] == "personalized"), key=lambda h: _times(h[2], h[3]), reverse=True)
         first = ", ".join(
-            f"group {i} of layer {n} ({_times(u, g):.1f} times)" for n, i, u, g, _ in mine[:TOLD] if u[0] > g[0]
+            f"{say.head} {i} of layer {n} ({_times(u, g):.1f} times)" for n, i, u, g, _ in mine[:TOLD] if u[0] > g[0]
         )
         out.append(
-            f"Inside attention, of {len(heads)} groups of heads {counts['personalized']} are worth another amount to your texts than to generic text, {counts['generic']} the same, {counts['undecided']} cannot be told apart"
+            f"Inside attention, of {len(heads)} {say.heads} {counts['personalized']} are worth another amount to {say.yours} than to {say.generic}, {counts['generic']} the same, {counts['undecided']} cannot be told apart"
             + (f"; worth more to you: {first}." if first else ".")
         )
     if r["alike"]:
         low, high = (pick(r["alike"].items(), key=lambda x: x[1]) for pick in (min, max))
         out.append(
-            f"Inside the MLPs your texts order the channels most unlike generic text in layer {low[0]} (rank correlation {low[1]:.2f}; 1 is the same order, 0 an unrelated one), most alike in layer {high[0]} ({high[1]:.2f})."
+            f"Inside the MLPs {say.yours} order the channels most unlike {say.generic} in layer {low[0]} (rank correlation {low[1]:.2f}; 1 is the same order, 0 an unrelated one), most alike in layer {high[0]} ({high[1]:.2f})."
         )
     out.append(
-        f"How far to believe that: summed effects of such fine units foretold the damage of {w['masks']} random cuts on other text of yours with rank correlation {w['spearman']:.2f}; a cut costs {w['factor']:.1f} times the sum before it is repaired. "
-        f"{r['tokens']['user']:,} tokens of yours told the order of the units with reliability {r['known']:.2f} by themselves."
+        f"How far to believe that: summed effects of such fine units foretold the damage of {w['masks']} random cuts on others of {say.yours} with rank correlation {w['spearman']:.2f}; a cut costs {w['factor']:.1f} times the sum before it is repaired. "
+        f"{say.read.format(r['tokens']['user'])} told the order of the units with reliability {r['known']:.2f} by themselves."
     )
     if w["spearman"] < 0.5:
-        out.append("That is too little to tell whose a group of heads is; more text helps.")
+        out.append("That is too little to tell whose a head is; more of them help.")
     return out
 
 
@@ -105,7 +156,7 @@ def text(r: dict[str, Any]) -> str:
     """For the terminal: a line a part, then the sentences."""
     top = max(max(u[0], g[0], 1e-9) for _, _, u, g, _ in _parts(r))
     lines = [
-        f"{r['model']['spec']}: what each byte costs more without a part (bars on a square-root scale; # yours, o generic)",
+        f"{r['model']['spec']}: {words_of(r).worse} (bars on a square-root scale; # yours, o generic)",
         "",
     ]
     for n, k, user, generic, verdict in _parts(r):
@@ -125,18 +176,18 @@ def page(r: dict[str, Any]) -> str:
         (f"layer {n}, {NAMES[k]}", user, generic, verdict == "personalized")
         for n, k, user, generic, verdict in _parts(r)
     ]
-    said = "".join(f"<p>{s}</p>" for s in sentences(r))
+    said, w = "".join(f"<p>{s}</p>" for s in sentences(r)), words_of(r)
     cells: dict[str, list[tuple[float, bool]]] = {}
     for n, _, user, generic, verdict in _heads(r):
         cells.setdefault(f"layer {n}", []).append((_times(user, generic), verdict == "personalized"))
     picture = (
-        f"<p>Groups of heads, layer by layer: how many times as much they are worth to <b class=u>your texts</b> as to <b class=g>generic text</b>; framed where the difference stands out.</p>"
-        f"{svg.ratios(list(cells.items()), 'groups of heads, yours beside generic')}"
+        f"<p>{w.heads.capitalize()}, layer by layer: how many times as much they are worth to <b class=u>{w.yours}</b> as to <b class=g>{w.generic}</b>; framed where the difference stands out.</p>"
+        f"{svg.ratios(list(cells.items()), f'{w.heads}, yours beside generic')}"
         if cells
         else ""
     )
     return (
-        f"<!doctype html><meta charset=utf-8><title>Sartor: probing</title><style>{STYLE}</style><h1>What your texts need of this model</h1>{said}"
-        f"<p>What each byte costs more without a part, with 95% intervals over stretches of text: <b class=u>yours</b> and <b class=g>generic</b> (square-root scale; "
-        f"personalized parts in bold).</p>{svg.intervals(rows, 'cost of a byte without each part')}{picture}"
+        f"<!doctype html><meta charset=utf-8><title>Sartor: probing</title><style>{STYLE}</style><h1>What {w.yours} need of this model</h1>{said}"
+        f"<p>{w.worse.capitalize()}, with 95% intervals over {w.stretches}: <b class=u>yours</b> and <b class=g>generic</b> (square-root scale; "
+        f"personalized parts in bold).</p>{svg.intervals(rows, w.worse)}{picture}"
     )

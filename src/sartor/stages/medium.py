@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Generator, Tensor
 
 from sartor.model.graph import Graph
 from sartor.model.vision import Vision
-from sartor.stages import likelihood, recognition
+from sartor.stages import likelihood, recognition, yardstick
 
 DIRECTIONS = 4  # of a picture, which has but one prediction
 Said = tuple[Tensor, Tensor]
@@ -26,7 +27,7 @@ class Medium:
     Attributes:
         positions: of a row at which something is foretold. directions: among the outputs that a backward probe draws for a row.
         gradients: of log p at the hidden states, along a random direction of what the model itself foretells. listen: sends back from the hidden states what the loss summed over these rows feels, in one or several goes.
-        apart: from the hidden states of a model, how far others are from them, as `kl`. said: what a model foretells of rows. kl: mean KL of a model to that, in nats a prediction; unit: what that is called.
+        apart: from the hidden states of a model, how far others are from them, as `kl`. said: what a model foretells of rows. kl: mean KL of a model to that, in nats a prediction; unit: what that is called. worse: from rows and the hidden states of them, by how much others say less of each row.
     """
 
     positions: Callable[[Tensor], int]
@@ -37,6 +38,7 @@ class Medium:
     said: Callable[[Any, Tensor], Said]
     kl: Callable[[Any, Tensor, Said], float]
     unit: str
+    worse: Callable[[Any, Tensor, Tensor], Callable[[Tensor], np.ndarray]]
 
 
 TEXT = Medium(
@@ -48,6 +50,7 @@ TEXT = Medium(
     likelihood.top_of,
     likelihood.kl_of,
     "nats per token",
+    yardstick.rise,
 )
 PICTURES = Medium(
     lambda rows: 1,
@@ -58,6 +61,7 @@ PICTURES = Medium(
     recognition.said_of,
     recognition.kl_of,
     "nats a picture",
+    recognition.renamed,
 )
 
 

@@ -186,30 +186,38 @@ def interval(by_row: Float[np.ndarray, " n"]) -> list[float]:
 
 def parts_left_out(model: Any, rows: Int[Tensor, "n t"]) -> Iterator[tuple[int, str, Reading, Float[np.ndarray, " n"]]]:
     """(layer, part, what was read without it, the rows' own cost), for every attention and every MLP; a layer costs only itself and those after it."""
-    a, tail = anatomy(model), Tail(model, rows)
+    tail = Tail(model, rows)
     stick = Yardstick(model, rows, tail.dense)
     cost = stick.nats.mean(1).numpy()
+    for n, k, hidden in _without(model, tail):
+        yield n, k, stick.read(hidden), cost
+
+
+def _without(model: Any, tail: Tail) -> Iterator[tuple[int, str, Tensor]]:
+    """(layer, part, what the head reads without it)."""
+    a = anatomy(model)
     for n in range(a.layers):
         for k, off in (
             ("attention", ({n: torch.zeros(a.groups[n], dtype=torch.bool)} if a.groups[n] else {}, {})),
             ("mlp", ({}, {n: torch.zeros(a.ffn[n], dtype=torch.bool)} if a.ffn[n] else {})),
         ):
             with masked(model, *off):
-                reading = stick.read(tail.hidden_from(n))
-            yield n, k, reading, cost
+                hidden = tail.hidden_from(n)
+            yield n, k, hidden
 
 
 def without_parts(
-    model: Any, rows: Int[Tensor, "n t"], tell: Callable[[float, str], None] = lambda share, note: None
+    model: Any, rows: Tensor, tell: Callable[[float, str], None] = lambda share, note: None
 ) -> dict[str, Any]:
-    """Every attention and every MLP left out alone: {part: by layer, [rise, low, high]}, the rise of the text's coding length as a share of it; "rows": that the intervals come from.
+    """Every attention and every MLP left out alone: {part: by layer, [worse, low, high]}, the rise of the text's coding length as a share of it, or the share of pictures that are named otherwise; "rows": that the intervals come from.
 
     Exact, as there are few of them. A negative rise is a part that hurts.
     """
-    layers = anatomy(model).layers
+    layers, tail = anatomy(model).layers, Tail(model, rows)
+    worse = medium_of(model).worse(model, rows, tail.dense)
     found: dict[str, Any] = {"rows": len(rows), **{k: [] for k in PARTS}}
-    for n, k, reading, cost in parts_left_out(model, rows):
-        found[k].append(interval(reading.loss / cost.mean()))
+    for n, k, hidden in _without(model, tail):
+        found[k].append(interval(worse(hidden)))
         tell((2 * n + (k == "mlp") + 1) / 2 / layers, f"layer {n} without its {k}: {found[k][-1][0]:+.1%}")
     return found
 

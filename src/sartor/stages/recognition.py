@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
@@ -60,6 +61,20 @@ def apart(model: Any, dense: Float[Tensor, "n t w"]) -> Callable[[Float[Tensor, 
 
     said = log_p(dense)
     return lambda hidden: float((said.exp() * (said - log_p(hidden))).sum(-1).mean())
+
+
+@torch.no_grad()
+def renamed(
+    model: Any, pixels: UInt8[Tensor, "n 3 s s"], dense: Float[Tensor, "n t w"]
+) -> Callable[[Float[Tensor, "n t w"]], Float[np.ndarray, " n"]]:
+    """Of each picture 1 where it is named otherwise, 0 where it is not."""
+
+    @torch.no_grad()
+    def names(hidden: Float[Tensor, "n t w"]) -> Int[Tensor, " n"]:
+        return model.head(model.pool(hidden)).argmax(-1)
+
+    before = names(dense)
+    return lambda hidden: (names(hidden) != before).float().numpy()
 
 
 def signed(logits: Float[Tensor, "n c"], generator: torch.Generator) -> Float[Tensor, "n c"]:

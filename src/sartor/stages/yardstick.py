@@ -12,6 +12,7 @@ Four measurements, on the same rows for every probe (common random numbers):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,3 +70,12 @@ class Yardstick:
         rise = nats.reshape(n, t)[:, :-1] - self.nats  # what follows a row's last token is not known
         moved = (hidden - self.dense).float().square().sum((1, 2)) / self.norm
         return Reading(kl.reshape(n, t).mean(1).numpy(), rise.mean(1).numpy(), moved.numpy(), self.vector(hidden))
+
+
+def rise(
+    model: Any, ids: Int[Tensor, "n t"], dense: Float[Tensor, "n t w"]
+) -> Callable[[Float[Tensor, "n t w"]], Float[np.ndarray, " n"]]:
+    """By how much the coding length of each row rises, as a share of the mean row's."""
+    stick = Yardstick(model, ids, dense)
+    cost = float(stick.nats.mean())
+    return lambda hidden: stick.read(hidden).loss / cost

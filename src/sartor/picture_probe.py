@@ -1,0 +1,65 @@
+"""What one user's photos need of a vision transformer, and what generic pictures need, part by part."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from sartor.effort import picture_effort_of
+from sartor.errors import InputError
+from sartor.job import Job
+from sartor.model.graph import Graph
+from sartor.model.precision import running
+from sartor.picture_job import PreparedPictures
+from sartor.pictures import felt_pictures, needed
+from sartor.probing import Tell
+from sartor.sources import Source
+from sartor.stages.probe import check, order_units, without_parts
+from sartor.stages.tokens import sample
+from sartor.stages.whose import alike, heads_of, of_parts
+
+
+def probe_pictures(job: Job, source: Source, tell: Tell) -> dict[str, Any]:
+    """As `api.probe`: every part is left out on pictures that neither the head nor anything else was fitted to.
+
+    Raises:
+        InputError: a convolutional network, or no generic pictures to compare with.
+    """
+    if not job.generic:
+        raise InputError(
+            "sartor probe says what your photos need beside what everyone's need: name a folder of public pictures with --generic"
+        )
+    p = PreparedPictures(job, source, tell)
+    if isinstance(p.whole, Graph):
+        raise InputError(
+            "sartor probe is for models that read texts and for vision transformers, and this is a convolutional network: sartor compress tells of its channels"
+        )
+    e, dense = picture_effort_of(job.effort), running(p.dense)
+    felt = felt_pictures(dense, p.pictures, e, job.seed, partial(tell, "probe"))
+    user, halves, general = needed(felt), felt[1], felt[2]
+    assert general is not None  # there are generic pictures
+    judged = sample(p.pictures.validation, e.checked, job.seed)
+    told = lambda share, note: tell("probe", 0.8 + 0.2 * share, note)  # noqa: E731
+    worth = check(dense, order_units(user), judged, e.checks, job.seed, told)
+    without = {
+        name: without_parts(dense, sample(pixels, 2 * e.checked, job.seed), partial(_half, tell, start))
+        for name, pixels, start in (("user", p.album.test.pixels, 0.0), ("generic", p.generic.test, 0.5))
+    }
+    return {
+        "kind": "pictures",
+        "model": p.source.provenance(),
+        "effort": job.effort,
+        "seed": job.seed,
+        "tokens": {"user": user.tokens, "generic": general.tokens},
+        "known": user.known,
+        "worth": asdict(worth),
+        "without": without,
+        "verdicts": of_parts(without["user"], without["generic"]),
+        "groups": heads_of(user, general, worth),
+        "alike": alike(halves, general),
+    }
+
+
+def _half(tell: Tell, start: float, share: float, note: str) -> None:
+    tell("explain", start + share / 2, note)
