@@ -50,7 +50,7 @@ WORDS = {
         "your photos",
         "generic pictures",
         "{}: so many of them are named otherwise without it.",
-        "Without the {part} of layer {n} {user} of your photos are named otherwise; of generic pictures {generic}",
+        "Without the {part} of layer {n}, {user} of your photos are named otherwise; of generic pictures {generic}",
         "what share of pictures is named otherwise without a part",
         "pictures",
         "{:,} photos of yours",
@@ -81,7 +81,7 @@ def sentences(r: dict[str, Any]) -> list[str]:
         w.parts,
         f"What {w.yours} need most: "
         + w.most.format(", ".join(f"{NAMES[k]} of layer {n} ({user[0]:.0%})" for n, k, user, *_ in most)),
-        f"Of {len(parts)} parts {counts['personalized']} matter to {w.yours} otherwise than to {w.generic}, {counts['generic']} alike, {counts['undecided']} cannot be told apart with so many {w.stretches}.",
+        f"Of {len(parts)} parts {counts['personalized']} matter to {w.yours} otherwise than to {w.generic}, {counts['generic']} alike, {counts['undecided']} cannot be told apart with the {w.stretches} there are.",
     ]
     for n, k, user, generic, _ in _told(parts):
         than = "more" if user[0] > generic[0] else "less"
