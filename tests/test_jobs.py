@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,10 @@ def test_probing_tells_draws_and_is_remembered(
     assert "gradients on" in progress
     assert all(f"{n} {part}" in told for n in range(3) for part in ("attention", "MLP"))
     assert "Without the" in told
+    assert re.search(r"need most: .* \([+-]\d+%\): by so much a byte of them costs more without it", told)
+    assert "with this much text" in told
+    assert "random cuts on other text of yours" in told
+    assert "photo" not in told
     page = (tmp_path / "probed" / "probe.html").read_text()
     assert page.count("<circle") == 12
     assert page.count("<rect") == 3 * 2

@@ -388,6 +388,31 @@ def test_pictures_of_one_outline_are_not_taken_for_near_duplicates() -> None:
     assert len(set(clusters.tolist())) == 8
 
 
+@pytest.mark.parametrize("outline", [False, True])
+def test_one_colour_or_one_outline_makes_no_two_pictures_alike(outline: bool) -> None:
+    """As under water, or seen through a round opening: what all have in common says nothing."""
+    images = []
+    for i in range(24):
+        rng = np.random.default_rng(i)
+        texture = rng.normal(0, 8, (12, 12, 3)) + ((230, 130, 60) if outline else (20, 110, 170))
+        picture = Image.fromarray(np.clip(texture, 0, 255).astype(np.uint8)).resize(
+            (224, 224), Image.Resampling.BICUBIC
+        )
+        if outline:
+            y, x = np.mgrid[:224, :224] - 112
+            inside = Image.fromarray(((x**2 + y**2 < 100**2) * 255).astype(np.uint8))
+            picture = Image.composite(picture, Image.new("RGB", (224, 224)), inside)
+        images.append(picture)
+    clusters = near_duplicates(gallery_of([*images, recompressed(images[3])], None).pixels)
+    assert clusters[3] == clusters[24]
+    assert len(set(clusters.tolist())) == 24
+
+
+def test_flat_pictures_are_like_nothing() -> None:
+    flat = [Image.new("RGB", (64, 64), (v, v, v)) for v in (0, 7, 90, 200, 255)]
+    assert len(set(near_duplicates(gallery_of(flat, None).pixels).tolist())) == 5
+
+
 def test_a_split_is_stratified_and_the_same_for_the_same_seed() -> None:
     sizes = [40, 20, 10, 6, 5, 4]
     labels = [k for k, n in enumerate(sizes) for _ in range(n)]

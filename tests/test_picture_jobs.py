@@ -380,9 +380,10 @@ def test_probing_photos_tells_and_draws(
     r = json.loads((out / "probe.json").read_text())
     layers = len(r["verdicts"]["mlp"])  # up to where the head reads
     assert all(f"{n} {part}" in told for n in range(layers) for part in ("attention", "MLP"))
-    assert "of your photos are named otherwise" in told or "0 matter to your photos otherwise" in told
+    assert "of your photos are named otherwise" in told or " parts 0 matter to your photos otherwise" in told
     assert f"of {4 * layers} heads" in told
     assert "your text" not in told
+    assert "generic pictures that nothing was fitted to" in told
     page = (out / "probe.html").read_text()
     assert page.count("<circle") == 4 * layers  # two parts a layer, for the user's and for generic pictures
     assert "What your photos need of this model" in page

@@ -261,6 +261,7 @@ def test_a_part_left_out_renames_as_many_pictures_as_a_network_without_its_weigh
             assert found[part][n][0] == pytest.approx(shares[-1], abs=1e-4)
     assert max(shares) > 0
     assert found["rows"] == 60
+    assert without_parts(headed, pixels, batch=16) == found
 
 
 def test_a_curve_is_met_where_it_was_measured_and_never_falls() -> None:

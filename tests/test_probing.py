@@ -17,6 +17,7 @@ from sartor.model import network as net
 from sartor.model.tail import Tail
 from sartor.numerics.gptq import gptq
 from sartor.numerics.grids import GRIDS, snap
+from sartor.numerics.metrics import share_interval, student_interval
 from sartor.plan import LayerPlan, Plan, to_mask
 from sartor.probing import FIRST, Texts, sense, sounded
 from sartor.stages import probe
@@ -221,7 +222,7 @@ def test_masks_take_cheap_units_only_and_ever_more(model: Any) -> None:
 def measured(truth: np.ndarray, rows: int, seed: int) -> list[list[float]]:
     """Intervals of parts whose rows scatter about these effects as those of backward probes do."""
     rng = np.random.default_rng(seed)
-    return [probe.interval(x * rng.standard_normal(rows) ** 2) for x in truth]
+    return [student_interval(x * rng.standard_normal(rows) ** 2) for x in truth]
 
 
 @pytest.mark.parametrize("rows", [(12, 12), (64, 16), (16, 128), (128, 128)])
@@ -241,7 +242,7 @@ def test_of_parts_called_personalized_few_are_so_by_chance(rows: tuple[int, int]
 
 def test_rises_of_either_sign_are_compared_by_their_difference() -> None:
     rng = np.random.default_rng(0)
-    rises = lambda mean: [probe.interval(m + 0.1 * rng.standard_normal(16)) for m in mean]  # noqa: E731
+    rises = lambda mean: [student_interval(m + 0.1 * rng.standard_normal(16)) for m in mean]  # noqa: E731
     said = verdicts(
         rises([-0.5, 0.5, -0.5, 1.0, *[0.0] * 40]), rises([0.5, 0.5, -0.5, 0.1, *[0.0] * 40]), (16, 16), ratios=False
     )
@@ -296,8 +297,27 @@ def test_halves_that_agree_on_nothing_say_nothing_of_channels() -> None:
 
 def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
-    held = [low <= 1 <= high for _, low, high in (probe.interval(1 + rng.standard_normal(8)) for _ in range(2000))]
+    held = [low <= 1 <= high for _, low, high in (student_interval(1 + rng.standard_normal(8)) for _ in range(2000))]
     assert 0.93 < np.mean(held) < 0.97
+
+
+@pytest.mark.parametrize("photos", [5, 8, 20, 64])
+def test_shares_of_few_photos_are_seldom_called_personalized_by_chance(photos: int) -> None:
+    rng, called = np.random.default_rng(0), 0
+    for _ in range(300):
+        rates = rng.uniform(0.0, 1.0, 20)
+        sides = [[share_interval((rng.random(n) < r).astype(float)) for r in rates] for n in (photos, 128)]
+        called += "personalized" in verdicts(*sides, (photos, 128), ratios=False)
+    assert called / 300 <= 0.08
+    sure = [share_interval(np.ones(photos)), *[share_interval(np.zeros(photos))] * 3]
+    if photos >= 20:
+        assert verdicts(sure, [share_interval(np.zeros(128))] * 4, (photos, 128), ratios=False)[0] == "personalized"
+
+
+def test_none_of_few_photos_is_not_surely_alike() -> None:
+    few, many = share_interval(np.zeros(4)), share_interval(np.zeros(100))
+    assert verdicts([few], [many], (4, 100), ratios=False) == ["undecided"]
+    assert share_interval(np.ones(5))[1] < 0.6
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])

@@ -24,7 +24,7 @@ stand for everyone else (not with --generic)."""
 
 
 PROBE = """Which parts of a transformer your texts or photos need, beside generic ones: every attention and every MLP is left out alone, and finer units (groups of
-heads, channels) are felt from their gradients. Nothing is cut. What generic text needs of a model is measured once and kept in the cache, for
+heads, channels) are felt from their gradients. Nothing is cut. What generic text (not pictures) needs of a model is measured once and kept in the cache, for
 sartor compress, too, and for every other user's texts."""
 
 
@@ -179,7 +179,7 @@ def _add_probe(p: argparse.ArgumentParser) -> None:
         "language model or vision transformer, as for sartor compress",
         "your texts or photos, as for sartor compress",
         "public texts that stand for everyone else (default: the Brown corpus); for photos a folder of public pictures, which is needed",
-        "how much text is looked at (default: standard, 3 minutes for 135 M parameters)",
+        "how much is looked at (default: standard, 3 minutes for texts and 135 M parameters)",
     )
     p.add_argument("--labels", metavar="CSV", help="classes of the photos, as for sartor compress")
     p.add_argument("--out", type=Path, metavar="DIR", help="new folder for probe.html and probe.json")

@@ -131,7 +131,7 @@ def refuse_other_photos(
     same = was["sha256"] == sha256 if "sha256" in was else album.counts() == was["pictures"]
     if tuple(classes) != tuple(known) or not same:
         raise InputError(
-            "the photos or their classes are not those this artifact was fitted to: with others, what was held out would be mixed with what it learnt; give the same folder, and the same --labels where a file names them"
+            "the photos or their classes are not those this artifact was fitted to, or are split differently: with others, what was held out would be mixed with what it learnt; give the same folder, and the same --labels where a file names them"
         )
 
 

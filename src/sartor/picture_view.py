@@ -34,7 +34,6 @@ from sartor.stages.allot_maps import MapCosts
 from sartor.stages.curves import Curves
 from sartor.stages.head import Head, choose_head, with_head
 from sartor.stages.narrow import Moments, moments_of_heads, narrowed, widths
-from sartor.stages.probe import Effects
 from sartor.stages.recognition import kl_of, said_of
 from sartor.stages.tokens import sample
 
@@ -137,8 +136,7 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
             f"{job.faster:g} times as fast as the original cannot be reached: the smallest network that Sartor would make is {fastest:.1f} times as fast, with pictures of {sides[-1]} pixels a side; ask for that or less with --faster"
         )
     best = replace(best, sides={r: found for v in views for r, found in v.sides.items()})
-    assert effects is not None  # there are sides
-    return _in_time(p, _keyed(p, best, job, four, tell), effects, job.faster, tell)
+    return _in_time(p, _keyed(p, best, job, four, tell), job, job.faster, tell)
 
 
 def _keyed(p: PreparedPictures, view: View, job: Job, four: float | None, tell: Tell) -> View:
@@ -168,23 +166,21 @@ def _keyed(p: PreparedPictures, view: View, job: Job, four: float | None, tell: 
     return replace(best, costs=costs, keys=tried, looked=e.felt, felt=felt if best is view else None)
 
 
-def _in_time(p: PreparedPictures, view: View, effects: Effects, faster: float, tell: Tell) -> View:
-    """The view with what the network, cut as foretold, takes in the runtime beyond the time asked for taken off its limit: heads and blocks are not quite worth the same in every network.
-
-    Where no smaller network can make up for it, the limit stays.
-    """
+def _in_time(p: PreparedPictures, view: View, job: Job, faster: float, tell: Tell) -> View:
+    """The view with what the network, cut as foretold, takes in the runtime beyond the time asked for taken off its limit: heads and blocks are not quite worth the same in every network."""
     a, costs = anatomy(view.dense), view.costs
     assert isinstance(costs, Costs)  # of heads and blocks
+    felt = view.felt or felt_pictures(running(view.dense), view.pictures, picture_effort_of(job.effort), job.seed)
+    effects, least = needed(felt), 1.01 * costs.seconds(smallest(a))
     for n in range(CORRECTED):
         tell("view", 0.92 + 0.04 * n, "how long the network takes in the runtime once it is cut")
         small = left(a, allot(a, effects, costs).steps)
         times = _seconds(p, {"cut": (resized(view.dense, small), WEIGHTS), "original": (p.whole, "fp32")})
         over = times["cut"] - (1 - MARGIN) * times["original"] / faster
-        less = replace(costs, limit=costs.seconds(small) - over)
-        if over <= 0 or _damage(view.dense, effects, less) == float("inf"):
+        if over <= 0 or costs.seconds(small) <= least:
             break
-        costs = less
-    return replace(view, costs=costs)
+        costs = replace(costs, limit=max(costs.seconds(small) - over, least))
+    return replace(view, costs=costs, felt=felt)
 
 
 def _head_seconds(p: PreparedPictures, dense: Any, networks: Mapping[int, Any], costs: Costs) -> dict[int, float]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int64, UInt8
-from scipy.sparse import coo_array
+from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
@@ -27,9 +27,15 @@ PARTS = tuple(SHARES)  # by index; of near duplicates in several parts of an own
 TRAIN, VALIDATION, TEST = range(3)
 TRUSTED_TEST_PHOTOS = 60
 TRUSTED_CLASS_PHOTOS = 10
-SMALL, ALIKE = 32, 0.985  # pixels of a side of small copies, and the correlation of near duplicates' at that size
+SMALL = 32  # pixels of a side of small copies
+ALIKE, OWN, SAME = (
+    0.985,
+    0.97,
+    0.999,
+)  # correlations of those of near duplicates: as they are, beside the mean of all, and so high that the first suffices
+FLAT = 0.5  # levels of 255 that the pixels of a copy scatter by at least
 TRIMMED = (0.0, 0.01, 0.02, 0.03, 0.04)  # of a side, that may be cut off every edge of one of them
-BLOCK = 512  # rows of correlations at a time: 8 MB for 4,000 photos
+BLOCK = 512  # rows of correlations at a time: 16 MB for 4,000 photos
 
 
 @dataclass(frozen=True)
@@ -144,29 +150,38 @@ def _large_enough(
 def near_duplicates(pixels: UInt8[Tensor, "n 3 s s"]) -> Int[np.ndarray, " n"]:
     """The cluster of each photo: near duplicates are together, and so are the friends of friends.
 
-    Near are two photos whose small copies correlate by ALIKE, as they are or with something cut off each edge of one. Of 160 and 250 photos of three users, copies with 1 to 4% cut off are found in 95% or
-    more (docs/log.md); the nearest two of different things correlate by 0.98. A copy with a strip of one edge gone may cross.
+    Near are two photos whose small copies correlate by ALIKE, as they are or with something cut off each edge of one, and so does, by OWN, what they have beside the mean of all photos: one outline, or the
+    colour of water, is no likeness; copies that correlate by SAME need no such proof. How many are found, and what escapes: docs/method.md.
     """
-    n, whole = len(pixels), _small(pixels, 0.0)
-    near = [np.zeros((0, 2), np.int64)]
+    n = len(pixels)
+    near = np.zeros((n, n), bool)
+    whole = _small(pixels, 0.0)
+    mean = whole.mean(0) if n else whole
+    looks, own = _unit(whole), _unit(whole - mean)
     for share in TRIMMED:
-        trimmed = _small(pixels, share)
+        trimmed = _small(pixels, share) if share else whole
+        theirs = _unit(trimmed), _unit(trimmed - mean)
         for start in range(0, n, BLOCK):
-            pairs = np.argwhere(trimmed[start : start + BLOCK] @ whole.T >= ALIKE)
-            near.append(pairs + np.array([start, 0]))
-    r, c = np.concatenate(near).T
-    graph = coo_array((np.ones(len(r), bool), (r, c)), shape=(n, n))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+            block = slice(start, start + BLOCK)
+            alike = theirs[0][block] @ looks.T
+            near[block] |= (alike >= ALIKE) & ((alike >= SAME) | (theirs[1][block] @ own.T >= OWN))
+    return connected_components(csr_array(near), directed=False)[1].astype(np.int64)
 
 
 def _small(pixels: UInt8[Tensor, "n 3 s s"], trimmed: float) -> Float[np.ndarray, "n d"]:
-    """Copies of SMALL pixels a side, that share of a side cut off each edge, without their mean, of length one."""
+    """Copies of SMALL pixels a side, that share of a side cut off each edge, each colour without its mean."""
     off = round(trimmed * pixels.shape[-1])
     middle = slice(off, pixels.shape[-1] - off)
     shrink = partial(nn.functional.interpolate, size=(SMALL, SMALL), mode="bilinear", antialias=True)
-    blocks = [shrink(b[..., middle, middle].float()).flatten(1) for b in pixels.split(64)]
-    small = torch.cat(blocks) if len(pixels) else torch.zeros(0, 1)
-    return nn.functional.normalize(small - small.mean(1, keepdim=True)).numpy()
+    blocks = [shrink(b[..., middle, middle].float()) for b in pixels.split(64)]
+    small = torch.cat(blocks) if len(pixels) else torch.zeros(0, 3, SMALL, SMALL)
+    return (small - small.mean((2, 3), keepdim=True)).flatten(1).numpy()
+
+
+def _unit(small: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Of length one; nothing where nothing is to be seen, so that it is like nothing."""
+    length = np.linalg.norm(small, axis=1, keepdims=True)
+    return np.where(length > FLAT * small.shape[1] ** 0.5, small / np.maximum(length, 1e-9), 0.0)
 
 
 def _not_leaking(

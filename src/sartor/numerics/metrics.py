@@ -71,6 +71,18 @@ def wilson(right: Array, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
 
+def student_interval(values: Array) -> list[float]:
+    """[mean, low, high]: Student's 95% interval; as values may be few, not a bootstrap's."""
+    n, mean = len(values), float(values.mean())
+    half = float(student_t.ppf(0.975, n - 1)) * float(values.std(ddof=1)) / n**0.5 if n > 1 else 0.0
+    return [float(f"{x:.4g}") for x in (mean, mean - half, mean + half)]
+
+
+def share_interval(values: Array) -> list[float]:
+    """[share, low, high] of values that are 0 or 1: Wilson's, which does not collapse where all are alike."""
+    return [float(f"{x:.4g}") for x in (float(values.mean()), *wilson(values))]
+
+
 def paired_interval(ours: Array, theirs: Array, z: float = 1.96) -> tuple[float, float]:
     """95% interval of the difference of two shares of right answers to the same questions (Agresti and Min 2005: Wald's, with half an answer more in every cell; it never collapses)."""
     n = len(ours) + 2

@@ -30,6 +30,11 @@ class Words:
     read: str
     heads: str
     head: str
+    share: str
+    much: str
+    others: str
+    little: str
+    title: str
 
 
 WORDS = {
@@ -44,6 +49,11 @@ WORDS = {
         "{:,} tokens of yours",
         "groups of heads",
         "group",
+        "{:+.0%}",
+        "this much text",
+        "other text of yours",
+        "That is too little to tell whose a group of heads is; more text helps.",
+        "cost of a byte without each part",
     ),
     "pictures": Words(
         "A layer has two parts: attention, by which patches of a picture look at each other, and an MLP, which works on every patch by itself. Each was left out alone.",
@@ -56,6 +66,11 @@ WORDS = {
         "{:,} photos of yours",
         "heads",
         "head",
+        "{:.0%}",
+        "these photos",
+        "other photos of yours",
+        "That is too little to tell whose a head is; more photos help.",
+        "share of pictures named otherwise without each part",
     ),
 }
 Part = tuple[int, str, list[float], list[float], str]
@@ -80,8 +95,8 @@ def sentences(r: dict[str, Any]) -> list[str]:
     out = [
         w.parts,
         f"What {w.yours} need most: "
-        + w.most.format(", ".join(f"{NAMES[k]} of layer {n} ({user[0]:.0%})" for n, k, user, *_ in most)),
-        f"Of {len(parts)} parts {counts['personalized']} matter to {w.yours} otherwise than to {w.generic}, {counts['generic']} alike, {counts['undecided']} cannot be told apart with the {w.stretches} there are.",
+        + w.most.format(", ".join(f"{NAMES[k]} of layer {n} ({w.share.format(user[0])})" for n, k, user, *_ in most)),
+        f"Of {len(parts)} parts {counts['personalized']} matter to {w.yours} otherwise than to {w.generic}, {counts['generic']} alike, {counts['undecided']} cannot be told apart with {w.much}.",
     ]
     for n, k, user, generic, _ in _told(parts):
         than = "more" if user[0] > generic[0] else "less"
@@ -93,7 +108,7 @@ def sentences(r: dict[str, Any]) -> list[str]:
     hurts = [f"{NAMES[k]} of layer {n}" for n, k, user, _, _ in parts if user[2] < 0 and several]
     if hurts:
         out.append(f"Without these your texts cost less than with them: {', '.join(hurts)}.")
-    return [*out, *_finer(r)]
+    return [*out, *_finer(r), *r.get("notes", [])]
 
 
 def _told(parts: list[Part]) -> list[Part]:
@@ -136,11 +151,11 @@ def _finer(r: dict[str, Any]) -> list[str]:
             f"Inside the MLPs {say.yours} order the channels most unlike {say.generic} in layer {low[0]} (rank correlation {low[1]:.2f}; 1 is the same order, 0 an unrelated one), most alike in layer {high[0]} ({high[1]:.2f})."
         )
     out.append(
-        f"How far to believe that: summed effects of such fine units foretold the damage of {w['masks']} random cuts on others of {say.yours} with rank correlation {w['spearman']:.2f}; a cut costs {w['factor']:.1f} times the sum before it is repaired. "
+        f"How far to believe that: summed effects of such fine units foretold the damage of {w['masks']} random cuts on {say.others} with rank correlation {w['spearman']:.2f}; a cut costs {w['factor']:.1f} times the sum before it is repaired. "
         f"{say.read.format(r['tokens']['user'])} told the order of the units with reliability {r['known']:.2f} by themselves."
     )
     if w["spearman"] < 0.5:
-        out.append("That is too little to tell whose a head is; more of them help.")
+        out.append(say.little)
     return out
 
 
@@ -189,5 +204,5 @@ def page(r: dict[str, Any]) -> str:
     return (
         f"<!doctype html><meta charset=utf-8><title>Sartor: probing</title><style>{STYLE}</style><h1>What {w.yours} need of this model</h1>{said}"
         f"<p>{w.worse.capitalize()}, with 95% intervals over {w.stretches}: <b class=u>yours</b> and <b class=g>generic</b> (square-root scale; "
-        f"personalized parts in bold).</p>{svg.intervals(rows, w.worse)}{picture}"
+        f"personalized parts in bold).</p>{svg.intervals(rows, w.title)}{picture}"
     )

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from sartor.model.graph import Graph
 from sartor.model.graph_channels import Group, channel_groups, masked
 from sartor.model.hooks import removed_after
+from sartor.numerics.metrics import student_interval
 from sartor.stages.medium import PICTURES
-from sartor.stages.probe import Effects, Worth, interval, worth_of_masks
+from sartor.stages.probe import Effects, Worth, worth_of_masks
 from sartor.stages.recognition import kl_of, said_of, signed
 from sartor.stages.sensitivity import BATCH, Felt
 
@@ -116,7 +117,7 @@ def map_effects(felt: Felt) -> Effects:
     for site, sketch in felt.sketch.items():
         channel[site[0]] = felt.effect(site)
         by_picture = felt.by_row(sketch).sum(1)
-        parts.append(interval(by_picture))
+        parts.append(student_interval(by_picture))
         rows = len(by_picture)
     return Effects(channel, {}, {PART: parts}, felt.tokens, 0.0, rows)
 

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from sartor.model.graph import Graph
 from sartor.model.vision import Vision
+from sartor.numerics.metrics import share_interval, student_interval
 from sartor.stages import likelihood, recognition, yardstick
 
 DIRECTIONS = 4  # of a picture, which has but one prediction
@@ -27,7 +28,7 @@ class Medium:
     Attributes:
         positions: of a row at which something is foretold. directions: among the outputs that a backward probe draws for a row.
         gradients: of log p at the hidden states, along a random direction of what the model itself foretells. listen: sends back from the hidden states what the loss summed over these rows feels, in one or several goes.
-        apart: from the hidden states of a model, how far others are from them, as `kl`. said: what a model foretells of rows. kl: mean KL of a model to that, in nats a prediction; unit: what that is called. worse: from rows and the hidden states of them, by how much others say less of each row.
+        apart: from the hidden states of a model, how far others are from them, as `kl`. said: what a model foretells of rows. kl: mean KL of a model to that, in nats a prediction; unit: what that is called. worse: from rows and the hidden states of them, by how much others say less of each row; interval: [mean, low, high] of that, 95%.
     """
 
     positions: Callable[[Tensor], int]
@@ -39,6 +40,7 @@ class Medium:
     kl: Callable[[Any, Tensor, Said], float]
     unit: str
     worse: Callable[[Any, Tensor, Tensor], Callable[[Tensor], np.ndarray]]
+    interval: Callable[[np.ndarray], list[float]]
 
 
 TEXT = Medium(
@@ -51,6 +53,7 @@ TEXT = Medium(
     likelihood.kl_of,
     "nats per token",
     yardstick.rise,
+    student_interval,
 )
 PICTURES = Medium(
     lambda rows: 1,
@@ -62,6 +65,7 @@ PICTURES = Medium(
     recognition.kl_of,
     "nats a picture",
     recognition.renamed,
+    share_interval,
 )
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import spearmanr, t
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from sartor.model.network import BLOCK, Anatomy, anatomy, masked
 from sartor.model.tail import Tail
+from sartor.numerics.metrics import student_interval
 from sartor.stages.medium import medium_of
 from sartor.stages.sensitivity import Felt
 from sartor.stages.yardstick import Reading, Yardstick
@@ -80,14 +81,14 @@ def effects_of(a: Anatomy, felt: Felt) -> Effects:
             of_groups = felt.sketch[n, "output"].reshape(-1, a.groups[n], a.queries_per_group * a.head_dim).sum(-1)
             group[n] = of_groups.square().sum(0)
             squares = felt.by_row(of_groups)
-            heads[n] = [interval(x) for x in squares.T]
+            heads[n] = [student_interval(x) for x in squares.T]
             by_row["attention"] = squares.sum(1)
         if a.ffn[n]:
             channel[n] = felt.effect((n, "down"))
             by_row["mlp"] = felt.by_row(felt.sketch[n, "down"]).sum(1)
         rows = max(rows, *map(len, by_row.values()))
         for k, x in by_row.items():
-            parts[k].append(interval(x))
+            parts[k].append(student_interval(x))
     return Effects(channel, group, parts, felt.tokens, 0.0, rows, heads)
 
 
@@ -177,13 +178,6 @@ def _believed(one: Tensor, other: Tensor, heard: int) -> float:
     return signal / max(signal + noise / heard, TINY)
 
 
-def interval(by_row: Float[np.ndarray, " n"]) -> list[float]:
-    """[mean, low, high]: Student's 95% interval over rows of text; as rows may be few, not a bootstrap's."""
-    n, mean = len(by_row), float(by_row.mean())
-    half = float(t.ppf(0.975, n - 1)) * float(by_row.std(ddof=1)) / n**0.5 if n > 1 else 0.0
-    return [float(f"{x:.4g}") for x in (mean, mean - half, mean + half)]
-
-
 def parts_left_out(model: Any, rows: Int[Tensor, "n t"]) -> Iterator[tuple[int, str, Reading, Float[np.ndarray, " n"]]]:
     """(layer, part, what was read without it, the rows' own cost), for every attention and every MLP; a layer costs only itself and those after it."""
     tail = Tail(model, rows)
@@ -207,19 +201,30 @@ def _without(model: Any, tail: Tail) -> Iterator[tuple[int, str, Tensor]]:
 
 
 def without_parts(
-    model: Any, rows: Tensor, tell: Callable[[float, str], None] = lambda share, note: None
+    model: Any,
+    rows: Tensor,
+    tell: Callable[[float, str], None] = lambda share, note: None,
+    batch: int | None = None,
 ) -> dict[str, Any]:
     """Every attention and every MLP left out alone: {part: by layer, [worse, low, high]}, the rise of the text's coding length as a share of it, or the share of pictures that are named otherwise; "rows": that the intervals come from.
 
     Exact, as there are few of them. A negative rise is a part that hurts.
+
+    Args:
+        batch: pictures that run at once; None: all rows, as texts must, whose rise is a share of all their length.
     """
-    layers, tail = anatomy(model).layers, Tail(model, rows)
-    worse = medium_of(model).worse(model, rows, tail.dense)
-    found: dict[str, Any] = {"rows": len(rows), **{k: [] for k in PARTS}}
-    for n, k, hidden in _without(model, tail):
-        found[k].append(interval(worse(hidden)))
-        tell((2 * n + (k == "mlp") + 1) / 2 / layers, f"layer {n} without its {k}: {found[k][-1][0]:+.1%}")
-    return found
+    medium, steps = medium_of(model), 2 * anatomy(model).layers
+    heard: dict[tuple[int, str], Float[np.ndarray, " n"]] = {}
+    parts = rows.split(batch or len(rows))
+    for i, some in enumerate(parts):
+        tail = Tail(model, some)
+        worse = medium.worse(model, some, tail.dense)
+        for step, (n, k, hidden) in enumerate(_without(model, tail)):
+            heard[n, k] = np.concatenate([heard.get((n, k), np.zeros(0)), worse(hidden)])
+            share = (i + (step + 1) / steps) / len(parts)
+            tell(share, f"layer {n} without its {k}: {heard[n, k].mean():+.1%}")
+    found: dict[str, Any] = {k: [medium.interval(x) for (_, of), x in heard.items() if of == k] for k in PARTS}
+    return {"rows": len(rows), **found}
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ ALIKE = 0.5  # of the larger one, that the smaller must have to be called alike
 LEAST_KNOWN = 0.2  # rank correlation of two halves of a text, below which their order says nothing
 NONE = 1e-30  # of a part that is not there
 K = TypeVar("K")
-Measured = Sequence[Sequence[float]]  # [mean, low, high] of every part, as `probe.interval` has them
+Measured = Sequence[Sequence[float]]  # [mean, low, high] of every part, as `metrics.student_interval` has them
 
 
 def verdicts(user: Measured, generic: Measured, rows: tuple[int, int], ratios: bool = True) -> list[str]:
     """personalized where the difference stands out, generic where it surely is small, undecided where the data cannot tell.
 
     Every part has Student's t of the difference, with the freedom of the smaller number of rows; of those called personalized a share of FALSE is there by chance at most (Benjamini and Hochberg 1995).
-    Effects are compared by their ratio (the delta method), as their rows are squares; each counts as no surer than the median of its side. Where such rows were drawn, 16 to 128 of them, 3 to 5% of the parts called personalized were so by chance.
+    Effects are compared by their ratio (the delta method), as their rows are squares; each counts as no surer than the median of its side. Where such rows were drawn, 16 to 128 of them, 3 to 5% of the parts called personalized were so by chance. Shares of pictures come with Wilson's intervals, which do not collapse at none or all.
     A part is generic where the 95% interval of the difference has the smaller no further than ALIKE from the larger.
 
     Args:
@@ -33,9 +33,10 @@ def verdicts(user: Measured, generic: Measured, rows: tuple[int, int], ratios: b
         return ["undecided"] * len(user)
     means = np.array([[x[0] for x in side] for side in (user, generic)])
     freedom = np.array(rows)[:, None] - 1.0
-    errors = np.array([[x[2] - x[0] for x in side] for side in (user, generic)]) / t.ppf(0.975, freedom)
+    errors = np.array([[max(x[2] - x[0], x[0] - x[1]) for x in side] for side in (user, generic)])
+    errors = errors / t.ppf(0.975, freedom)  # of shares, whose intervals are not even, the wider side
     room = -np.log(ALIKE) if ratios else ALIKE * abs(means).max(0)
-    none = (means == 0).all(0)
+    none = ((means == 0) & (errors == 0)).all(0)
     if ratios:  # a mean that fell low by chance says of itself that it is sure: at least the error of the others counts
         errors = errors / np.maximum(means, NONE)
         errors = np.maximum(errors, np.median(errors[:, ~none], 1)[:, None]) if not none.all() else errors
