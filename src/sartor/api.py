@@ -38,10 +38,10 @@ from sartor.progress import Progress
 from sartor.report.html import page
 from sartor.report.layers import layer_rows
 from sartor.sources import Source, cache_dir, fetched, resolve
+from sartor.stages import whose
 from sartor.stages.distil import Trained
 from sartor.stages.probe import order_units
 from sartor.stages.tokens import encode_windows, training_rows
-from sartor.stages.whose import alike, heads_of, of_parts
 from sartor.tensors import sizes_in
 from sartor.text_exports import ARTIFACT, export_text, write_gguf
 
@@ -204,13 +204,7 @@ def probe(
         "model": p.source.provenance(),
         "effort": effort,
         "seed": seed,
-        "tokens": {"user": user.tokens, "generic": general.tokens},
-        "known": user.known,
-        "worth": asdict(worth),
-        "without": without,
-        "verdicts": of_parts(without["user"], without["generic"]),
-        "groups": heads_of(user, general, worth),
-        "alike": alike(halves, general),
+        **whose.told(user, general, halves, worth, without),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -16,10 +15,10 @@ from sartor.picture_job import PreparedPictures
 from sartor.pictures import felt_pictures, needed
 from sartor.probing import Tell
 from sartor.sources import Source
+from sartor.stages import whose
 from sartor.stages.probe import check, order_units, without_parts
 from sartor.stages.recognition import BATCH
 from sartor.stages.tokens import sample
-from sartor.stages.whose import alike, heads_of, of_parts
 
 
 def probe_pictures(job: Job, source: Source, tell: Tell) -> dict[str, Any]:
@@ -53,13 +52,7 @@ def probe_pictures(job: Job, source: Source, tell: Tell) -> dict[str, Any]:
         "model": p.source.provenance(),
         "effort": job.effort,
         "seed": job.seed,
-        "tokens": {"user": user.tokens, "generic": general.tokens},
-        "known": user.known,
-        "worth": asdict(worth),
-        "without": without,
-        "verdicts": of_parts(without["user"], without["generic"]),
-        "groups": heads_of(user, general, worth),
-        "alike": alike(halves, general),
+        **whose.told(user, general, halves, worth, without),
         "notes": [*p.notes, *p.album.warnings, *_what_names_are(p), _how_many(without)],
     }
 

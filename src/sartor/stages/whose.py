@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import numpy as np
@@ -84,6 +85,21 @@ def heads_of(user: Effects, generic: Effects, worth: Worth) -> dict[str, dict[st
     said = _believed(_together(user.heads, generic.heads, (user.rows, generic.rows)), worth)
     told = {"user": user.heads, "generic": generic.heads, "verdicts": said}
     return {name: {str(n): list(x) for n, x in of.items()} for name, of in told.items()}  # type: ignore[attr-defined]
+
+
+def told(
+    user: Effects, generic: Effects, halves: tuple[Effects, Effects], worth: Worth, without: dict[str, Any]
+) -> dict[str, Any]:
+    """All of it, for JSON; without: {"user" or "generic": parts left out (`probe.without_parts`)}."""
+    return {
+        "tokens": {"user": user.tokens, "generic": generic.tokens},
+        "known": user.known,
+        "worth": asdict(worth),
+        "without": without,
+        "verdicts": of_parts(without["user"], without["generic"]),
+        "groups": heads_of(user, generic, worth),
+        "alike": alike(halves, generic),
+    }
 
 
 def alike(halves: tuple[Effects, Effects], generic: Effects) -> dict[str, float]:
