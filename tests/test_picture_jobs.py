@@ -490,7 +490,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
         assert "secret" not in told
         assert not (tmp_path / str(i)).exists()
     assert main(["probe", str(place["model"]), "--data", str(place["photos"])]) == 2
-    assert "texts so far" in capsys.readouterr().err
+    assert "with --generic" in capsys.readouterr().err
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("words")
     ask[3] = str(tmp_path / "texts")

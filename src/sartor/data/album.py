@@ -29,7 +29,7 @@ TRUSTED_TEST_PHOTOS = 60
 TRUSTED_CLASS_PHOTOS = 10
 SMALL = 32  # pixels of a side of small copies
 # correlations of those of near duplicates: as they are, of what they have beside the mean of all, and as they are where that suffices
-ALIKE, OWN, SAME = 0.985, 0.97, 0.999
+ALIKE, OWN, SAME = 0.985, 0.9, 0.999
 FLAT = 0.5  # levels of 255 that the pixels of a copy scatter by at least
 TRIMMED = (0.0, 0.01, 0.02, 0.03, 0.04)  # of a side, that may be cut off every edge of one of them
 BLOCK = 512  # rows of correlations at a time: 16 MB for 4,000 photos
