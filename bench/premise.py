@@ -24,12 +24,14 @@ from torch import Tensor
 
 from sartor.memory import keep_freed
 from sartor.model.network import anatomy, linears_of, tracked
+from sartor.model.tail import Tail
 from sartor.numerics.grids import GRIDS, search_scales, snap
 from sartor.stages.bits import BASE
 from sartor.stages.likelihood import drawn_gradients
-from sartor.stages.probe import Units, parts_left_out
+from sartor.stages.probe import Units, left_out
 from sartor.stages.sensitivity import BATCH, feel
 from sartor.stages.tokens import sample, training_rows
+from sartor.stages.yardstick import Yardstick
 
 DRAWS = 200
 ORDERED = 64  # rows of generic text that `generic_units` orders channels by
@@ -82,7 +84,9 @@ def measured(model: Any, sha: str, units: Units, rows: Tensor, exact: Tensor, na
         print(f"{name}: rounding", file=sys.stderr, flush=True)
         matrices = of_matrices(model, rows)
         print(f"{name}: sub-layers left out", file=sys.stderr, flush=True)
-        parts = np.stack([reading.kl for _, _, reading, _ in parts_left_out(model, exact)], 1)
+        tail = Tail(model, exact)
+        stick = Yardstick(model, exact, tail.dense)
+        parts = np.stack([stick.read(hidden).kl for _, _, hidden in left_out(model, tail)], 1)
         found = (parts, groups.square().numpy(), blocks.square().numpy(), matrices**2)
         np.savez(file, **dict(zip(GRAINS, found, strict=True)))
     return dict(np.load(file))

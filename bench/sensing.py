@@ -274,21 +274,21 @@ def recoveries(got: dict[str, Array], m: int, priors: dict[str, Array]) -> Itera
     ways = {f"KL, {name}": (solver, first) for name, solver in SOLVERS.items() if name != TO_PRIOR}
     ways |= {f"KL, ridge to {name}": (SOLVERS[TO_PRIOR] if p is first else TO_ORDER, p) for name, p in priors.items()}
     judged = {name: solver.judged(masks, kl, prior) for name, (solver, prior) in ways.items()}
-    for name, (solver, prior) in ways.items():
-        yield name, solver.solve(masks, kl, prior, judged[name][1]), ""
+    found = {name: solver.solve(masks, kl, prior, judged[name][1]) for name, (solver, prior) in ways.items()}
+    yield from ((name, scores, "") for name, scores in found.items())
     best = max(judged, key=lambda name: judged[name][0])
     solver, prior = ways[best]
-    solved = partial(solver.solve, prior=prior, s=judged[best][1])
-    yield "KL, what foretells held-out masks best", solved(masks, kl), f"{best[4:]}; {again(solved, masks, kl)}"
+    sure = again(partial(solver.solve, prior=prior, s=judged[best][1]), masks, kl, found[best])
+    yield "KL, what foretells held-out masks best", found[best], f"{best[4:]}; {sure}"
     for kind in ("loss", "hidden"):
         yield f"{kind}, LASSO", SOLVERS["LASSO"](masks, got[kind][:m], first), ""
     for sparse, name in ((False, "ridge"), (True, "jointly sparse")):
         yield f"vector, {name}", from_vectors(masks, got["vector"][:m], sparse), ""
 
 
-def again(solved: Callable[[Array, Array], Array], masks: Array, y: Array) -> str:
-    """How little the order hangs on single masks, the recovery, its strength and its prior being given: rank correlation with what masks drawn again, with replacement, say; mean and 90% interval (Efron 1979)."""
-    rng, whole = np.random.default_rng(0), solved(masks, y)
+def again(solved: Callable[[Array, Array], Array], masks: Array, y: Array, whole: Array) -> str:
+    """How little the order hangs on single masks, the recovery, its strength and its prior being given: rank correlation of the whole's scores with what masks drawn again, with replacement, say; mean and 90% interval (Efron 1979)."""
+    rng = np.random.default_rng(0)
     drawn = (rng.integers(len(y), size=len(y)) for _ in range(AGAIN))
     agreed = [float(np.nan_to_num(spearmanr(solved(masks[i], y[i]), whole).statistic)) for i in drawn]
     low, high = np.quantile(agreed, (0.05, 0.95))

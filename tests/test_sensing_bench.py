@@ -378,7 +378,7 @@ def test_the_premise_is_told_at_every_grain_and_the_same_again(
         between, low, high, ceiling, *_ = (float(x) for x in re.findall(r"-?\d\.\d\d", line))
         assert -1 <= low <= between <= high <= 1
         assert between <= ceiling + 0.2
-    for name in ("feel", "of_matrices", "parts_left_out"):
+    for name in ("feel", "of_matrices", "left_out"):
         monkeypatch.setattr(premise, name, lambda *_: pytest.fail("it was known"))
     assert asked(premise, monkeypatch, capsys, wide, *ask) == first
 

@@ -8,8 +8,7 @@ from typing import Any
 from sartor.effort import picture_effort_of
 from sartor.errors import InputError
 from sartor.job import Job
-from sartor.model.graph import Graph
-from sartor.model.kinds import load_seer
+from sartor.model.graph_saved import is_graph
 from sartor.model.precision import running
 from sartor.picture_job import PreparedPictures
 from sartor.pictures import felt_pictures, needed
@@ -31,7 +30,7 @@ def probe_pictures(job: Job, source: Source, tell: Tell) -> dict[str, Any]:
         raise InputError(
             "sartor probe says what your photos need beside what everyone's need: name a folder of public pictures with --generic"
         )
-    if isinstance(load_seer(source.folder), Graph):
+    if is_graph(source.folder):
         raise InputError(
             "sartor probe is for models that read texts and for vision transformers, and this is a convolutional network: sartor compress tells of its channels"
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -21,7 +21,6 @@ from sartor.model.tail import Tail
 from sartor.numerics.metrics import student_interval
 from sartor.stages.medium import medium_of
 from sartor.stages.sensitivity import Felt
-from sartor.stages.yardstick import Reading, Yardstick
 
 TINY = 1e-30  # of an effect whose logarithm is taken
 SURE = 1 - 1e-6  # of a correlation whose odds are taken
@@ -178,17 +177,8 @@ def _believed(one: Tensor, other: Tensor, heard: int) -> float:
     return signal / max(signal + noise / heard, TINY)
 
 
-def parts_left_out(model: Any, rows: Int[Tensor, "n t"]) -> Iterator[tuple[int, str, Reading, Float[np.ndarray, " n"]]]:
-    """(layer, part, what was read without it, the rows' own cost), for every attention and every MLP; a layer costs only itself and those after it."""
-    tail = Tail(model, rows)
-    stick = Yardstick(model, rows, tail.dense)
-    cost = stick.nats.mean(1).numpy()
-    for n, k, hidden in _without(model, tail):
-        yield n, k, stick.read(hidden), cost
-
-
-def _without(model: Any, tail: Tail) -> Iterator[tuple[int, str, Tensor]]:
-    """(layer, part, what the head reads without it)."""
+def left_out(model: Any, tail: Tail) -> Iterator[tuple[int, str, Tensor]]:
+    """(layer, part, what the head reads without it), for every attention and every MLP; a layer costs only itself and those after it."""
     a = anatomy(model)
     for n in range(a.layers):
         for k, off in (
@@ -219,7 +209,7 @@ def without_parts(
     for i, some in enumerate(parts):
         tail = Tail(model, some)
         worse = medium.worse(model, some, tail.dense)
-        for step, (n, k, hidden) in enumerate(_without(model, tail)):
+        for step, (n, k, hidden) in enumerate(left_out(model, tail)):
             heard[n, k] = np.concatenate([heard.get((n, k), np.zeros(0)), worse(hidden)])
             share = (i + (step + 1) / steps) / len(parts)
             tell(share, f"layer {n} without its {k}: {heard[n, k].mean():+.1%}")
