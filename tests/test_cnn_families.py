@@ -6,6 +6,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from sartor.errors import InputError, SourceError
 from sartor.model.classifier import names_in, rows_for
 from sartor.model.cnn_families import SIZE, from_torchvision
 from sartor.model.kinds import kind_of, load_seer
+from sartor.model.timm_families import from_timm
 from sartor.sources import resolve
 
 from .test_graph import CLASSES, close, lively, mobilenet_v2, normalized, onnx_file, pictures
@@ -260,6 +262,65 @@ def test_timms_efficientnet_lite_is_a_source_with_the_names_of_its_classes(
     (folder / "config.json").write_text(json.dumps(config | {"architecture": "efficientnet_b0"}))
     with pytest.raises(SourceError, match="plain vision transformer"):
         load_seer(resolve(str(folder)).folder)
+
+
+STAGES = (1, 2, 3, 2, 3)  # blocks of the small MobileNetV3
+
+
+def timms_mobilenet_v3(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's weights by timm's names; its batch norms have another epsilon, which the variances make good."""
+    parts: dict[str, tuple[str, str]] = {
+        "features.0": ("conv_stem", "bn1"),
+        "features.12": ("blocks.5.0.conv", "blocks.5.0.bn1"),
+    }
+    squeezed, block = dict[str, str](), 1
+    for stage, count in enumerate(STAGES):
+        for n in range(count):
+            theirs, ours = f"features.{block}.block", f"blocks.{stage}.{n}"
+            numbers = sorted({int(name.split(".")[3]) for name in state if name.startswith(f"{theirs}.")})
+            plain = [k for k in numbers if f"{theirs}.{k}.fc1.weight" not in state]
+            convs = ["conv_pw", "conv_dw", "conv_pwl"] if len(plain) == 3 else ["conv_dw", "conv_pw"]
+            for at, (k, conv) in enumerate(zip(plain, convs, strict=True), 1):
+                parts[f"{theirs}.{k}"] = f"{ours}.{conv}", f"{ours}.bn{at}"
+            squeezed |= {f"{theirs}.{k}": f"{ours}.se" for k in set(numbers) - set(plain)}
+            block += 1
+    found = {}
+    for name, t in state.items():
+        start, _, end = name.rpartition(".")
+        at, _, which = start.rpartition(".")
+        if at in parts:
+            found[f"{parts[at][int(which)]}.{end}"] = t + 1e-3 - 1e-5 if end == "running_var" else t
+        elif at in squeezed:
+            found[f"{squeezed[at]}.{'conv_reduce' if which == 'fc1' else 'conv_expand'}.{end}"] = t
+        else:
+            new = {"classifier.0": "conv_head", "classifier.3": "classifier"}[start]
+            found[f"{new}.{end}"] = t[..., None, None] if new == "conv_head" and end == "weight" else t
+    return found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "made", "named"),
+    [
+        ("mobilenetv3_small_100", mobilenet_v3, timms_mobilenet_v3),
+        ("resnet18", lambda: resnet(Basic), dict),
+        ("mobilenetv2_100", lambda: efficientnet_lite(False), dict),  # of the same parts
+    ],
+)
+def test_timms_other_networks_are_read_by_their_names(
+    architecture: str, made: Callable[[], nn.Module], named: Callable[[Any], dict[str, Tensor]]
+) -> None:
+    torch.manual_seed(0)
+    model = lively(made().eval())
+    told = {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.6, 0.7], "input_size": [3, 96, 96]}
+    config = {"architecture": architecture, "pretrained_cfg": told}
+    graph, x = from_timm(named(model.state_dict()), config), pictures(2, 96)
+    mean, std = (torch.tensor(told[k])[:, None, None] for k in ("mean", "std"))
+    wanted = model((x / 255 - mean) / std)
+    assert (wanted[0] - wanted[1]).abs().max() > 1e-3
+    close(graph(x), wanted)
+    for odd in ({"architecture": "mobilenetv3_rw"}, {"model_args": {"output_stride": 16}}, {"global_pool": "max"}):
+        with pytest.raises(SourceError, match="is not a plain one"):
+            from_timm(named(model.state_dict()), config | odd)
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

@@ -19,7 +19,8 @@ from sartor.export import onnxrt
 from sartor.export.graph_file import write
 from sartor.model.cnn_families import from_torchvision
 from sartor.model.graph import INPUT, MEAN, STD, Draft, Graph, macs, normalization
-from sartor.model.graph_channels import channel_groups, ended, masked, shrink, with_head
+from sartor.model.graph_branches import branches
+from sartor.model.graph_channels import at_size, channel_groups, ended, ends_of, masked, shrink, with_head
 from sartor.model.graph_onnx import read_graph
 
 SIZE, CLASSES = 24, 5
@@ -183,6 +184,63 @@ def test_groups_are_those_that_a_person_would_draw() -> None:
         ((conv[3],), (conv[4],), 4),  # the squeezed part
         ((conv[6],), (head,), 6),
     }
+
+
+def blocks(m: Maker) -> Graph:
+    """Two residual blocks of three layers that keep their size behind one that does not, and one that reads what lies before the block it is in."""
+    x = m.act(m.conv(INPUT, 8, 3, 2))
+    x = m.draft.add("add", m.conv(x, 12, 1, 2), m.conv(m.act(m.conv(x, 6, 3, 2)), 12, 3))
+    for _ in range(2):
+        x = m.draft.add("add", x, m.conv(m.act(m.depthwise(m.act(m.conv(x, 16)))), 12))
+    y = m.act(m.conv(x, 10))
+    return m.done(m.draft.add("add", x, m.conv(m.draft.add("add", y, m.conv(x, 10)), 12)))
+
+
+def test_residual_blocks_are_those_that_a_person_would_draw() -> None:
+    graph = blocks(Maker(0))
+    adds = [n for n in graph.nodes if n.op == "add"]
+    found = branches(graph)
+    assert [b.add for b in found] == [adds[1].name, adds[2].name, adds[4].name]
+    assert [(b.skip, b.last) for b in found] == [a.inputs for a in (adds[1], adds[2], adds[4])]
+    assert [len(b.inside) for b in found] == [5, 5, 5]
+    groups = channel_groups(graph)
+    ends = ends_of(graph, groups)
+    assert {name: b.add for name, b in ends.items()} == {
+        next(g.name for g in groups if {*g.rows, *g.columns} <= b.inside): b.add for b in found
+    }
+    assert not ends_of(fire(Maker(0)), channel_groups(fire(Maker(0))))
+    assert not ends_of(plain(Maker(0)), channel_groups(plain(Maker(0))))
+
+
+@pytest.mark.parametrize("which", [[0], [1], [0, 1], [2], [0, 1, 2]])
+@pytest.mark.parametrize("kind", [blocks, inverted])
+def test_a_residual_block_with_nothing_left_to_read_is_gone(kind: Callable[[Maker], Graph], which: list[int]) -> None:
+    graph, x = kind(Maker(1)), pictures()
+    ends = list(ends_of(graph, channel_groups(graph)).items())
+    gone = dict(ends[n] for n in which if n < len(ends))
+    units = {g.name: g.units for g in channel_groups(graph)}
+    keep = some(graph, 1) | {name: torch.zeros(units[name], dtype=torch.bool) for name in gone}
+    small = shrink(graph, keep)
+    with masked(graph, keep):
+        close(small(x), graph(x))
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in graph.modules())
+    left = {n.name for n in small.nodes}
+    assert not left & set().union(*({b.add, *b.inside} for b in gone.values()))
+    assert set(small.layers) <= left
+    assert len(left) == len(graph.nodes) - len(set().union(*({b.add, *b.inside} for b in gone.values())))
+
+
+def test_a_network_reads_pictures_of_another_size_where_its_layers_can() -> None:
+    graph = blocks(Maker(0))
+    other = at_size(graph, SIZE // 2)
+    assert other is not None
+    assert other(pictures(2, SIZE // 2)).shape == (2, CLASSES)
+    other.layers[graph.nodes[0].name].weight.data.zero_()
+    assert graph.layers[graph.nodes[0].name].weight.any()  # it is a copy
+    again = at_size(graph, SIZE)
+    assert again is not None
+    assert torch.equal(again(pictures()), graph(pictures()))
+    assert at_size(plain(Maker(0)), 2 * SIZE) is None  # a matrix for so many places
 
 
 def test_masks_leave_nothing_behind_also_when_the_body_raises() -> None:

@@ -18,14 +18,17 @@ from sartor.export.lowering import exported
 from sartor.map_view import first_units, in_eight, map_costs, timed_maps
 from sartor.model import graph_saved
 from sartor.model.graph import INPUT, Graph
-from sartor.model.graph_channels import channel_groups, kept_channels, shrink, waists
+from sartor.model.graph_channels import channel_groups, ends_of, kept_channels, shrink, waists
+from sartor.model.network import clone
 from sartor.numerics.eight import best_grid, grid_of, held, on_grid, rounded
 from sartor.plan import LayerPlan, from_mask
 from sartor.stages.allot_maps import allot_maps
 from sartor.stages.attribute import patches_that_decided
 from sartor.stages.eight import byte_grid, reading_bytes, round_, rounded_values, unrounded
-from sartor.stages.maps import PART, block_of, check_maps, feel_maps, map_effects
+from sartor.stages.map_curves import measured_map_curves, moments_of_maps, reading_less
+from sartor.stages.maps import PART, block_of, blocks_of, check_maps, feel_maps, ladder_of, map_effects
 from sartor.stages.probe import Effects
+from sartor.stages.recognition import kl_of, said_of
 from sartor.stages.refit import refit_maps, seen_of
 
 from .test_graph import KINDS, Maker, close, fire, grouped, inverted, pictures, plain, residual
@@ -307,7 +310,7 @@ def test_units_with_the_least_effect_go_first() -> None:
 def test_time_is_kept_too_and_takes_channels_where_maps_are_large() -> None:
     graph = wide()
     costs = map_costs(graph, 10**6)
-    timed = dataclasses.replace(costs, prices=(1e-9, 2e-9, 1e-9))
+    timed = dataclasses.replace(costs, prices=(1e-9, 2e-9, 1e-9, 1e-6))
     limit = 0.6 * timed.seconds([0] * len(costs.units))
     allotted = allot_maps(effects(graph), dataclasses.replace(timed, limit=limit))
     gone = [u - len(from_mask(c)) for u, c in zip(costs.units, allotted.channels, strict=True)]
@@ -319,11 +322,94 @@ def test_time_is_kept_too_and_takes_channels_where_maps_are_large() -> None:
 def test_prices_of_time_are_measured_and_what_cannot_be_reached_is_refused() -> None:
     graph = wide()
     costs = map_costs(graph, 10**6)
-    timed = timed_maps(graph, graph, costs, pictures(8), 0.1)
+    timed, fastest = timed_maps(graph, graph, costs, pictures(8), 0.1)
     assert min(timed.prices) >= 0
     assert timed.limit < 1.0
-    with pytest.raises(BudgetError, match="times as fast; ask for that or less"):
-        timed_maps(graph, graph, costs, pictures(8), 1e6)
+    assert allot_maps(effects(graph), timed).whole
+    assert fastest < 1e6
+    slow, _ = timed_maps(graph, graph, costs, pictures(8), 1e6)
+    with pytest.raises(BudgetError, match="ask for less with --faster"):
+        allot_maps(effects(graph), slow)
+
+
+def ending(graph: Graph) -> int:
+    """Number of the group that the last residual block ends with."""
+    groups = channel_groups(graph)
+    return [g.name for g in groups].index(list(ends_of(graph, groups))[-1])
+
+
+def test_a_residual_block_goes_as_a_whole_where_its_layers_take_time() -> None:
+    graph = wide()
+    costs, found, n = map_costs(graph, 10**6), effects(graph), ending(graph)
+    assert costs.levels(n)[-1] == costs.units[n] == costs.most[n]
+    assert all(costs.levels(k)[-1] < costs.units[k] for k in set(range(len(costs.units))) - costs.ends)
+    found.channel[n] *= 1e-3
+    timed = dataclasses.replace(costs, prices=(1e-12, 1e-12, 1e-12, 1e-3))
+    limit = timed.seconds([0] * len(costs.units)) - 2.5e-3  # a block of three layers
+    allotted = allot_maps(found, dataclasses.replace(timed, limit=limit))
+    assert not from_mask(allotted.channels[n])
+    plans = tuple(LayerPlan("0:0", c) for c in allotted.channels)
+    small = shrink(graph, keep_of(graph, plans))
+    assert len(small.layers) == len(graph.layers) - 3
+    for share, most in ((1e-6, 0.0), (1e6, 0.05)):  # what it was measured to cost, beside the sum of effects
+        curve = {ladder_of(n): [[0.5, 1.0], [1.0, share]]}
+        anew = allot_maps(found, dataclasses.replace(timed, limit=limit, curves=curve))
+        assert (len(from_mask(anew.channels[n])) == 0) == (most == 0)
+
+
+def test_what_a_block_added_is_made_good_by_the_layers_behind_it() -> None:
+    graph, x = wide(), pictures(24)
+    n = ending(graph)
+    keep = {channel_groups(graph)[n].name: torch.zeros(64, dtype=torch.bool)}
+    small, outputs = shrink(graph, keep), kept_channels(graph, keep)[0]
+    fitted = refit_maps(small, graph, outputs, seen_of(x, x[:0], 0.0, 24), eight=False)
+    assert error(fitted, graph, x) < 0.7 * error(small, graph, x)
+    first = list(ends_of(graph, channel_groups(graph)))[0]
+    for name in (first, channel_groups(graph)[n].name):  # a block that adds nothing may go: the rest stays as it is
+        silent = clone(graph)
+        branch = ends_of(silent, channel_groups(silent))[name]
+        for part in ("weight", "bias"):
+            getattr(silent.layers[branch.last], part).data.zero_()
+        keep = {name: torch.zeros(64, dtype=torch.bool)}
+        again = refit_maps(
+            shrink(silent, keep), silent, kept_channels(silent, keep)[0], seen_of(x, x[:0], 0.0, 24), eight=False
+        )
+        close(again(x), silent(x))
+
+
+def test_curves_are_what_fitted_cuts_cost() -> None:
+    graph, x, n = wide(), pictures(24), ending(wide())
+    found = map_effects(feel_maps(graph, x[:16]))
+    silent = clone(graph)
+    for name, layer in silent.layers.items():  # the second half of these channels repeats the first
+        group = channel_groups(graph)[n]
+        for part in (group.rows.get(name),):
+            if part is not None:
+                layer.weight.data[part.at[part.unit >= 32]] = layer.weight.data[part.at[part.unit < 32]]
+                layer.bias.data[part.at[part.unit >= 32]] = layer.bias.data[part.at[part.unit < 32]]
+    felt = map_effects(feel_maps(silent, x[:16]))
+    felt.channel[n][:32] += 1.0  # so that the repeated ones go first
+    curves = measured_map_curves(silent, felt, x[:16], x[16:])
+    assert curves[ladder_of(n)][0][0] == 0.5
+    assert (
+        curves[ladder_of(n)][0][1] * float(felt.channel[n][32:].sum()) < 1e-4
+    )  # half of them say nothing of their own
+    assert [share for share, _ in curves[ladder_of(n)]][-1] == 1.0
+    before = {name: p.clone() for name, p in graph.state_dict().items()}
+    curves = measured_map_curves(graph, found, x[:16], x[16:], fixed=(0,))
+    assert ladder_of(0) not in curves
+    assert all(torch.equal(p, before[name]) for name, p in graph.state_dict().items())
+    group = channel_groups(graph)[n]
+    with reading_less(graph, group, torch.zeros(64, dtype=torch.bool), moments_of_maps(graph, x[:16])):
+        said = graph(x[16:])
+    kl = kl_of(graph, x[16:], said_of(graph, x[16:]))
+    assert kl == 0
+    whole = torch.log_softmax(graph(x[16:]), -1)
+    real = float((whole.exp() * (whole - torch.log_softmax(said, -1))).sum(-1).mean())
+    share, ratio = curves[ladder_of(n)][-1]
+    total = sum(max(0.0, float(w)) for w in blocks_of(found)[1][n])
+    assert share == 1.0
+    assert ratio * total == pytest.approx(real, rel=0.02)
 
 
 def test_masks_of_a_plan_are_units_of_groups() -> None:

@@ -194,6 +194,49 @@ def test_timms_names_lead_to_the_same_network(kind: str, architecture: str, size
         assert 1e-4 < (states(mine, pixels) - states(reference, pixels)).abs().max() < 1
 
 
+CLIP = {
+    "vision_model.": "",
+    "embeddings.class_embedding": "cls_token",
+    "embeddings.position_embedding.weight": "pos_embed",
+    "embeddings.patch_embedding": "patch_embed.proj",
+    "encoder.layers.": "blocks.",
+    "self_attn.out_proj": "attn.proj",
+    "layer_norm1": "norm1",
+    "layer_norm2": "norm2",
+    "pre_layrnorm": "norm_pre",
+    "post_layernorm": "norm",
+}
+
+
+def timms_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        if ".q_proj." in name:
+            t = torch.cat([tensors[name.replace("q_proj", f"{k}_proj")] for k in "qkv"])
+            name = name.replace("self_attn.q_proj", "attn.qkv")
+        elif ".k_proj." in name or ".v_proj." in name or "position_ids" in name:
+            continue
+        for old, new in CLIP.items():
+            name = name.replace(old, new)
+        out[name] = t.reshape(1, -1, t.shape[-1]) if name in ("cls_token", "pos_embed") else t
+    return out | {"head.weight": torch.zeros(8, 64)}
+
+
+@pytest.mark.parametrize(("act", "called"), [("gelu", "clip"), ("quick_gelu", "clip_quickgelu")])
+def test_timms_clip_towers_are_transformers_own(act: str, called: str, tmp_path: Path) -> None:
+    model = saved("clip_vision_model", tmp_path, hidden_act=act)
+    reference, x = load_vision(tmp_path), pictures(48)
+    rewritten(tmp_path, timms_clip)
+    config = {"architecture": f"vit_base_patch16_{called}_224", "model_args": {"num_heads": 4}}
+    cfg = {"mean": list(reference.config.mean), "std": list(reference.config.std)}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": cfg}))
+    mine = load_vision(tmp_path)
+    assert mine.config.activation == act
+    assert torch.allclose(states(mine, x), states(reference, x), atol=1e-5)
+    want = theirs(model, reference, x)
+    assert torch.allclose(states(mine, x)[:, :1], want, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "name", ["vit_base_patch16_siglip_224", "vit_giant_patch14_dinov2", "resnet50", "vit_base_patch16_rpn_224"]
 )

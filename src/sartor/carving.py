@@ -17,10 +17,11 @@ from sartor.model.precision import running
 from sartor.model.vision import Vision
 from sartor.numerics.four import FOUR
 from sartor.plan import LayerPlan, Plan
-from sartor.stages.allot import Allotment, Costs, allot, refuse_impossible
+from sartor.stages.allot import Allotment, allot, refuse_impossible
 from sartor.stages.allot_maps import allot_maps, refuse_impossible_maps
-from sartor.stages.curves import measured_curves, moments_of
+from sartor.stages.curves import Curves, measured_curves, moments_of
 from sartor.stages.fit import evidence_of, fit
+from sartor.stages.map_curves import measured_map_curves
 from sartor.stages.maps import check_maps
 from sartor.stages.masters import Latents, free, put_
 from sartor.stages.probe import Effects, Worth, check, order_units
@@ -38,14 +39,14 @@ class Carving:
 
     Attributes:
         refuse: (network, costs) raises BudgetError where even the smallest is too much. check: (network, effects, pictures, masks, seed, tell), how well effects foretell random cuts.
-        priced: (network as it runs, effects, costs, pictures to fit on, others to judge by, tell), the costs with what cuts were measured to damage. allot: (network, effects, costs), what stays. cut: (network, plan), the network without what goes; may change the one it is given. fit: (cut network, whole one, the user's pictures, generic
+        curves: (network as it runs, effects, costs, pictures to fit on, others to judge by, tell), what cuts were measured to damage. allot: (network, effects, costs), what stays. cut: (network, plan), the network without what goes; may change the one it is given. fit: (cut network, whole one, the user's pictures, generic
         ones, plan, tell), what is left fitted to what the whole one says, and its weights as training goes on with them. gone: (before, after), how much went. eight: (whole network, the user's pictures), as it is written with eight bits when nothing is cut. rounds: the fit rounds too, to grids that are not kept
         with the weights.
     """
 
     refuse: Callable[[Any, Any], None]
     check: Callable[[Any, Effects, Tensor, int, int, Told], Worth]
-    priced: Callable[[Any, Effects, Any, Tensor, Tensor, Told], Any]
+    curves: Callable[[Any, Effects, Any, Tensor, Tensor, Told], Curves]
     allot: Callable[[Any, Effects, Any], Allotment]
     cut: Callable[[Any, Plan], Any]
     fit: Callable[[Any, Any, Tensor, Tensor, Plan, Told], tuple[Any, Latents]]
@@ -54,16 +55,17 @@ class Carving:
     rounds: bool
 
 
-def curved(model: Vision, effects: Effects, costs: Costs, own: Tensor, judged: Tensor, tell: Told) -> Costs:
+def curved(model: Any, effects: Effects, costs: Any, own: Tensor, judged: Tensor, tell: Told) -> Any:
     """Costs with a curve for every part of the network, where anything has to go and none was measured yet."""
-    if costs.curves or _nothing_goes(model, effects, costs):
+    carving = carving_of(model)
+    if costs.curves or _nothing_goes(carving, model, effects, costs):
         return costs
-    return replace(costs, curves=measured_curves(model, effects, moments_of(model, own), judged, tell))
+    return replace(costs, curves=carving.curves(model, effects, costs, own, judged, tell))
 
 
-def _nothing_goes(model: Vision, effects: Effects, costs: Costs) -> bool:
+def _nothing_goes(carving: Carving, model: Any, effects: Effects, costs: Any) -> bool:
     try:
-        return allot(anatomy(model), effects, costs).whole
+        return carving.allot(model, effects, costs).whole
     except BudgetError:  # out of reach with these pictures, perhaps not with smaller ones
         return False
 
@@ -133,13 +135,15 @@ def _eight_maps(whole: Graph, own: Tensor) -> Graph:
 
 def _gone_maps(before: Graph, after: Graph) -> dict[str, Any]:
     units = [sum(g.units for g in channel_groups(graph)) for graph in (before, after)]
-    return {"channels": units[0] - units[1]} if units[0] != units[1] else {}
+    sums = [sum(n.op == "add" for n in graph.nodes) for graph in (before, after)]
+    went = {"channels": units[0] - units[1], "residual_blocks": sums[0] - sums[1]}
+    return {what: count for what, count in went.items() if count}
 
 
 HEADS = Carving(
     refuse=lambda model, costs: refuse_impossible(anatomy(model), costs),
     check=lambda model, effects, *rest: check(model, order_units(effects), *rest),
-    priced=curved,
+    curves=lambda model, effects, costs, own, *rest: measured_curves(model, effects, moments_of(model, own), *rest),
     allot=lambda model, effects, costs: allot(anatomy(model), effects, costs),
     cut=_cut_heads,
     fit=_fit_heads,
@@ -150,7 +154,9 @@ HEADS = Carving(
 MAPS = Carving(
     refuse=lambda model, costs: refuse_impossible_maps(costs),
     check=check_maps,
-    priced=lambda model, effects, costs, *rest: costs,
+    curves=lambda model, effects, costs, own, judged, tell: measured_map_curves(
+        model, effects, own, judged, costs.fixed, tell
+    ),
     allot=lambda model, effects, costs: allot_maps(effects, costs),
     cut=lambda model, plan: shrink(model, keep_of(model, plan.layers)),
     fit=_fit_maps,

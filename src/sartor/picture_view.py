@@ -1,35 +1,36 @@
 """What the fitted network will look at: pictures as large as the original's, or smaller ones where time is asked for.
 
-A picture's side is a cut like any other. The heads' reading of each other grows with the fourth power of it, everything else with the square; the damage is what the head says worse of
+A picture's side is a cut like any other. The heads' reading of each other grows with the fourth power of it, everything else, and all of a convolutional network, with the square; the damage is what the head says worse of
 smaller pictures, in nats on pictures left out, and is weighed against the damage foretold of the heads and channels that would have to go instead.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from math import ceil
 from typing import Any
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from sartor.carving import four_damage
+from sartor.carving import carving_of, four_damage
 from sartor.effort import picture_effort_of
 from sartor.errors import BudgetError
-from sartor.export import onnx_file, onnxrt
+from sartor.export import onnx_file
 from sartor.job import Job
-from sartor.map_view import MARGIN, THREADS, TIMED, map_costs, timed_maps
+from sartor.map_view import MARGIN, map_costs, of_widths, seconds_of, timed_maps
 from sartor.model.checkpoints import load_vision
 from sartor.model.graph import Graph
+from sartor.model.graph_channels import at_size
 from sartor.model.network import BLOCK, Anatomy, anatomy, clone, shrink_attention_, shrink_mlp_
 from sartor.model.precision import running
 from sartor.picture_job import WEIGHTS, PreparedPictures
 from sartor.pictures import RHO, FeltPictures, Pictures, felt_pictures, needed, priced
+from sartor.plan import from_mask
 from sartor.probing import Tell
-from sartor.stages.allot import Costs, Four, allot, left, refuse_impossible, smallest
+from sartor.stages.allot import Costs, Four, left, smallest
 from sartor.stages.allot_maps import MapCosts
 from sartor.stages.curves import Curves
 from sartor.stages.head import Head, choose_head, with_head
@@ -39,6 +40,8 @@ from sartor.stages.tokens import sample
 
 CORRECTED = 2  # times that the limit of time is set right by what the cut network really takes
 SHARES = (1.0, 0.875, 0.75)  # of the side of the original's pictures, that are tried where time is asked for
+LEAST_SIDE = 0.55  # the same of convolutional networks, down to here
+STRIDE = 32  # pixels, in steps of which: maps are halved five times, and every padding stays as it was
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class View:
         c = self.costs
         told: dict[str, Any] = {"side": self.side, "limit": None if c.limit == float("inf") else c.limit}
         if isinstance(c, MapCosts):
-            return told | {"prices": c.prices}
+            return told | {"prices": c.prices, "curves": c.curves}
         told["four"] = c.four.damage if c.four else None
         told |= {"keys": self.dense.config.keys, "tried": self.keys, "pictures": self.looked, "curves": c.curves}
         return told | {"block_seconds": c.block_seconds, "head_seconds": c.head_seconds}
@@ -102,30 +105,26 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
     Raises:
         BudgetError: not even the smallest pictures are fast enough.
     """
-    whole: int = p.whole.size
-    if isinstance(p.whole, Graph):
-        return _view_of_maps(p, job, tell)
-    refuse_impossible(anatomy(p.dense), _priced(p, p.dense, 0.0))  # before any work is done
+    carving_of(p.dense).refuse(p.dense, _priced(p, p.dense, 0.0))  # before any work is done
     four = _four_damage(p, job, tell)
     if job.faster is None:
         return _keyed(p, View(p.dense, p.head, p.pictures, _priced(p, p.dense, four), {}), job, four, tell)
-    patch, views = p.whole.config.patch, list[View]()
+    sides, views = sides_of(p.whole), list[View]()
     felt, effects, curves, fastest, e = None, None, Curves(), 0.0, picture_effort_of(job.effort)
-    sides = [patch * round(share * whole / patch) for share in SHARES]
     for n, r in enumerate(sides):
         told = lambda note, n=n: tell("view", 0.5 * n / len(sides), note)  # noqa: E731
         told(f"pictures of {r} pixels a side: what the head says of them")
         dense, head = headed(p, r, job.seed)
         pictures = shrunk(p.pictures, r)
-        told(f"pictures of {r} pixels a side: how long heads and channels take in the runtime")
+        told(f"pictures of {r} pixels a side: how long its parts take in the runtime")
         costs, most = timed(p, dense, _priced(p, dense, four), job.faster)
         fastest = max(fastest, most)
         if effects is None:
-            told("what the photos need of heads and channels")
+            told("what the photos need of the network's parts")
             half = running(dense)
             felt = felt_pictures(half, pictures, e, job.seed)
             effects = needed(felt)
-            told("what fewer heads and channels cost")
+            told("what fewer of them cost")
             curves = priced(half, pictures, effects, costs, e, job.seed).curves
         costs = replace(costs, curves=curves)
         damages = {r: [head.nats, _damage(dense, effects, costs)]}
@@ -139,9 +138,19 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
     return _in_time(p, _keyed(p, best, job, four, tell), job, job.faster, tell)
 
 
+def sides_of(whole: Any) -> list[int]:
+    """Sides of pictures that are tried where time is asked for, the original's first."""
+    size: int = whole.size
+    if isinstance(whole, Graph):
+        smaller = range(size - STRIDE, ceil(LEAST_SIDE * size) - 1, -STRIDE) if size % STRIDE == 0 else ()
+        return [size, *(r for r in smaller if at_size(whole, r) is not None)]
+    patch = whole.config.patch
+    return [patch * round(share * size / patch) for share in SHARES]
+
+
 def _keyed(p: PreparedPictures, view: View, job: Job, four: float | None, tell: Tell) -> View:
     """The view with as many dimensions to compare tokens by as are best, together with what else must go then; as many as there are where nobody says what the network adapts to, which heals it."""
-    if not p.labelled:
+    if not p.labelled or isinstance(p.whole, Graph):  # which has no heads
         return view
     e, half = picture_effort_of(job.effort), running(view.dense)
     told = lambda share, note: tell("view", 0.5 + 0.3 * share, note)  # noqa: E731
@@ -167,67 +176,58 @@ def _keyed(p: PreparedPictures, view: View, job: Job, four: float | None, tell: 
 
 
 def _in_time(p: PreparedPictures, view: View, job: Job, faster: float, tell: Tell) -> View:
-    """The view with what the network, cut as foretold, takes in the runtime beyond the time asked for taken off its limit: heads and blocks are not quite worth the same in every network."""
-    a, costs = anatomy(view.dense), view.costs
-    assert isinstance(costs, Costs)  # of heads and blocks
+    """The view with what the network, cut as foretold, takes in the runtime beyond the time asked for taken off its limit: parts are not quite worth the same in every network."""
+    costs = view.costs
     felt = view.felt or felt_pictures(running(view.dense), view.pictures, picture_effort_of(job.effort), job.seed)
-    effects, least = needed(felt), 1.01 * costs.seconds(smallest(a))
+    effects = needed(felt)
     for n in range(CORRECTED):
         tell("view", 0.92 + 0.04 * n, "how long the network takes in the runtime once it is cut")
-        small = left(a, allot(a, effects, costs).steps)
-        times = _seconds(p, {"cut": (resized(view.dense, small), WEIGHTS), "original": (p.whole, "fp32")})
+        small, planned, least = _as_planned(view.dense, effects, costs)
+        times = seconds_of({"cut": (small, WEIGHTS), "original": (p.whole, "fp32")}, p.album.train.pixels)
         over = times["cut"] - (1 - MARGIN) * times["original"] / faster
-        if over <= 0 or costs.seconds(small) <= least:
+        if over <= 0 or planned <= 1.01 * least:
             break
-        costs = replace(costs, limit=max(costs.seconds(small) - over, least))
+        costs = replace(costs, limit=max(planned - over, 1.01 * least))
     return replace(view, costs=costs, felt=felt)
+
+
+def _as_planned(dense: Any, effects: Effects, costs: Any) -> tuple[Any, float, float]:
+    """(a network of the sizes that are to be left, for its time; seconds that it is foretold to take; those of the smallest one)."""
+    found = carving_of(dense).allot(dense, effects, costs)
+    if isinstance(costs, MapCosts):
+        gone = [units - len(from_mask(kept)) for units, kept in zip(costs.units, found.channels, strict=True)]
+        return of_widths(dense, gone), costs.seconds(gone), costs.seconds(costs.most)
+    a = anatomy(dense)
+    small = left(a, found.steps)
+    return resized(dense, small), costs.seconds(small), costs.seconds(smallest(a))
 
 
 def _head_seconds(p: PreparedPictures, dense: Any, networks: Mapping[int, Any], costs: Costs) -> dict[int, float]:
     """Of a picture's time, what a head takes in each of these narrowed networks: beside the whole one in the same run."""
     named = {"whole": dense} | {str(keys): network for keys, network in networks.items()}
-    times = _seconds(p, {name: (network, WEIGHTS) for name, network in named.items()})
+    times = seconds_of({name: (network, WEIGHTS) for name, network in named.items()}, p.album.train.pixels)
     gained = {keys: (times["whole"] - times[str(keys)]) / sum(anatomy(dense).groups) for keys in networks}
     return {keys: max(costs.head_seconds - less, 0.0) for keys, less in gained.items()}
-
-
-def _seconds(p: PreparedPictures, networks: Mapping[str, tuple[Any, str]]) -> dict[str, float]:
-    """Of a picture in the runtime, by turns in one run; networks: each with the weights that it is written with."""
-    with tempfile.TemporaryDirectory() as tmp:
-        files = {name: Path(tmp) / f"{name}.onnx" for name in networks}
-        for name, (network, weights) in networks.items():
-            onnx_file.write(files[name], network, weights)
-        times = onnxrt.speeds(files, p.album.train.pixels[:TIMED].numpy(), THREADS)
-    return {name: found["seconds"] for name, found in times.items()}
 
 
 def _moments(view: View, many: int, seed: int) -> Moments:
     return moments_of_heads(view.dense, sample(view.pictures.train, many, seed))
 
 
-def _view_of_maps(p: PreparedPictures, job: Job, tell: Tell) -> View:
-    """A convolutional network looks at pictures of its own size."""
-    costs = map_costs(p.dense, p.budget_bytes)
-    if job.faster is not None:
-        tell("view", 0.0, "how long channels take in the runtime")
-        costs = timed_maps(p.dense, p.whole, costs, p.album.train.pixels, job.faster, job.seed)
-    return View(p.dense, p.head, p.pictures, costs, {})
-
-
 def view_again(p: PreparedPictures, job: Job, saved: dict[str, Any]) -> View:
     """The view of a resumed job, as it was decided and measured (`View.decided`): time is not taken again."""
     side = int(saved["side"])
     limit = saved["limit"] if saved["limit"] is not None else float("inf")
-    if isinstance(p.whole, Graph):
-        again = replace(map_costs(p.dense, p.budget_bytes), prices=tuple(saved["prices"]), limit=limit)
-        return View(p.dense, p.head, p.pictures, again, {})
     dense, head = headed(p, side, job.seed)
     view = View(dense, head, shrunk(p.pictures, side), _priced(p, dense, saved.get("four")), {})
+    curves = saved.get("curves", {})
+    if isinstance(view.costs, MapCosts):
+        return replace(view, costs=replace(view.costs, prices=tuple(saved["prices"]), limit=limit, curves=curves))
     if keys := saved.get("keys"):
         dense = narrowed(view.dense, _moments(view, saved["pictures"], job.seed), keys)
         view = replace(view, dense=dense, costs=_priced(p, dense, saved.get("four")))
     seconds = {k: saved[k] for k in ("block_seconds", "head_seconds")}
-    costs = replace(view.costs, limit=limit, curves=saved.get("curves", {}), **seconds)
+    costs = replace(view.costs, limit=limit, curves=curves, **seconds)
     tried = {int(k): x for k, x in saved.get("tried", {}).items()}
     return replace(view, costs=costs, looked=saved.get("pictures", 0), keys=tried)
 
@@ -238,10 +238,10 @@ def shrunk(pictures: Pictures, side: int) -> Pictures:
     return replace(pictures, **parts)
 
 
-def _damage(dense: Any, effects: Any, costs: Costs) -> float:
+def _damage(dense: Any, effects: Any, costs: Costs | MapCosts) -> float:
     """Foretold of what must go; infinite where it is never enough for the time. Too few bytes are an error for any side."""
     try:
-        return allot(anatomy(dense), effects, costs).damage
+        return carving_of(dense).allot(dense, effects, costs).damage
     except BudgetError as error:
         if error.nearest is not None:
             raise
@@ -252,7 +252,7 @@ def headed(p: PreparedPictures, side: int, seed: int) -> tuple[Any, Head]:
     """The network for pictures of this side, read behind the same layer, and its head."""
     if side == p.whole.size:
         return p.dense, p.head
-    network = load_vision(p.source.folder, side)
+    network = at_size(p.whole, side) if isinstance(p.whole, Graph) else load_vision(p.source.folder, side)
     train, depth = smaller(p.album.train.pixels, side), p.head.depth
     head = choose_head(network, train, p.labels[0], p.classes, seed, first=depth, last=depth, own=p.own)
     return with_head(network, head), head
@@ -263,15 +263,17 @@ def bytes_of(dense: Any, weights: str = WEIGHTS) -> Callable[[Anatomy], int]:
     return lambda a: onnx_file.file_bytes(dense.config, a, weights)
 
 
-def _priced(p: PreparedPictures, dense: Any, four: float | None) -> Costs:
+def _priced(p: PreparedPictures, dense: Any, four: float | None) -> Any:
     """Costs without time; four: what four bits damage, None where they are not to be taken."""
+    if isinstance(dense, Graph):
+        return map_costs(dense, p.budget_bytes)
     told = None if four is None else Four(bytes_of(dense, "int4"), four)
     return Costs(bytes_of(dense), p.budget_bytes, four=told)
 
 
 def _four_damage(p: PreparedPictures, job: Job, tell: Tell) -> float | None:
     """What four bits a weight damage, measured where the bytes do not suffice for eight; else None."""
-    if bytes_of(p.dense)(anatomy(p.dense)) <= p.budget_bytes:
+    if isinstance(p.dense, Graph) or bytes_of(p.dense)(anatomy(p.dense)) <= p.budget_bytes:
         return None
     tell("view", 0.0, "what four bits a weight damage")
     e, generic = picture_effort_of(job.effort), p.pictures.generic
@@ -280,7 +282,7 @@ def _four_damage(p: PreparedPictures, job: Job, tell: Tell) -> float | None:
     return four_damage(p.dense, own, others, judged, RHO if len(generic) else 0.0)
 
 
-def timed(p: PreparedPictures, dense: Any, costs: Costs, faster: float) -> tuple[Costs, float]:
+def timed(p: PreparedPictures, dense: Any, costs: Any, faster: float) -> tuple[Any, float]:
     """What heads and blocks of channels cost in the runtime, measured on files of this network: whole, with few channels, with few heads; beside the original in fp32.
 
     What they may take is the original's time by `faster`, less what the file takes beside them, and a MARGIN.
@@ -290,11 +292,13 @@ def timed(p: PreparedPictures, dense: Any, costs: Costs, faster: float) -> tuple
     Returns:
         (costs with time, how many times as fast the smallest network is).
     """
+    if isinstance(dense, Graph):
+        return timed_maps(dense, p.whole, costs, p.album.train.pixels, faster)
     a = anatomy(dense)
     few = smallest(a)
     sizes = {"whole": a, "channels": replace(a, ffn=few.ffn), "heads": replace(a, groups=few.groups)}
     networks = {name: (resized(dense, size), WEIGHTS) for name, size in sizes.items()}
-    second = _seconds(p, networks | {"original": (p.whole, "fp32")})
+    second = seconds_of(networks | {"original": (p.whole, "fp32")}, p.album.train.pixels)
     block = (second["whole"] - second["channels"]) / (sum(a.ffn) - sum(few.ffn)) * BLOCK
     head = (second["whole"] - second["heads"]) / (sum(a.groups) - sum(few.groups))
     costs = replace(costs, block_seconds=max(block, 0.0), head_seconds=max(head, 0.0))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from sartor.carving import Told, carving_of, four_grids, held_
+from sartor.carving import Told, carving_of, curved, four_grids, held_
 from sartor.clock import Clock
 from sartor.effort import PictureEffort, picture_effort_of
 from sartor.model.network import anatomy, clone
@@ -96,8 +96,7 @@ def plan_pictures(
     allotment = carving.allot(model, user, costs)
     rho = RHO if generic else 0.0
     plan = _plan(model, user, generic, worth, allotment, costs.budget, sha256, rho, seed)
-    curves = costs.curves if isinstance(costs, Costs) else {}  # convolutional networks' damage is the sum of effects
-    return replace(plan, grids=four_grids(model) if allotment.four else {}, curves=curves)
+    return replace(plan, grids=four_grids(model) if allotment.four else {}, curves=costs.curves)
 
 
 def _inside(tell: Tell, start: float, width: float, share: float, note: str) -> None:
@@ -115,7 +114,7 @@ def priced(
 ) -> Any:
     """The costs with what cuts were measured to damage (`curves.py`): a third as many pictures are fitted on as felt, half as many judged by as masks are checked on."""
     own, judged = sample(pictures.train, e.felt // 3, seed), sample(pictures.validation, e.checked // 2, seed)
-    return carving_of(model).priced(model, effects, costs, own, judged, tell)
+    return curved(model, effects, costs, own, judged, tell)
 
 
 FeltPictures = tuple[Effects, tuple[Effects, Effects], Effects | None]
@@ -288,7 +287,7 @@ class PictureSurgery:
         held = sample(self.pictures.validation, self.effort.checked, plan.seed)
         said, whole_needs, done_before = said_of(teacher, held), self._needed(teacher, plan), tried(self.kept)
         felt = [] if done_before else [whole_needs]  # the first step is of the whole network
-        priced = _measured(self.costs, plan)
+        priced = replace(self.costs, curves=plan.curves)
         at_once = carving.allot(teacher, whole_needs, priced)
         whole, priced = _as_allotted(plan, teacher, at_once), priced.at(at_once.four)  # bits are decided once
         left = list(range(steps - done_before))  # trainings, one for each step, however many are tried
@@ -329,13 +328,8 @@ class PictureSurgery:
         """The plan with its cuts chosen anew, within the same costs, by what the network needs now that it has adapted."""
         teacher = self.lessons.teacher
         told = lambda share, note: self.tell("prune", share, f"the adapted network's {note}")  # noqa: E731
-        effects = self._needed(teacher, plan, told)
-        return _as_allotted(plan, teacher, carving_of(teacher).allot(teacher, effects, _measured(self.costs, plan)))
-
-
-def _measured(costs: Costs | MapCosts, plan: Plan) -> Any:
-    """The costs with what cuts of the plan's network were measured to damage."""
-    return replace(costs, curves=plan.curves) if isinstance(costs, Costs) else costs
+        effects, measured = self._needed(teacher, plan, told), replace(self.costs, curves=plan.curves)
+        return _as_allotted(plan, teacher, carving_of(teacher).allot(teacher, effects, measured))
 
 
 def _masked(plan: Plan, found: Allotment) -> Plan:

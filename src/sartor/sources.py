@@ -187,11 +187,11 @@ def _convert_torchvision(path: Path, folder: Path, sha: str) -> None:
     _save_graph(from_torchvision(weights), folder, sha, "")
 
 
-def _from_lite(folder: Path, config: dict[str, Any]) -> Source:
-    """One of timm's EfficientNet-Lites. What shapes the network beside the weights counts as they do, and so do the names of its classes, which are kept with it."""
+def _from_timm(folder: Path, config: dict[str, Any]) -> Source:
+    """One of timm's networks of convolutions. What shapes the network beside the weights counts as they do, and so do the names of its classes, which are kept with it."""
     from sartor.model.classifier import names_in
-    from sartor.model.cnn_families import from_timm
     from sartor.model.stored import files_of, stored
+    from sartor.model.timm_families import from_timm
 
     shaping = {k: config.get(k) for k in ("architecture", "model_args", "global_pool", "pretrained_cfg")}
     told = json.dumps([shaping, names_in(folder)], sort_keys=True)
@@ -300,20 +300,20 @@ def _from_folder(path: Path) -> Source:
             else "no *.safetensors"
         )
         raise SourceError(f"'{path.name}' holds {why}: save the model with safe_serialization=True")
-    if lite := _lite_in(path / "config.json"):
-        return _from_lite(path, lite)
+    if convolutional := _timms_convolutions(path / "config.json"):
+        return _from_timm(path, convolutional)
     digest = hashlib.sha256("".join(sha256_of(w) for w in weights).encode()).hexdigest()
     return Source(path.name, path, digest, classes=_classes_in(path))
 
 
-def _lite_in(config: Path) -> dict[str, Any]:
-    """What config.json says, where it is one of timm's EfficientNet-Lites; else nothing."""
+def _timms_convolutions(config: Path) -> dict[str, Any]:
+    """What config.json says, where it is one of timm's networks of convolutions that Sartor knows; else nothing."""
     from sartor.model.checkpoints import is_timm
-    from sartor.model.cnn_families import LITE
     from sartor.model.stored import read_json
+    from sartor.model.timm_families import builder_of
 
     raw = read_json(config)
-    return raw if is_timm(raw) and LITE.fullmatch(str(raw["architecture"])) else {}
+    return raw if is_timm(raw) and builder_of(str(raw["architecture"])) else {}
 
 
 def _from_pypi(spec: str) -> Source:

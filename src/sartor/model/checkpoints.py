@@ -40,7 +40,7 @@ SPELLINGS = {
 }
 # timm's architectures that are nothing but a plain transformer; the others differ in ways that their files do not tell
 PLAIN = re.compile(
-    r"(vit|deit|deit3)_(tiny|small|medium|base|large|huge)(_distilled)?_patch\d+(_reg\d+)?(_dinov2)?(_\d+)?"
+    r"(vit|deit|deit3)_(tiny|small|medium|base|large|huge)(_distilled)?_patch\d+(_reg\d+)?(_dinov2)?(_clip(?:_quickgelu)?)?(_\d+)?"
 )
 HARMLESS = {
     *("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "num_classes"),
@@ -134,11 +134,14 @@ def _timm(raw: dict[str, Any]) -> Said:
     odd = sorted(set(args) - HARMLESS)
     if not plain or odd:
         raise SourceError(
-            f"timm's '{name}' {f'with {odd[0]} ' if odd else ''}is not a plain vision transformer: Sartor reads timm's ViT, DeiT, DINOv2 (not giant) and EfficientNet-Lite"
+            f"timm's '{name}' {f'with {odd[0]} ' if odd else ''}is not a plain vision transformer: Sartor reads timm's ViT, DeiT, DINOv2 (not giant) and CLIP's towers, EfficientNet-Lite, MobileNetV2 and V3, and plain ResNets"
         )
     # heads are 64 wide in all of them but the huge ones
     heads = {"tiny": 3, "small": 6, "medium": 8, "base": 12, "large": 16, "huge": 16}[plain[2]]
-    return Said(VISION["timm"], int(args.get("num_heads", heads)), "gelu", 1e-6, bool(args.get("qkv_bias", True)))
+    clip = plain[6] or ""  # its towers have a norm in front of the layers, too
+    row, eps = (VISION["timm_clip"], 1e-5) if clip else (VISION["timm"], 1e-6)
+    activation = "quick_gelu" if "quickgelu" in clip else "gelu"
+    return Said(row, int(args.get("num_heads", heads)), activation, eps, bool(args.get("qkv_bias", True)))
 
 
 def _transformers(folder: Path, raw: dict[str, Any]) -> Said:

@@ -1,12 +1,10 @@
-"""Convolutional networks from torchvision's weights, and timm's EfficientNet-Lite: what their names and shapes do not say is told here.
+"""Convolutional networks from torchvision's weights: what their names and shapes do not say is told here (timm's: `timm_families.py`).
 
 Widths, depths, kernels and groups are those of the weights; a family adds strides, activations and the order of parts.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,7 +39,7 @@ class _Noted(dict[str, Tensor]):
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """Weights by name, and the draft that they go into. same: windows are padded as TensorFlow does it, an odd number at the end."""
 
     weights: Mapping[str, Tensor]
@@ -97,7 +95,7 @@ class _Parts:
         return self.act(x, act) if act else x
 
 
-def _inverted(p: _Parts, x: str, name: str, stride: int, act: str) -> str:
+def _inverted(p: Parts, x: str, name: str, stride: int, act: str) -> str:
     """Widening, depthwise convolution, squeeze and excite, narrowing: those that there are. A residual block where it keeps the size."""
     start, parts = x, [f"{name}.{n}" for n in p.numbers(name)]
     # a part is a convolution and its norm, squeeze and excite, or the one or the other by itself
@@ -116,7 +114,7 @@ def _inverted(p: _Parts, x: str, name: str, stride: int, act: str) -> str:
     return p.added(start, x) if p.draft.shape[start] == p.draft.shape[x] else x
 
 
-def _mobilenet_v2(p: _Parts) -> str:
+def _mobilenet_v2(p: Parts) -> str:
     x = p.conv(INPUT, "features.0.0", "features.0.1", 2, "relu6")
     for n, stride in enumerate(STRIDES_V2, 1):
         x = _inverted(p, x, f"features.{n}.conv", stride, "relu6")
@@ -124,7 +122,7 @@ def _mobilenet_v2(p: _Parts) -> str:
     return p.linear(p.pooled(p.conv(x, f"{last}.0", f"{last}.1", act="relu6")), "classifier.1")
 
 
-def _mobilenet_v3(p: _Parts) -> str:
+def _mobilenet_v3(p: Parts) -> str:
     last = p.numbers("features")[-1]
     strides, relus = V3[last - 1]
     x = p.conv(INPUT, "features.0.0", "features.0.1", 2, "swish")
@@ -134,7 +132,7 @@ def _mobilenet_v3(p: _Parts) -> str:
     return p.linear(p.act(p.linear(x, "classifier.0"), "swish"), "classifier.3")
 
 
-def _resnet(p: _Parts) -> str:
+def resnet(p: Parts) -> str:
     if (kernel := tuple(p.weights["conv1.weight"].shape[2:])) != (7, 7):
         raise ValueError(f"a ResNet whose first convolution is {kernel}, not (7, 7) as torchvision's")
     x = p.pool(p.conv(INPUT, "conv1", "bn1", 2, "relu"), False, 1)
@@ -152,7 +150,7 @@ def _resnet(p: _Parts) -> str:
     return p.linear(p.pooled(x), "fc")
 
 
-def _squeezenet(p: _Parts) -> str:
+def _squeezenet(p: Parts) -> str:
     x, parts = p.conv(INPUT, "features.0", stride=2, act="relu", padding=0), p.numbers("features")
     for n in range(2, parts[-1] + 1):
         if n not in parts:  # a number without weights is a pooling
@@ -165,56 +163,12 @@ def _squeezenet(p: _Parts) -> str:
 
 
 # (a name that only this family has, how it is put together, epsilon of its batch norms)
-FAMILIES: dict[str, tuple[str, Callable[[_Parts], str], float]] = {
+FAMILIES: dict[str, tuple[str, Callable[[Parts], str], float]] = {
     "mobilenet_v2": ("features.1.conv.0.0.weight", _mobilenet_v2, 1e-5),
     "mobilenet_v3": ("features.1.block.0.0.weight", _mobilenet_v3, 1e-3),
-    "resnet": ("layer1.0.conv1.weight", _resnet, 1e-5),
+    "resnet": ("layer1.0.conv1.weight", resnet, 1e-5),
     "squeezenet": ("features.3.squeeze.weight", _squeezenet, 1e-5),
 }
-
-
-# timm's names of them: those of "tf_" were trained in TensorFlow
-HARMLESS = {"num_classes", "drop_rate", "drop_path_rate"}  # of what timm may be told beside the name
-LITE = re.compile(r"(tf_)?efficientnet_lite[0-4]")
-STRIDES_LITE = (1, 2, 2, 2, 1, 2, 1)
-
-
-def _efficientnet_lite(p: _Parts) -> str:
-    x = p.conv(INPUT, "conv_stem", "bn1", 2, "relu6")
-    for stage, stride in enumerate(STRIDES_LITE):
-        for n in p.numbers(f"blocks.{stage}"):
-            name, own = f"blocks.{stage}.{n}", stride if n == 0 else 1
-            wide = p.has(f"{name}.conv_pwl")  # else nothing is widened first
-            y = p.conv(x, f"{name}.conv_pw", f"{name}.bn1", act="relu6") if wide else x
-            y = p.conv(y, f"{name}.conv_dw", f"{name}.bn{2 if wide else 1}", own, "relu6")
-            y = p.conv(y, f"{name}.conv_{'pwl' if wide else 'pw'}", f"{name}.bn{3 if wide else 2}")
-            x = p.added(x, y) if p.draft.shape[x] == p.draft.shape[y] else y
-    return p.linear(p.pooled(p.conv(x, "conv_head", "bn2", act="relu6")), "classifier")
-
-
-def from_timm(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Graph:
-    """The network of a timm state dict and config.json, an EfficientNet-Lite (Liu 2020; the plain ones and those that were trained in TensorFlow).
-
-    Raises:
-        SourceError: config.json does not say what is needed, or the weights do not fit together.
-    """
-    name, told, args = str(config["architecture"]), config["pretrained_cfg"], config.get("model_args") or {}
-    if odd := sorted(set(args) - HARMLESS) or ["global_pool"] * (config.get("global_pool", "avg") != "avg"):
-        raise SourceError(
-            f"timm's '{name}' with {odd[0]} is not the plain one, which Sartor reads: give it as an ONNX file"
-        )
-    try:
-        (_, size, wide), *pixels = ([float(x) for x in told[k]] for k in ("input_size", "mean", "std"))
-        fits = size == wide >= 1 and all(len(x) == 3 and all(map(math.isfinite, x)) for x in pixels)
-        if not fits or min(pixels[1]) <= 0:
-            raise ValueError
-    except (LookupError, TypeError, ValueError) as error:
-        raise SourceError(
-            "config.json does not say the size of its pictures, which are square, and the mean and deviation of their pixels: fetch the model again"
-        ) from error
-    tensorflow = name.startswith("tf_")
-    draft = Draft(int(size), *normalization(*map(tuple, pixels)))  # type: ignore[arg-type]
-    return _built(weights, _efficientnet_lite, _Parts({}, draft, 1e-3 if tensorflow else 1e-5, tensorflow))
 
 
 def from_torchvision(weights: Mapping[str, Tensor], size: int = SIZE) -> Graph:
@@ -229,10 +183,10 @@ def from_torchvision(weights: Mapping[str, Tensor], size: int = SIZE) -> Graph:
             f"these {len(weights)} weights are of no family that Sartor knows: give torchvision's {', '.join(FAMILIES)}, an ONNX file, or the folder of a transformers model"
         )
     _, build, eps = rows[0]
-    return _built(weights, build, _Parts({}, Draft(size, *normalization()), eps))
+    return built(weights, build, Parts({}, Draft(size, *normalization()), eps))
 
 
-def _built(weights: Mapping[str, Tensor], build: Callable[[_Parts], str], parts: _Parts) -> Graph:
+def built(weights: Mapping[str, Tensor], build: Callable[[Parts], str], parts: Parts) -> Graph:
     """The network that a family makes of all of these weights.
 
     Raises:

@@ -182,6 +182,27 @@ def _clip(name: str) -> VisionFamily:
     )
 
 
+def _timm(name: str, first_norm: str | None = None, pixels: tuple[Channels, Channels] = (HALF, HALF)) -> VisionFamily:
+    return VisionFamily(
+        name,
+        "patch_embed.proj",
+        "pos_embed",
+        ("cls_token", "dist_token", "reg_token"),
+        "blocks.{}.",
+        _TIMM,
+        norm="norm",
+        first_norm=first_norm,
+        positioned=None,
+        scales=_GAMMA,
+        optional=("dist_token", "reg_token", "ls1.gamma", "ls2.gamma", "patch_embed.proj.bias"),
+        unread=("head.", "head_dist.", "mask_token"),
+        classifier=("head.",),
+        antialias=True,
+        mean=pixels[0],
+        std=pixels[1],
+    )
+
+
 VISION: dict[str, VisionFamily] = {
     row.name: row
     for row in (
@@ -211,22 +232,7 @@ VISION: dict[str, VisionFamily] = {
         ),
         _clip("clip"),
         _clip("clip_vision_model"),
-        VisionFamily(
-            "timm",
-            "patch_embed.proj",
-            "pos_embed",
-            ("cls_token", "dist_token", "reg_token"),
-            "blocks.{}.",
-            _TIMM,
-            norm="norm",
-            positioned=None,
-            scales=_GAMMA,
-            optional=("dist_token", "reg_token", "ls1.gamma", "ls2.gamma"),
-            unread=("head.", "head_dist.", "mask_token"),
-            classifier=("head.",),
-            antialias=True,
-            mean=HALF,
-            std=HALF,
-        ),
+        _timm("timm"),
+        _timm("timm_clip", "norm_pre", CLIP),
     )
 }

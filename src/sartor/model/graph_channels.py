@@ -8,7 +8,7 @@ Channels tied together are a *unit*, that stays or goes; units made by the same 
     columns   those that read them and mix them with others: their inputs
 
 Between rows and columns nothing mixes channels. So a unit that reads as zero at its columns might as well not be there, whatever it holds until then, and that is the law:
-`shrink(graph, keep)` says what `graph` says inside `masked(graph, keep)`.
+`shrink(graph, keep)` says what `graph` says inside `masked(graph, keep)`. A residual block whose last layer has nothing left to read goes as a whole, its bias with it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from sartor.errors import InputError
 from sartor.model.graph import INPUT, LAYERS, Draft, Graph, Node, conv_of, linear_of, shapes
+from sartor.model.graph_branches import Branch, branches, without
 from sartor.model.hooks import removed_after
 
 Ids = Int[np.ndarray, " c"]  # of a value's channels
@@ -151,6 +152,18 @@ def _parts(layers: Mapping[str, Ids], units: list[int]) -> dict[str, Part]:
     return found
 
 
+def ends_of(graph: Graph, groups: Iterable[Group]) -> dict[str, Branch]:
+    """{name of a group: the residual block that goes when none of its units stays}: they lie inside, and are all that its last layer reads."""
+    found = {}
+    for group in groups:
+        layers = {*group.rows, *group.columns}
+        for branch in branches(graph):
+            part = group.columns.get(branch.last)
+            if layers <= branch.inside and part is not None and len(part.at) == _inputs(graph.layers[branch.last]):
+                found[group.name] = branch
+    return found
+
+
 Keep = Mapping[str, Bool[Tensor, " units"]]
 Masks = dict[str, Bool[Tensor, " c"]]
 
@@ -159,13 +172,14 @@ def kept_channels(graph: Graph, keep: Keep) -> tuple[Masks, Masks]:
     """(outputs, inputs) that stay of every layer. `keep` has the units that stay (True) of groups by name; other groups stay.
 
     Raises:
-        InputError: there is no such group, it has another number of units, or none of them stays.
+        InputError: there is no such group, it has another number of units, or none of them stays where no residual block ends with it (`ends_of`).
     """
     groups = {g.name: g for g in channel_groups(graph)}
+    ends = ends_of(graph, groups.values())
     outputs = {n: torch.ones(len(layer.weight), dtype=torch.bool) for n, layer in _layers(graph)}
     inputs = {n: torch.ones(_inputs(layer), dtype=torch.bool) for n, layer in _layers(graph)}
     for name, mask in keep.items():
-        if name not in groups or len(mask) != groups[name].units or not mask.any():
+        if name not in groups or len(mask) != groups[name].units or not (mask.any() or name in ends):
             units = f"it has {groups[name].units} units" if name in groups else "there is no such group"
             raise InputError(
                 f"group '{name}' is to keep {int(mask.sum())} of {len(mask)} units, but {units}: keep one at least of a group that channel_groups names"
@@ -184,15 +198,22 @@ def _inputs(layer: Any) -> int:
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 
+def gone_branches(graph: Graph, keep: Keep) -> list[Branch]:
+    """Residual blocks that nothing is left of."""
+    ends = ends_of(graph, channel_groups(graph))
+    return [branch for name, branch in ends.items() if name in keep and not keep[name].any()]
+
+
 @contextmanager
 def masked(graph: Graph, keep: Keep) -> Iterator[None]:
-    """The network with only the kept (True) units, undone on the way out: the others read as zero, in the features too.
+    """The network with only the kept (True) units, undone on the way out: the others read as zero, in the features too, and blocks that nothing is left of add zeros.
 
     Raises:
         InputError: as `kept_channels`.
     """
     _, inputs = kept_channels(graph, keep)
-    handles = [graph.layers[n].register_forward_pre_hook(_gate(m)) for n, m in inputs.items() if not m.all()]
+    handles: list[Any] = [graph.layers[n].register_forward_pre_hook(_gate(m)) for n, m in inputs.items() if not m.all()]
+    handles += [graph.layers[b.last].register_forward_hook(_silence) for b in gone_branches(graph, keep)]
     if graph.head is not None:
         handles.append(graph.seen.register_forward_pre_hook(_gate(inputs[graph.nodes[-1].name])))
     with removed_after(handles):
@@ -207,6 +228,10 @@ def _gate(keep: Tensor) -> Any:
     return hook
 
 
+def _silence(module: nn.Module, args: Any, made: Tensor) -> Tensor:
+    return torch.zeros_like(made)
+
+
 def shrink(graph: Graph, keep: Keep) -> Graph:
     """A smaller network with only the kept (True) units of these groups; it shares nothing with `graph`.
 
@@ -214,7 +239,9 @@ def shrink(graph: Graph, keep: Keep) -> Graph:
         InputError: as `kept_channels`.
     """
     outputs, inputs = kept_channels(graph, keep)
-    return again(graph, graph.nodes, {n: _smaller(layer, outputs[n], inputs[n]) for n, layer in _layers(graph)})
+    nodes = without(graph.nodes, gone_branches(graph, keep))
+    left = [n.name for n in nodes if n.op in LAYERS]
+    return again(graph, nodes, {n: _smaller(graph.layers[n], outputs[n], inputs[n]) for n in left})
 
 
 def _smaller(layer: Any, outputs: Tensor, inputs: Tensor) -> nn.Module:
@@ -229,12 +256,23 @@ def _smaller(layer: Any, outputs: Tensor, inputs: Tensor) -> nn.Module:
     return conv_of(weight, bias, layer.stride, layer.padding, layer.dilation, groups)
 
 
-def again(graph: Graph, nodes: Iterable[Node], layers: Mapping[str, nn.Module]) -> Graph:
-    """A network of other nodes that reads pictures as `graph` does."""
-    new = Graph(nodes, layers, graph.size, (1.0,) * 3, (0.0,) * 3)
+def again(graph: Graph, nodes: Iterable[Node], layers: Mapping[str, nn.Module], size: int | None = None) -> Graph:
+    """A network of other nodes that reads pictures as `graph` does; None: as large as it does, too."""
+    new = Graph(nodes, layers, size or graph.size, (1.0,) * 3, (0.0,) * 3)
     new.register_buffer("scale", graph.get_buffer("scale").clone(), persistent=False)
     new.register_buffer("shift", graph.get_buffer("shift").clone(), persistent=False)
     return new.train(graph.training)
+
+
+def at_size(graph: Graph, size: int) -> Graph | None:
+    """A copy that reads pictures of so many pixels a side; None where its layers are made for one size."""
+    new = again(graph, graph.nodes, copy.deepcopy(dict(graph.layers)), size)
+    try:
+        found = shapes(graph), shapes(new)
+    except RuntimeError:  # a window larger than its map, or a matrix for another number of places
+        return None
+    flat = (n.inputs[0] for n in graph.nodes if n.op == "flatten")
+    return new if all(here[name][1:] in ((), (1, 1)) for name in flat for here in found) else None
 
 
 def waists(graph: Graph) -> list[str]:

@@ -1,12 +1,13 @@
 """The decision for convolutional networks: which blocks of channels go, so that the file fits its bytes and runs in its time, at one price for all.
 
-As `allot.py`; but what a channel costs depends on how many there are of those it is mixed with, so prices are taken anew at every solution, a few times.
+As `allot.py`; but what a channel costs depends on how many there are of those it is mixed with, so prices are taken anew at every solution, a few times. A residual block goes as a whole with the last
+of the channels that its last layer reads: its layers then take no time to start either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ import torch
 from jaxtyping import Float
 
 from sartor.model.graph import Graph, shapes
-from sartor.model.graph_channels import channel_groups
+from sartor.model.graph_channels import channel_groups, ends_of
 from sartor.numerics.allocate import Choice, Ladder, allocate
 from sartor.plan import to_mask
 from sartor.stages.allot import MIXES, UNIT, Allotment, just_enough, refuse
-from sartor.stages.maps import block_of, blocks_of
+from sartor.stages.curves import Curves, bent
+from sartor.stages.maps import block_of, blocks_of, ladder_of, summed_blocks
 from sartor.stages.probe import Effects
 
 LEAST = 0.1  # of a group's units, that stay: with fewer the sum of effects foretells nothing
@@ -29,7 +31,8 @@ Counts = Sequence[int]  # units, group by group
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of a layer: outputs, inputs that each reads, numbers that each of these has, places of its map; rows, columns: outputs and inputs that one unit of a group is, by the group's number."""
+    """Sizes of a layer: outputs, inputs that each reads, numbers that each of these has, places of its map; rows, columns: outputs and inputs that one unit of a group is, by the group's number. ends: {group: units}
+    without any of which the layer is not there."""
 
     outputs: int
     inputs: int
@@ -38,9 +41,15 @@ class Layer:
     mixes: bool
     rows: Mapping[int, float]
     columns: Mapping[int, float]
+    ends: Mapping[int, int] = field(default_factory=dict)
+
+    def there(self, gone: Counts) -> bool:
+        return all(gone[g] < units for g, units in self.ends.items())
 
     def weights(self, gone: Counts) -> tuple[float, float]:
         """(outputs, weights) that are left once so many units of every group are gone."""
+        if not self.there(gone):
+            return 0.0, 0.0
         outputs = self.outputs - sum(r * gone[g] for g, r in self.rows.items())
         return outputs, outputs * self.window * (self.inputs - sum(c * gone[g] for g, c in self.columns.items()))
 
@@ -48,6 +57,7 @@ class Layer:
 def layers_of(graph: Graph) -> list[Layer]:
     """Of all layers, in the order they run."""
     groups, at, found = channel_groups(graph), shapes(graph), []
+    ends = ends_of(graph, groups)
     share = lambda parts, name, units: len(parts[name].at) / units  # noqa: E731
     for name, layer in graph.layers.items():
         weight: Any = layer.weight
@@ -55,7 +65,8 @@ def layers_of(graph: Graph) -> list[Layer]:
         rows = {n: share(g.rows, name, g.units) for n, g in enumerate(groups) if name in g.rows}
         columns = {n: share(g.columns, name, g.units) for n, g in enumerate(groups) if name in g.columns}
         mixes = getattr(layer, "groups", 1) == 1
-        found.append(Layer(len(weight), weight.shape[1], window, places, mixes, rows, columns))
+        out = {n: g.units for n, g in enumerate(groups) if g.name in ends and name in ends[g.name].inside}
+        found.append(Layer(len(weight), weight.shape[1], window, places, mixes, rows, columns, out))
     return found
 
 
@@ -71,27 +82,30 @@ class MapCosts:
 
     Attributes:
         layers: of the whole network. units: of every group. budget: bytes of the file; overhead: of them, what does not depend on sizes. prices: seconds a picture of a multiplication in a
-        mixing layer, of one in a depthwise or grouped one, and of a number made; limit: seconds that all of them may take together. fixed: numbers of the groups that stay whole.
+        mixing layer, of one in a depthwise or grouped one, of a number made, and of a layer that is there; limit: seconds that all of them may take together. fixed: numbers of the groups that stay whole.
+        curves: how the damage of each group runs beside the sum of effects (`map_curves.py`); none: as the sum.
     """
 
     layers: tuple[Layer, ...]
     units: tuple[int, ...]
     budget: int
     overhead: int
-    prices: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    prices: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     limit: float = float("inf")
     fixed: tuple[int, ...] = ()
+    curves: Curves = field(default_factory=dict)
 
     def bytes_of(self, gone: Counts) -> int:
         return self.overhead + int(sum(w + OUTPUT_BYTES * o for o, w in (layer.weights(gone) for layer in self.layers)))
 
     def work(self, gone: Counts) -> Float[np.ndarray, " k"]:
-        """Multiplications in mixing layers and in others, and numbers made, for one picture."""
-        total = np.zeros(3)
+        """Multiplications in mixing layers and in others, numbers made, and layers, for one picture."""
+        total = np.zeros(4)
         for layer in self.layers:
             outputs, weights = layer.weights(gone)
             total[0 if layer.mixes else 1] += weights * layer.places
             total[2] += outputs * layer.places
+            total[3] += layer.there(gone)
         return total
 
     def seconds(self, gone: Counts) -> float:
@@ -101,13 +115,22 @@ class MapCosts:
         return self.bytes_of(gone) <= self.budget and self.seconds(gone) <= self.limit
 
     @property
+    def ends(self) -> frozenset[int]:
+        """Groups that a residual block ends with."""
+        return frozenset(n for layer in self.layers for n in layer.ends)
+
+    def levels(self, n: int) -> list[int]:
+        """How many units of a group may go: some blocks of them, or all where a residual block goes with them."""
+        units, block = self.units[n], block_of(self.units[n])
+        if n in self.fixed:
+            return [0]
+        deepest = units - block * max(1, -(-round(LEAST * units) // block))
+        return [*range(0, deepest + 1, block), *([units] if n in self.ends else [])]
+
+    @property
     def most(self) -> tuple[int, ...]:
         """Units of each group that may go."""
-        found = []
-        for n, units in enumerate(self.units):
-            block = block_of(units)
-            found.append(0 if n in self.fixed else units - block * max(1, -(-round(LEAST * units) // block)))
-        return tuple(found)
+        return tuple(self.levels(n)[-1] for n in range(len(self.units)))
 
 
 def payload(costs: MapCosts) -> int:
@@ -128,25 +151,34 @@ def allot_maps(effects: Effects, costs: MapCosts) -> Allotment:
     """
     refuse_impossible_maps(costs)
     blocks, worth = blocks_of(effects)
-    damage = [(0.0, *np.cumsum(np.maximum(of, 0)).tolist()) for of in worth]
+    damage = [_damages(of, n, costs) for n, of in enumerate(worth)]
     found = [_least_damage(damage, costs, mix) for mix in (MIXES if costs.limit < float("inf") else MIXES[:1])]
     choice, price = min((f for f in found if costs.met(_gone(f[0], costs))), key=lambda f: f[0].damage)
-    masks = [
-        to_mask(sorted(torch.cat([*kept[choice.step[str(n)] :]]).tolist()), costs.units[n])
-        for n, kept in enumerate(blocks)
-    ]
+    gone = _gone(choice, costs)
+    masks = []
+    for kept, units, less in zip(blocks, costs.units, gone, strict=True):
+        left = kept[less // block_of(units) :]
+        masks.append(to_mask(sorted(torch.cat(left).tolist()) if left else [], units))
     return Allotment(
         tuple("0:0" for _ in masks),
         tuple(masks),
-        costs.bytes_of(_gone(choice, costs)),
+        costs.bytes_of(gone),
         choice.damage,
         price,
         choice.step,
     )
 
 
+def _damages(worth: Float[np.ndarray, " b"], n: int, costs: MapCosts) -> list[float]:
+    """Of all levels of a group."""
+    damage: Sequence[float] = summed_blocks(worth)
+    if curve := costs.curves.get(ladder_of(n)):
+        damage = bent(damage, curve)
+    return [damage[level // block_of(costs.units[n])] for level in costs.levels(n)]
+
+
 def _gone(choice: Choice, costs: MapCosts) -> list[int]:
-    return [choice.step[str(n)] * block_of(units) for n, units in enumerate(costs.units)]
+    return [costs.levels(n)[choice.step[ladder_of(n)]] for n in range(len(costs.units))]
 
 
 def _least_damage(damage: Sequence[Sequence[float]], costs: MapCosts, mix: float) -> tuple[Choice, float]:
@@ -169,13 +201,21 @@ def _ladders(damage: Sequence[Sequence[float]], costs: MapCosts, mix: float, gon
     """Ladders whose steps save shares of UNIT, which is all there is, at the prices that hold once `gone` are gone."""
     none = [0] * len(costs.units)
     whole = payload(costs), max(costs.seconds(none), 1e-12)
+
+    def share(n: int, more: int, less: int) -> float:
+        """Of UNIT, that group n saves from the one number of units gone to the other."""
+        here, there = ([*gone[:n], count, *gone[n + 1 :]] for count in (less, more))
+        saved = costs.bytes_of(here) - costs.bytes_of(there), costs.seconds(here) - costs.seconds(there)
+        return UNIT * ((1 - mix) * saved[0] / whole[0] + mix * saved[1] / whole[1])
+
     found = []
     for n, units in enumerate(costs.units):
-        block = block_of(units)
-        less = list(gone)
-        less[n] += block if gone[n] + block < units else -block
-        saved = abs(costs.bytes_of(gone) - costs.bytes_of(less)), abs(costs.seconds(gone) - costs.seconds(less))
-        share = max(1, int(UNIT * ((1 - mix) * saved[0] / whole[0] + mix * saved[1] / whole[1])))
-        steps = range(1 + costs.most[n] // block)
-        found.append(Ladder(str(n), tuple(share * i for i in steps), tuple(damage[n][i] for i in steps)))
+        levels, block = costs.levels(n), block_of(units)
+        plain = [level for level in levels if level < units]
+        at = min(gone[n], plain[-1])
+        step = max(1, int(share(n, at, at - block) if at else share(n, block, 0))) if len(plain) > 1 else 0
+        saved = [step * i for i in range(len(plain))]
+        if levels[-1] == units:
+            saved.append(saved[-1] + max(1, int(share(n, units, plain[-1]))))
+        found.append(Ladder(ladder_of(n), tuple(saved), tuple(damage[n])))
     return found

@@ -89,21 +89,30 @@ def measured_curves(
     apart = medium_of(model).apart(model, tail.dense)
     parts = [(n, kind) for n in range(a.layers) for kind in kinds if (a.ffn if kind == "mlp" else a.groups)[n]]
     for i, (n, kind) in enumerate(parts):
-        sums, points = summed(units, n, kind), Curve()
-        idle = _gone(sums)
-        many = len(sums) - 1 - idle
-        for gone in _depths(many):
-            stays = _stays(units, a, n, kind, idle + gone)
-            with narrowed(linear(model, n, WRITERS[kind]), moments[n, WRITERS[kind]], stays):
-                kl = apart(tail.hidden_from(n))
-            points.append([gone / many, kl / max(sums[idle + gone], 1e-12)])
-        if points:  # nothing is measured of what says nothing
-            found[f"{kind}.{n}"] = points * 2 if len(points) == 1 else points
+
+        def cost(gone: int, n: int = n, kind: str = kind) -> float:
+            with narrowed(linear(model, n, WRITERS[kind]), moments[n, WRITERS[kind]], _stays(units, a, n, kind, gone)):
+                return apart(tail.hidden_from(n))
+
+        if points := curve_of(summed(units, n, kind), depths, cost):
+            found[f"{kind}.{n}"] = points
         tell((i + 1) / len(parts), f"layer {n}: what fewer {'channels' if kind == 'mlp' else 'heads'} cost")
     return found
 
 
-def _depths(units: int) -> list[int]:
+def curve_of(sums: Sequence[float], depths: Callable[[int], Sequence[int]], cost: Callable[[int], float]) -> Curve:
+    """A part's curve; none where nothing is to be measured, as it says nothing.
+
+    Args:
+        sums: the damage of its first 0, 1, 2, ... units, as the sum of effects. depths: how many go, of so many. cost: what it measures to lose so many, those that are not there counted.
+    """
+    idle = _gone(sums)
+    many = len(sums) - 1 - idle
+    points = [[gone / many, cost(idle + gone) / max(sums[idle + gone], 1e-12)] for gone in depths(many)]
+    return points * 2 if len(points) == 1 else points
+
+
+def depths(units: int) -> list[int]:
     """How many units go: of many at least one and never all."""
     if units <= FEW:
         return list(range(1, units + 1))

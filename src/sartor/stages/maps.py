@@ -42,7 +42,7 @@ def feel_maps(graph: Graph, pixels: Pixels, seed: int = 0, tell: Callable[[float
     means = _means(graph, pixels[:: max(1, len(pixels) // MEAN_PICTURES)])
     sketch: list[list[Tensor]] = [[] for _ in groups]
     for at in range(0, len(pixels), BATCH):
-        with torch.enable_grad(), _reading(graph) as read:
+        with torch.enable_grad(), reading(graph) as read:
             logits = graph(_wanting(graph, pixels[at : at + BATCH]))
         found: list[list[Tensor]] = [[] for _ in groups]
         for left in reversed(range(PICTURES.directions)):
@@ -65,7 +65,7 @@ def _wanting(graph: Graph, pixels: Pixels) -> Float[Tensor, "n 3 s s"]:
 
 
 @contextmanager
-def _reading(graph: Graph) -> Iterator[dict[str, Tensor]]:
+def reading(graph: Graph) -> Iterator[dict[str, Tensor]]:
     """What every layer reads, each a tensor of its own: its gradient is what went through this layer alone."""
     read: dict[str, Tensor] = {}
 
@@ -88,7 +88,7 @@ def _means(graph: Graph, pixels: Pixels) -> dict[str, Float[Tensor, " c"]]:
     """Of every input of every layer, over pictures and places."""
     total: dict[str, Tensor] = {}
     for part in pixels.split(BATCH):
-        with _reading(graph) as read:
+        with reading(graph) as read:
             graph(part)
         for name, z in read.items():
             total[name] = total.get(name, 0) + (z.flatten(2).mean(2) if z.ndim > 2 else z).sum(0)
@@ -140,6 +140,16 @@ def check_maps(
             return kl_of(graph, pixels, said)
 
     return worth_of_masks(np.concatenate(worth), cost, masks, PICTURES.unit, seed, tell)
+
+
+def ladder_of(n: int) -> str:
+    """What the ladder of the group with this number is called."""
+    return f"{PART}.{n}"
+
+
+def summed_blocks(worth: Float[np.ndarray, " b"]) -> tuple[float, ...]:
+    """The damage of a group's first 0, 1, 2, ... blocks, as the sum of their effects."""
+    return (0.0, *np.cumsum(np.maximum(worth, 0)).tolist())
 
 
 def blocks_of(effects: Effects) -> tuple[list[list[Tensor]], list[Float[np.ndarray, " b"]]]:

@@ -1,7 +1,7 @@
 """What a cut convolutional network has left, fitted and rounded in one pass: every layer, in the order they run, to what the whole network has there.
 
 Whole and cut network run side by side, node by node. A layer's target is what the whole layer says, at the outputs that stay; where a sum reads it, what the *sum* then lacks: errors of what it is
-added to are made good too. Its weights are fitted in closed form on what the cut network reads (ridge towards the weights as they are, `compensate.refit`, with the damping that says most of pictures
+added to are made good too, a residual block that went as a whole among them. Its weights are fitted in closed form on what the cut network reads (ridge towards the weights as they are, `compensate.refit`, with the damping that says most of pictures
 left out), then rounded, and the bias takes the mean of what is left. Then the value is rounded, and the next layer reads that.
 """
 
@@ -90,7 +90,7 @@ def refit_maps(
     """A fitted copy of `cut`, in eight bits unless told otherwise.
 
     Args:
-        cut, whole: of the same nodes. outputs: which of a whole layer's outputs the cut one has (`kept_channels`).
+        cut, whole: of the same nodes, but for residual blocks that the cut one lacks. outputs: which of a whole layer's outputs the cut one has (`kept_channels`).
     """
     new: Graph = clone(cut)
     new = reading_bytes(new) if eight else new
@@ -100,23 +100,25 @@ def refit_maps(
     if eight:
         grids[INPUT] = byte_grid(new) or best_grid(_some(values[new][INPUT], generator))
         values[new][INPUT] = on_grid(values[new][INPUT], *grids[INPUT])
-    last = {name: i for i, node in enumerate(new.nodes) for name in node.inputs}
-    for i, node in enumerate(new.nodes):
-        theirs = _made(whole, node, values[whole])
-        if node.op in LAYERS:
-            target = theirs[:, outputs[node.name]] + _lacking(new, node, values[whole], values[new], outputs[node.name])
-            _fit_(new, node, values[new][node.inputs[0]], target, seen.weight, eight, generator)
-        ours = _made(new, node, values[new])
-        if node.name in rounded:
-            origin = rounded[node.name]
-            grids[node.name] = grids[origin] if origin != node.name else best_grid(_some(ours, generator))
-            ours = on_grid(ours, *grids[node.name])
-        values[whole][node.name], values[new][node.name] = theirs, ours
-        for name in node.inputs:
-            if last[name] == i:
-                for kept in values.values():
-                    kept.pop(name, None)
-        tell((i + 1) / len(new.nodes))
+    ours = {node.name: node for node in new.nodes}
+    last = {graph: _last_read(whole, {node.name: node for node in graph.nodes}) for graph in (whole, new)}
+    for i, node in enumerate(whole.nodes):
+        values[whole][node.name] = theirs = _made(whole, node, values[whole])
+        if mine := ours.get(node.name):
+            if node.op in LAYERS:
+                kept = outputs[node.name]
+                target = theirs[:, kept] + _lacking(whole, new, node, values[whole], values[new], kept)
+                _fit_(new, mine, values[new][mine.inputs[0]], target, seen.weight, eight, generator)
+            made = _made(new, mine, values[new])
+            if node.name in rounded:
+                origin = rounded[node.name]
+                grids[node.name] = grids[origin] if origin != node.name else best_grid(_some(made, generator))
+                made = on_grid(made, *grids[node.name])
+            values[new][node.name] = made
+        for graph, kept_values in values.items():
+            for name in [name for name in kept_values if last[graph].get(name, i) <= i and name != node.name]:
+                kept_values.pop(name)
+        tell((i + 1) / len(whole.nodes))
     if eight:
         round_(new, grids)
     return new
@@ -127,17 +129,29 @@ def _made(graph: Graph, node: Node, values: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([graph.made(node, *parts) for parts in zip(*(x.split(CHUNK) for x in inputs), strict=True)])
 
 
+def _last_read(whole: Graph, nodes: Mapping[str, Node]) -> dict[str, int]:
+    """At which node of the whole network a value of these nodes is read last."""
+    run = ((i, nodes.get(node.name)) for i, node in enumerate(whole.nodes))
+    return {name: i for i, node in run if node for name in node.inputs}
+
+
 def _lacking(
-    graph: Graph, node: Node, whole: Mapping[str, Tensor], cut: Mapping[str, Tensor], kept: Bool[Tensor, " c"]
+    whole: Graph,
+    cut: Graph,
+    node: Node,
+    theirs: Mapping[str, Tensor],
+    ours: Mapping[str, Tensor],
+    kept: Bool[Tensor, " c"],
 ) -> Any:
     """What the values that this layer's output is added to lack, where nothing but that sum reads it and they are known already."""
-    readers = [n for n in graph.nodes if node.name in n.inputs]
+    readers = [n for n in cut.nodes if node.name in n.inputs]
     if len(readers) != 1 or readers[0].op != "add":
         return 0.0
-    others = [i for i in readers[0].inputs if i != node.name]
-    if any(i not in cut or cut[i].shape[1] != int(kept.sum()) for i in others):
+    same = next(n for n in whole.nodes if n.name == readers[0].name)  # it may add to what a block made that went
+    others = [pair for pair in zip(same.inputs, readers[0].inputs, strict=True) if node.name not in pair]
+    if any(i not in ours or ours[i].shape[1] != int(kept.sum()) or w not in theirs for w, i in others):
         return 0.0
-    return sum(whole[i][:, kept] - cut[i] for i in others)
+    return sum(theirs[w][:, kept] - ours[i] for w, i in others)
 
 
 def _fit_(
@@ -168,11 +182,16 @@ def _windows(
         if isinstance(layer, nn.Linear):
             yield t.T, part.T, w
             continue
-        sizes = {k: getattr(layer, k) for k in ("kernel_size", "dilation", "padding", "stride")}
-        z, t = nn.functional.unfold(part, **sizes), t.flatten(2)
+        z, t = unfolded(layer, part), t.flatten(2)
         at = torch.randperm(z.shape[-1], generator=generator)[:PLACES]
         count = (w / len(at))[:, None].expand(-1, len(at))
         yield t[:, :, at].transpose(0, 1).flatten(1), z[:, :, at].transpose(0, 1).flatten(1), count.flatten()
+
+
+def unfolded(layer: Any, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n i p"]:
+    """What each output of a convolution reads, place by place; a channel's inputs lie side by side, as in the weights."""
+    sizes = {k: getattr(layer, k) for k in ("kernel_size", "dilation", "padding", "stride")}
+    return nn.functional.unfold(x, **sizes)
 
 
 def _some(x: Tensor, generator: Any) -> Float[Tensor, " n"]:

@@ -1,0 +1,121 @@
+"""What it costs to cut a group of channels once the layers that read it are fitted, measured, beside what the sum of its units' effects foretells: `curves.py` for convolutional networks.
+
+Every group is cut alone, to two depths, and all of it where a residual block would go with it; each layer that reads it is fitted in closed form to what it said (its mean alone, where nothing is left to
+read), and KL(whole || cut) is measured on other pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from sartor.model.graph import Graph
+from sartor.model.graph_channels import Group, channel_groups, ends_of
+from sartor.numerics.compensate import refit
+from sartor.stages.curves import DEEP, LAM, MODERATE, Curves, curve_of
+from sartor.stages.maps import Pixels, blocks_of, ladder_of, reading, summed_blocks
+from sartor.stages.probe import Effects
+from sartor.stages.recognition import kl_of, said_of
+from sartor.stages.refit import CHUNK, PLACES, unfolded
+
+Moments = Mapping[str, Float[Tensor, "f f"]]  # by layer, an input that is always one the last
+
+
+@torch.no_grad()
+def measured_map_curves(
+    graph: Graph,
+    effects: Effects,
+    own: Pixels,
+    judged: Pixels,
+    fixed: Sequence[int] = (),
+    tell: Callable[[float, str], None] = lambda share, note: None,
+) -> Curves:
+    """A curve for every group of channels that may go, by the name of its ladder.
+
+    Args:
+        graph: in the precision to run in; as it was afterwards. own: pictures that what is left is fitted on. judged: others; damage is measured on them. fixed: numbers of groups that stay whole.
+    """
+    groups, said = channel_groups(graph), said_of(graph, judged)
+    ends, moments = ends_of(graph, groups), moments_of_maps(graph, own)
+    found = Curves()
+    for n, (group, blocks, worth) in enumerate(zip(groups, *blocks_of(effects), strict=True)):
+        if n in fixed:
+            continue
+
+        def cost(gone: int, group: Group = group, blocks: Sequence[Tensor] = blocks) -> float:
+            keep = torch.zeros(group.units, dtype=torch.bool)
+            for block in blocks[gone:]:
+                keep[block] = True
+            with reading_less(graph, group, keep, moments):
+                return kl_of(graph, judged, said)
+
+        deep = _depths_and_all if group.name in ends else _depths
+        if points := curve_of(summed_blocks(np.asarray(worth)), deep, cost):
+            found[ladder_of(n)] = points
+        tell((n + 1) / len(groups), f"group {n + 1} of {len(groups)}: what fewer channels cost")
+    return found
+
+
+def _depths(blocks: int) -> list[int]:
+    """How many blocks go: never all."""
+    return sorted({min(max(1, round(share * blocks)), blocks - 1) for share in (MODERATE, DEEP)} - {0})
+
+
+def _depths_and_all(blocks: int) -> list[int]:
+    return [*_depths(blocks), blocks] if blocks else []
+
+
+def moments_of_maps(graph: Graph, pixels: Pixels) -> dict[str, Float[Tensor, "f f"]]:
+    """Sums of z z^T over some places of what every layer reads that mixes channels of any group, and an input that is always one."""
+    read_by = {name for group in channel_groups(graph) for name in group.columns}
+    found: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for part in pixels.split(CHUNK):
+        with reading(graph) as read:
+            graph(part)
+        for name in read_by & set(read):
+            z = _inputs(graph.layers[name], read[name].float(), generator)
+            z = torch.cat([z, torch.ones(1, z.shape[1])])
+            found[name] = found[name].addmm_(z, z.T) if name in found else z @ z.T
+    return found
+
+
+def _inputs(layer: Any, x: Tensor, generator: torch.Generator) -> Float[Tensor, "f s"]:
+    if isinstance(layer, nn.Linear):
+        return x.T
+    z = unfolded(layer, x)
+    return z[:, :, torch.randperm(z.shape[-1], generator=generator)[:PLACES]].transpose(0, 1).flatten(1)
+
+
+@contextmanager
+def reading_less(graph: Graph, group: Group, keep: Bool[Tensor, " units"], moments: Moments) -> Iterator[None]:
+    """Layers read these units of a group alone while the body runs, each fitted to what it said."""
+    with ExitStack() as stack:
+        for name, part in group.columns.items():
+            layer: Any = graph.layers[name]
+            each = layer.weight[0, 0].numel() if layer.weight.ndim == 4 else 1
+            inputs = torch.ones(layer.weight.shape[1], dtype=torch.bool)
+            inputs[part.at] = keep[part.unit]
+            stack.enter_context(_fitted(layer, moments[name], inputs.repeat_interleave(each)))
+        yield
+
+
+@contextmanager
+def _fitted(layer: Any, moments: Float[Tensor, "f f"], stays: Bool[Tensor, " i"]) -> Iterator[None]:
+    before = layer.weight, layer.bias
+    flat = torch.cat([layer.weight.flatten(1), layer.bias[:, None]], 1).float()
+    left = torch.cat([stays, torch.ones(1, dtype=torch.bool)])
+    wide = torch.zeros_like(flat)
+    wide[:, left] = refit(flat[:, left], (flat @ moments)[:, left], moments[left][:, left], LAM)
+    try:
+        layer.weight = nn.Parameter(wide[:, :-1].reshape(before[0].shape).to(before[0].dtype), requires_grad=False)
+        layer.bias = nn.Parameter(wide[:, -1].to(before[1].dtype), requires_grad=False)
+        yield
+    finally:
+        layer.weight, layer.bias = before
