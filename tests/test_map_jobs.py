@@ -13,6 +13,7 @@ from sartor.cli import main
 from sartor.export import graph_file, onnxrt
 from sartor.model.graph import INPUT, Draft, Graph, macs, normalization
 from sartor.picture_api import ARTIFACT
+from sartor.picture_view import sides_of
 
 from .test_graph import Maker
 from .test_picture_jobs import NAMES, assert_no_name_leaves, fitted_by_command, put_photos, put_tiny, report
@@ -21,9 +22,9 @@ from .test_pictures import drawn
 SIDE = 32
 
 
-def network() -> Graph:
+def network(side: int = SIDE) -> Graph:
     m = Maker(0)
-    m.draft = Draft(SIDE, *normalization())
+    m.draft = Draft(side, *normalization())
     x = m.act(m.conv(INPUT, 16, 3, 2), "clip")
     for out, stride in ((16, 1), (32, 2), (32, 1), (32, 1)):
         y = m.conv(m.act(m.depthwise(m.act(m.conv(x, 96), "clip"), 1, stride), "clip"), out)
@@ -75,7 +76,7 @@ def test_the_report_tells_channels_and_what_a_user_would_pick_instead(
     assert (
         sum(x["channels"] - x["channels_kept"] for x in r["layers"]) == r["pruning"]["channels"] > 0
     )  # the file is smaller than what eight bits alone make
-    assert len(r["controls"]) == 5
+    assert len(r["controls"]) == 6
     assert all(c["accuracy"] is not None for c in r["controls"])
     page = (fitted / "report.html").read_text()
     assert page.count("<svg") >= 3
@@ -123,6 +124,28 @@ def test_photos_without_labels_keep_their_features(place: dict[str, Path], tmp_p
     ask = ["compress", str(place["model"]), "--data", str(place["loose"]), "--size", "50%", "--controls", "none"]
     assert main([*ask, "--out", str(tmp_path / "out")]) == 0
     assert report(tmp_path / "out")["user"]["metric"] == "feature agreement"
+
+
+def test_smaller_pictures_are_tried_where_time_is_asked_for(
+    place: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph_file.write(tmp_path / "large.onnx", network(96))
+    assert sides_of(network(96)) == [96, 64]
+    assert sides_of(network(SIDE)) == [SIDE]
+    out, photos, generic = tmp_path / "out", str(place["photos"]), str(place["generic"])
+    ask = ["compress", str(tmp_path / "large.onnx"), "--data", photos, "--generic", generic, "--size", "60%"]
+    assert main([*ask, "--faster", "2", "--controls", "none", "--out", str(out)]) == 0
+    r = report(out)
+    assert sorted(map(int, r["head"]["sides"])) == [64, 96]
+    assert r["head"]["side"] == sartor.load(out)[0].size
+    assert min(r["head"]["sides"].items(), key=lambda x: sum(x[1]))[0] == str(r["head"]["side"])
+    assert r["speed"]["dense_seconds"] / r["speed"]["seconds"] > 1
+    capsys.readouterr()
+    assert main(["eval", str(out), "--data", photos, "--model", str(tmp_path / "large.onnx"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["user"]["artifact"] == r["user"]["artifact"]
+    assert main(["inspect", str(out)]) == 0
+    photo = next((place["photos"] / NAMES[0]).iterdir())
+    assert main(["run", str(out), str(photo), "--why", str(tmp_path / "why.png")]) == 0
 
 
 def test_an_interrupted_job_goes_on_to_the_same_cuts(place: dict[str, Path], tmp_path: Path) -> None:

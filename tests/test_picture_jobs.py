@@ -152,6 +152,7 @@ def test_the_report_compares_with_what_a_user_would_pick_instead(fitted: Path) -
     left = "nothing" if r["head"]["key_dim"] == 16 else "nothing else than to 8 dimensions to compare patches by"
     assert [c["name"] for c in r["controls"]][2:] == [
         f"the original adapted to your photos, 8 bits, {left} cut",
+        f"the original adapted to your photos, fp32, {left} cut",
         "same bytes, personal calibration",
         "same bytes, generic calibration",
     ]

@@ -255,8 +255,11 @@ def picture_controls(
         teacher = clone(made.teacher, torch.float32)
         seen.write(file, carving_of(teacher).eight(teacher, view.pictures.train), WEIGHTS)
         left = "nothing" if not view.narrow else f"nothing else than to {view.key_dim} dimensions to compare patches by"
-        name = f"the original adapted to your photos, 8 bits, {left} cut"
-        rows.append(_row(name, *measured(view.seen(test)), ours))
+        name = f"the original adapted to your photos, {{}}, {left} cut"
+        rows.append(_row(name.format("8 bits"), *measured(view.seen(test)), ours))
+        if job.controls == "full":
+            seen.write(file, teacher, "fp32")
+            rows.append(_row(name.format("fp32"), *measured(view.seen(test)), ours))
         if len(p.generic.train):
             shipped = artifact.stat().st_size, ours
             rows += _calibrated(view, job, made, shipped, measured_arm, tell)

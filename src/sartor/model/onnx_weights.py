@@ -1,7 +1,8 @@
 """The weights of a vision transformer inside an ONNX graph, under the names that transformers' checkpoints give them.
 
-Torch's TorchScript exporter keeps the names of parameters, but those of linear weights: these are anonymous, transposed, and known by the MatMul node that reads them.
-A position table that the graph resizes is anonymous too, the class token's row apart from the others.
+Both of torch's exporters keep the names of parameters, but those of linear weights: these are anonymous, transposed, and known by the MatMul node that reads them.
+A position table that the graph resizes is anonymous too, the class token's row apart from the others. The newer exporter calls nodes by numbers and says beside them in which module they
+are; there the tokens that are joined to the patches are anonymous, too.
 
     backbone.encoder.layer.0.norm1.weight                                     as it stands, without what all names begin with
     node /backbone/encoder/layer.0/attention/attention/query/MatMul           encoder.layer.0.attention.attention.query.weight, transposed
@@ -13,6 +14,7 @@ family does is taken for granted: a graph with the names of a family and the ari
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,7 +132,14 @@ def _linked(raw: Any, values: dict[str, Any]) -> Graph:
             readers[name].append(node)
         if node.op_type == "Identity" and node.input[0] in values:  # equal weights are stored once
             values[node.output[0]] = values[node.input[0]]
-    return Graph(values, makers, readers, [(n.name.strip("/").replace("/", "."), n) for n in raw.node])
+    return Graph(values, makers, readers, [(_scope(n), n) for n in raw.node])
+
+
+def _scope(node: Any) -> str:
+    """The module that a node is in, with dots, and what it is there."""
+    told: str = next((p.value for p in node.metadata_props if p.key == "namespace"), "")
+    modules = [part.partition(":")[0] for part in told.split("/")[:-1]]
+    return f"{modules[-1]}.{node.op_type}" if modules else str(node.name.strip("/").replace("/", "."))
 
 
 def _array(value: Any) -> Any:
@@ -157,6 +166,9 @@ def _family(graph: Graph, name: str) -> tuple[VisionFamily, str]:
     kinds = [
         kind for mark, kind in MARKS.items() if any(n.startswith(start[0]) and n.endswith(mark) for n in graph.values)
     ]
+    told = (p.value for _, node in graph.scoped for p in node.metadata_props if p.key == "namespace")
+    modules = next((m[1] for m in map(re.compile(r"transformers\.models\.(\w+)\.").search, told) if m), "")
+    kinds = [modules] if modules in RENAMED else kinds
     if not kinds:
         raise _refused(name, "none of its layers has the names of ViT, DeiT or DINOv2")
     return VISION[kinds[0]], start[0]
@@ -190,9 +202,21 @@ def _tensors(graph: Graph, row: VisionFamily, start: str) -> dict[str, Tensor]:
     for name, node in _linears(graph, row, start):
         if name.startswith(inside):
             found[name + ".weight"] = _float(graph.values[node.input[1]]).T.contiguous()
+    lacking = [name for name in row.prefix if name not in found]
+    found |= dict(zip(lacking, _joined(graph, len(found[f"{row.patches}.weight"]), len(lacking)), strict=True))
     if row.position not in found:
         table = _table(graph, found[row.prefix[0]].shape[-1])
         found |= {row.position: table} if table is not None else {}
+    return found
+
+
+def _joined(graph: Graph, width: int, count: int) -> list[Tensor]:
+    """The anonymous constants, `count` of them, that are joined to the patches, in the order of the graph."""
+    nodes = (node for _, node in graph.scoped if node.op_type == "Concat")
+    read = (graph.values[name] for node in nodes for name in node.input if name in graph.values) if count else ()
+    found = [_float(v)[:1] for v in read if len(v.dims) == 3 and v.dims[2] == width]
+    if len(found) != count:
+        raise ValueError("its tokens in front of the patches")
     return found
 
 

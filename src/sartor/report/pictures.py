@@ -132,7 +132,7 @@ def warnings(r: dict[str, Any]) -> list[str]:
     asked, got = r["speed"].get("asked"), r["speed"]["dense_seconds"] / r["speed"]["seconds"]
     if asked and got < asked:
         found.append(
-            f"{asked:g} times as fast was asked for, {got:.2f} was measured in the end: other work on the machine, then or when heads and channels were timed, does this; sartor eval measures again"
+            f"{asked:g} times as fast was asked for, {got:.2f} was measured in the end: other work on the machine, then or when its parts were timed, does this; sartor eval measures again"
         )
     if r["probing"]["spearman"] < LEAST_WORTH:
         found.append(
@@ -160,8 +160,10 @@ def inspection(r: dict[str, Any]) -> str:
 
 def _went(r: dict[str, Any]) -> str:
     """How much of each part was cut."""
-    heads = f"{r['pruning'].get('groups', 0)} heads and " if "groups" in r["layers"][0] else ""
-    return f"{heads}{r['pruning'].get('channels', 0)} channels"
+    cut = r["pruning"]
+    heads = f"{cut.get('groups', 0)} heads and " if "groups" in r["layers"][0] else ""
+    blocks = f", {n} residual blocks as a whole" if (n := cut.get("residual_blocks")) else ""
+    return f"{heads}{cut.get('channels', 0)} channels{blocks}"
 
 
 def _bits(r: dict[str, Any]) -> str:
