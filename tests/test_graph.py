@@ -217,7 +217,7 @@ def test_residual_blocks_are_those_that_a_person_would_draw() -> None:
 def test_a_residual_block_with_nothing_left_to_read_is_gone(kind: Callable[[Maker], Graph], which: list[int]) -> None:
     graph, x = kind(Maker(1)), pictures()
     ends = list(ends_of(graph, channel_groups(graph)).items())
-    gone = dict(ends[n] for n in which if n < len(ends))
+    gone = dict(ends[n % len(ends)] for n in which)
     units = {g.name: g.units for g in channel_groups(graph)}
     keep = some(graph, 1) | {name: torch.zeros(units[name], dtype=torch.bool) for name in gone}
     small = shrink(graph, keep)
@@ -228,6 +228,29 @@ def test_a_residual_block_with_nothing_left_to_read_is_gone(kind: Callable[[Make
     assert not left & set().union(*({b.add, *b.inside} for b in gone.values()))
     assert set(small.layers) <= left
     assert len(left) == len(graph.nodes) - len(set().union(*({b.add, *b.inside} for b in gone.values())))
+
+
+def test_bottlenecks_squeezed_blocks_and_what_is_cut_off_twice() -> None:
+    m = Maker(0)
+    x = m.act(m.conv(INPUT, 8, 3, 2))
+    for _ in range(2):  # as in ResNet-50: two groups in a block, and a relu behind the sum
+        x = m.act(m.draft.add("add", x, m.conv(m.act(m.conv(m.act(m.conv(x, 6)), 6, 3)), 8)))
+    graph, x = m.done(x), pictures()
+    groups = channel_groups(graph)
+    ends = ends_of(graph, groups)
+    assert len(groups) == 5
+    assert len(ends) == 2
+    keep = {name: torch.zeros(6, dtype=torch.bool) for name in ends}
+    small = shrink(graph, keep)
+    with masked(graph, keep):
+        close(small(x), graph(x))
+    assert [n.op for n in small.nodes] == ["conv", "relu", "global_average_pool", "flatten", "linear"]
+    broad = Maker(0)
+    y = broad.act(broad.conv(INPUT, 6, 3, 2))
+    graph = broad.done(
+        broad.draft.add("add", broad.conv(y, 1), broad.conv(broad.act(broad.conv(broad.conv(y, 1), 4)), 6))
+    )
+    assert not branches(graph)  # what would be left is narrower
 
 
 def test_a_network_reads_pictures_of_another_size_where_its_layers_can() -> None:

@@ -76,7 +76,7 @@ def test_the_report_tells_channels_and_what_a_user_would_pick_instead(
     assert (
         sum(x["channels"] - x["channels_kept"] for x in r["layers"]) == r["pruning"]["channels"] > 0
     )  # the file is smaller than what eight bits alone make
-    assert len(r["controls"]) == 6
+    assert len(r["controls"]) == 5
     assert all(c["accuracy"] is not None for c in r["controls"])
     page = (fitted / "report.html").read_text()
     assert page.count("<svg") >= 3

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sartor.carving import keep_of
+from sartor.carving import MAPS, keep_of
 from sartor.errors import BudgetError, InputError, SartorError, SourceError
 from sartor.export import lowering, onnxrt, runtimes, seen
 from sartor.export.graph_program import OnGrids
@@ -18,17 +19,18 @@ from sartor.export.lowering import exported
 from sartor.map_view import first_units, in_eight, map_costs, timed_maps
 from sartor.model import graph_saved
 from sartor.model.graph import INPUT, Graph
-from sartor.model.graph_channels import channel_groups, ends_of, kept_channels, shrink, waists
+from sartor.model.graph_channels import Group, channel_groups, ends_of, kept_channels, shrink, waists
+from sartor.model.hooks import removed_after
 from sartor.model.network import clone
 from sartor.numerics.eight import best_grid, grid_of, held, on_grid, rounded
-from sartor.plan import LayerPlan, from_mask
+from sartor.plan import LayerPlan, Plan, from_mask
+from sartor.report.layers import map_rows
 from sartor.stages.allot_maps import allot_maps
 from sartor.stages.attribute import patches_that_decided
 from sartor.stages.eight import byte_grid, reading_bytes, round_, rounded_values, unrounded
-from sartor.stages.map_curves import measured_map_curves, moments_of_maps, reading_less
+from sartor.stages.map_curves import measured_map_curves
 from sartor.stages.maps import PART, block_of, blocks_of, check_maps, feel_maps, ladder_of, map_effects
 from sartor.stages.probe import Effects
-from sartor.stages.recognition import kl_of, said_of
 from sartor.stages.refit import refit_maps, seen_of
 
 from .test_graph import KINDS, Maker, close, fire, grouped, inverted, pictures, plain, residual
@@ -351,10 +353,43 @@ def test_a_residual_block_goes_as_a_whole_where_its_layers_take_time() -> None:
     plans = tuple(LayerPlan("0:0", c) for c in allotted.channels)
     small = shrink(graph, keep_of(graph, plans))
     assert len(small.layers) == len(graph.layers) - 3
-    for share, most in ((1e-6, 0.0), (1e6, 0.05)):  # what it was measured to cost, beside the sum of effects
+    other = next(k for k in costs.ends if k != n)
+    for share, goes in ((1e-6, n), (1e9, other)):  # what it was measured to cost, beside the sum of effects
         curve = {ladder_of(n): [[0.5, 1.0], [1.0, share]]}
         anew = allot_maps(found, dataclasses.replace(timed, limit=limit, curves=curve))
-        assert (len(from_mask(anew.channels[n])) == 0) == (most == 0)
+        assert [k for k in costs.ends if not from_mask(anew.channels[k])] == [goes]
+    assert anew.damage == pytest.approx(float(found.channel[other].sum()), rel=1e-4)
+    dip = {ladder_of(n): [[0.5, 1.0], [0.92, 50.0], [1.0, 0.1]]}  # all of it costs less than a part
+    anew = allot_maps(found, dataclasses.replace(timed, limit=limit, curves=dip))
+    assert anew.damage == pytest.approx(0.1 * float(found.channel[n].sum()), rel=1e-4)
+
+
+def test_what_lies_in_a_block_that_went_is_not_counted_twice() -> None:
+    graph = inverted(Maker(0))  # with a squeezed part in every block
+    costs, found = map_costs(graph, 10**6), effects(graph)
+    groups = channel_groups(graph)
+    ends = ends_of(graph, groups)
+    within = {n for n, group in enumerate(groups) if costs.inside[n]}
+    assert within == {
+        n
+        for n, g in enumerate(groups)
+        if g.name not in ends and any({*g.rows, *g.columns} <= b.inside for b in ends.values())
+    }
+    assert len(within) == len(ends) == 2
+    limit = costs.bytes_of(costs.most)
+    allotted = allot_maps(found, dataclasses.replace(costs, budget=limit))
+    gone = [u - len(from_mask(c)) for u, c in zip(costs.units, allotted.channels, strict=True)]
+    assert all(gone[n] == 0 for n in within)
+    assert all(gone[n] == costs.units[n] for n in costs.ends)
+    assert allotted.size == costs.bytes_of(gone)
+    assert allotted.damage == pytest.approx(
+        sum(float(found.channel[n].sort().values[:less].sum()) for n, less in enumerate(gone)), rel=1e-5
+    )
+    plan = tuple(LayerPlan("0:0", c) for c in allotted.channels)
+    rows = map_rows(Plan("", "", 0, 0, None, None, plan, {}, 0.0, 0.0, {}, {}, {}, 0.0, 0), graph)
+    small = shrink(graph, keep_of(graph, plan))
+    assert sum(r["channels"] - r["channels_kept"] for r in rows) == MAPS.gone(graph, small)["channels"]
+    assert MAPS.gone(graph, small)["residual_blocks"] == 2
 
 
 def test_what_a_block_added_is_made_good_by_the_layers_behind_it() -> None:
@@ -377,39 +412,50 @@ def test_what_a_block_added_is_made_good_by_the_layers_behind_it() -> None:
         close(again(x), silent(x))
 
 
+def repeating(graph: Graph, group: Group) -> Graph:
+    """A copy whose second half of these channels says what the first says."""
+    new = clone(graph)
+    for name, part in group.rows.items():
+        layer: Any = new.layers[name]
+        for values in (layer.weight.data, layer.bias.data):
+            values[part.at[part.unit >= 32]] = values[part.at[part.unit < 32]]
+    return new
+
+
 def test_curves_are_what_fitted_cuts_cost() -> None:
     graph, x, n = wide(), pictures(24), ending(wide())
-    found = map_effects(feel_maps(graph, x[:16]))
-    silent = clone(graph)
-    for name, layer in silent.layers.items():  # the second half of these channels repeats the first
-        group = channel_groups(graph)[n]
-        for part in (group.rows.get(name),):
-            if part is not None:
-                layer.weight.data[part.at[part.unit >= 32]] = layer.weight.data[part.at[part.unit < 32]]
-                layer.bias.data[part.at[part.unit >= 32]] = layer.bias.data[part.at[part.unit < 32]]
-    felt = map_effects(feel_maps(silent, x[:16]))
-    felt.channel[n][:32] += 1.0  # so that the repeated ones go first
-    curves = measured_map_curves(silent, felt, x[:16], x[16:])
-    assert curves[ladder_of(n)][0][0] == 0.5
-    assert (
-        curves[ladder_of(n)][0][1] * float(felt.channel[n][32:].sum()) < 1e-4
-    )  # half of them say nothing of their own
-    assert [share for share, _ in curves[ladder_of(n)]][-1] == 1.0
+    group = channel_groups(graph)[n]
+    again = repeating(graph, group)
+    felt = map_effects(feel_maps(again, x[:16]))
+    felt.channel[n][:32] += 1.0  # so that what is said again goes first
+    curve = measured_map_curves(again, felt, x[:16], x[16:])[ladder_of(n)]
+    assert [share for share, _ in curve] == [0.5, pytest.approx(0.75), 1.0]
+    assert curve[0][1] * float(felt.channel[n][32:].sum()) < 0.1 * curve[-1][1] * float(felt.channel[n].sum())
     before = {name: p.clone() for name, p in graph.state_dict().items()}
+    found = map_effects(feel_maps(graph, x[:16]))
     curves = measured_map_curves(graph, found, x[:16], x[16:], fixed=(0,))
     assert ladder_of(0) not in curves
     assert all(torch.equal(p, before[name]) for name, p in graph.state_dict().items())
-    group = channel_groups(graph)[n]
-    with reading_less(graph, group, torch.zeros(64, dtype=torch.bool), moments_of_maps(graph, x[:16])):
-        said = graph(x[16:])
-    kl = kl_of(graph, x[16:], said_of(graph, x[16:]))
-    assert kl == 0
-    whole = torch.log_softmax(graph(x[16:]), -1)
-    real = float((whole.exp() * (whole - torch.log_softmax(said, -1))).sum(-1).mean())
+    # a block that went as a whole left its mean behind
+    last: Any = ends_of(graph, [group])[group.name].last
+    means, whole = clone(graph), torch.log_softmax(graph(x[16:]), -1)
+    made: list[Tensor] = []
+    with removed_after([graph.layers[last].register_forward_hook(lambda *args: made.append(args[2]))]):
+        graph(x[:16])
+    means.layers[last].weight.data.zero_()
+    means.layers[last].bias.data = torch.cat(made).mean((0, 2, 3))
+    real = float((whole.exp() * (whole - torch.log_softmax(means(x[16:]), -1))).sum(-1).mean())
     share, ratio = curves[ladder_of(n)][-1]
-    total = sum(max(0.0, float(w)) for w in blocks_of(found)[1][n])
     assert share == 1.0
-    assert ratio * total == pytest.approx(real, rel=0.02)
+    assert ratio * sum(max(0.0, float(w)) for w in blocks_of(found)[1][n]) == pytest.approx(real, rel=0.02)
+
+
+def test_a_group_that_nobody_listens_to_has_no_curve() -> None:
+    graph, x = wide(), pictures(16)
+    last = list(ends_of(graph, channel_groups(graph)).values())[-1].last
+    graph.layers[last].weight.data.zero_()
+    found = map_effects(feel_maps(graph, x[:8]))
+    assert ladder_of(ending(graph)) not in measured_map_curves(graph, found, x[:8], x[8:])
 
 
 def test_masks_of_a_plan_are_units_of_groups() -> None:

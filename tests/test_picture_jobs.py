@@ -152,7 +152,6 @@ def test_the_report_compares_with_what_a_user_would_pick_instead(fitted: Path) -
     left = "nothing" if r["head"]["key_dim"] == 16 else "nothing else than to 8 dimensions to compare patches by"
     assert [c["name"] for c in r["controls"]][2:] == [
         f"the original adapted to your photos, 8 bits, {left} cut",
-        f"the original adapted to your photos, fp32, {left} cut",
         "same bytes, personal calibration",
         "same bytes, generic calibration",
     ]
@@ -395,30 +394,34 @@ def test_probing_photos_tells_and_draws(
     assert "name a folder of public pictures with --generic" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("slower", [0.004, -0.004])
 def test_time_is_set_right_by_what_the_cut_network_really_takes(
-    place: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    slower: float, place: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock on which networks of half the size are slower than the sum of their parts."""
+    """By a clock on which networks of half the size are slower, or faster, than the sum of their parts."""
 
     def seconds(network: Any, weights: str) -> float:
         a = anatomy(network)
         heads, blocks = sum(a.groups), sum(a.ffn) / BLOCK
         share = (heads + blocks) / (16 + 32)
-        slow = 0.004 * max(0.0, 1 - 4 * abs(share - 0.6))
+        slow = slower * max(0.0, 1 - 4 * abs(share - 0.6))
         return (0.06 if weights == "fp32" else 0.002 + 0.0005 * heads + 0.00025 * blocks) + slow
 
-    monkeypatch.setattr(picture_view, "_seconds", lambda p, networks: {k: seconds(*n) for k, n in networks.items()})
+    monkeypatch.setattr(picture_view, "seconds_of", lambda networks, _: {k: seconds(*n) for k, n in networks.items()})
     monkeypatch.setattr(picture_view, "SHARES", (1.0,))
     job = Job(str(place["model"]), str(place["loose"]), "90%", faster=4.0)
     p = PreparedPictures(job, resolve(job.model), lambda *_: None)
-    found = {}
-    for corrected in (0, 2):
+    found, sizes = {}, {}
+    for corrected in (0, 3):
         monkeypatch.setattr(picture_view, "CORRECTED", corrected)
         view = picture_view.view_of(p, job, lambda *_: None)
         effects = needed(felt_pictures(running(view.dense), view.pictures, TINY, 0))
         small = left(anatomy(view.dense), allot(anatomy(view.dense), effects, view.costs).steps)
         found[corrected] = 0.06 / seconds(picture_view.resized(view.dense, small), "int8")
-    assert found[0] < 4.0 <= found[2]
+        sizes[corrected] = sum(small.groups) + sum(small.ffn) / BLOCK
+    assert found[3] >= 4.0
+    assert (found[0] < 4.0) == (slower > 0)
+    assert (sizes[3] > sizes[0]) == (slower < 0)  # time that is left is used
 
 
 def test_a_job_in_steps_resumes_and_its_controls_are_alike(place: dict[str, Path], tmp_path: Path) -> None:
@@ -427,7 +430,7 @@ def test_a_job_in_steps_resumes_and_its_controls_are_alike(place: dict[str, Path
             raise KeyboardInterrupt
 
     ask = (str(place["model"]), place["photos"], "18%", tmp_path / "out")
-    more = {"generic": place["generic"], "steps": 2}
+    more = {"generic": place["generic"], "steps": 2, "controls": "full"}
     with pytest.raises(KeyboardInterrupt):
         sartor.compress(*ask, **more, tell=stop)
     assert not sartor.Plan.from_json((tmp_path / "out" / "checkpoint" / "plan.json").read_text()).settled
@@ -449,6 +452,14 @@ def test_a_job_in_steps_resumes_and_its_controls_are_alike(place: dict[str, Path
     assert told["bytes"]["artifact"] <= told["bytes"]["budget"]
     arms = [c for c in told["controls"] if "calibration" in c["name"]]
     assert len(arms) == 2
+    assert ["adapted to your photos, fp32" in c["name"] for c in told["controls"]] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
     assert all(c["bytes"] <= told["bytes"]["budget"] for c in arms)
 
 

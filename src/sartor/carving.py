@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sartor.errors import BudgetError
 from sartor.model.graph import Graph, shapes
-from sartor.model.graph_channels import Keep, channel_groups, kept_channels, shrink
+from sartor.model.graph_channels import Keep, channel_groups, ends_of, kept_channels, shrink
 from sartor.model.network import anatomy, clone, linears_of, parameter
 from sartor.model.precision import running
 from sartor.model.vision import Vision
@@ -135,8 +135,8 @@ def _eight_maps(whole: Graph, own: Tensor) -> Graph:
 
 def _gone_maps(before: Graph, after: Graph) -> dict[str, Any]:
     units = [sum(g.units for g in channel_groups(graph)) for graph in (before, after)]
-    sums = [sum(n.op == "add" for n in graph.nodes) for graph in (before, after)]
-    went = {"channels": units[0] - units[1], "residual_blocks": sums[0] - sums[1]}
+    blocks = len(ends_of(before, channel_groups(before))) - len(ends_of(after, channel_groups(after)))
+    went = {"channels": units[0] - units[1], "residual_blocks": blocks}
     return {what: count for what, count in went.items() if count}
 
 

@@ -59,11 +59,14 @@ def timed_maps(
         (costs with time, how many times as fast the smallest network is).
     """
     rng = np.random.default_rng(seed)
-    widths = [[0] * len(costs.units), list(costs.most), *(_fewer(costs, share, rng) for share in (*SHARES, *SHARES))]
+    none, flat = [0] * len(costs.units), [u if n in costs.ends else 0 for n, u in enumerate(costs.units)]
+    widths = [none, list(costs.most), *(_fewer(costs, share, rng) for share in (*SHARES, *SHARES))]
+    widths += [flat] if costs.ends else []  # which differs from the whole in depth alone
     cut = {str(n): (of_widths(graph, gone), "int8") for n, gone in enumerate(widths)}
     found = seconds_of(cut | {"original": (original, "fp32")}, pixels)
     seconds = np.array([found[str(n)] for n in range(len(widths))])
     work = np.array([[*costs.work(gone), 1.0] for gone in widths])
+    work[:, 3] *= bool(costs.ends)  # where none can go, layers are part of what remains whatever goes
     scale = np.maximum(work.max(0), 1.0)
     *prices, beside = nnls(work / scale, seconds)[0] / scale
     whole = (1 - MARGIN) * found["original"]

@@ -38,7 +38,9 @@ from sartor.stages.narrow import Moments, moments_of_heads, narrowed, widths
 from sartor.stages.recognition import kl_of, said_of
 from sartor.stages.tokens import sample
 
-CORRECTED = 2  # times that the limit of time is set right by what the cut network really takes
+CORRECTED = 3  # times that the limit of time is set right, at most, by what the cut network really takes
+NEAR = 0.03  # of the time asked for, that a network may take less
+CAREFUL = 0.7  # of time that is left, so much is given away at once: the next parts may take more
 SHARES = (1.0, 0.875, 0.75)  # of the side of the original's pictures, that are tried where time is asked for
 LEAST_SIDE = 0.55  # the same of convolutional networks, down to here
 STRIDE = 32  # pixels, in steps of which: maps are halved five times, and every padding stays as it was
@@ -79,6 +81,7 @@ class View:
         """What `view_again` needs, for JSON."""
         c = self.costs
         told: dict[str, Any] = {"side": self.side, "limit": None if c.limit == float("inf") else c.limit}
+        told["sides"] = self.sides
         if isinstance(c, MapCosts):
             return told | {"prices": c.prices, "curves": c.curves}
         told["four"] = c.four.damage if c.four else None
@@ -176,19 +179,25 @@ def _keyed(p: PreparedPictures, view: View, job: Job, four: float | None, tell: 
 
 
 def _in_time(p: PreparedPictures, view: View, job: Job, faster: float, tell: Tell) -> View:
-    """The view with what the network, cut as foretold, takes in the runtime beyond the time asked for taken off its limit: parts are not quite worth the same in every network."""
+    """The view with a limit set right by what the network, cut as foretold, takes in the runtime more, or less, than was asked for: parts are not quite worth the same in every network."""
     costs = view.costs
     felt = view.felt or felt_pictures(running(view.dense), view.pictures, picture_effort_of(job.effort), job.seed)
     effects = needed(felt)
+    enough: Any = None  # costs of the largest network that was fast enough
     for n in range(CORRECTED):
-        tell("view", 0.92 + 0.04 * n, "how long the network takes in the runtime once it is cut")
+        tell("view", 0.91 + 0.03 * n, "how long the network takes in the runtime once it is cut")
         small, planned, least = _as_planned(view.dense, effects, costs)
         times = seconds_of({"cut": (small, WEIGHTS), "original": (p.whole, "fp32")}, p.album.train.pixels)
-        over = times["cut"] - (1 - MARGIN) * times["original"] / faster
-        if over <= 0 or planned <= 1.01 * least:
+        wanted = (1 - MARGIN) * times["original"] / faster
+        over = times["cut"] - wanted
+        if over <= 0:
+            enough = costs if enough is None or costs.limit > enough.limit else enough
+            if over > -NEAR * wanted or planned < (1 - NEAR) * costs.limit:  # near enough, or bytes decide
+                break
+        elif planned <= 1.01 * least:
             break
-        costs = replace(costs, limit=max(planned - over, 1.01 * least))
-    return replace(view, costs=costs, felt=felt)
+        costs = replace(costs, limit=max(planned - (over if over > 0 else CAREFUL * over), 1.01 * least))
+    return replace(view, costs=enough or costs, felt=felt)
 
 
 def _as_planned(dense: Any, effects: Effects, costs: Any) -> tuple[Any, float, float]:
@@ -219,10 +228,11 @@ def view_again(p: PreparedPictures, job: Job, saved: dict[str, Any]) -> View:
     side = int(saved["side"])
     limit = saved["limit"] if saved["limit"] is not None else float("inf")
     dense, head = headed(p, side, job.seed)
-    view = View(dense, head, shrunk(p.pictures, side), _priced(p, dense, saved.get("four")), {})
+    sides = {int(r): found for r, found in saved.get("sides", {}).items()}
+    view = View(dense, head, shrunk(p.pictures, side), _priced(p, dense, saved.get("four")), sides)
     curves = saved.get("curves", {})
     if isinstance(view.costs, MapCosts):
-        return replace(view, costs=replace(view.costs, prices=tuple(saved["prices"]), limit=limit, curves=curves))
+        return replace(view, costs=replace(view.costs, prices=(*saved["prices"], 0.0)[:4], limit=limit, curves=curves))
     if keys := saved.get("keys"):
         dense = narrowed(view.dense, _moments(view, saved["pictures"], job.seed), keys)
         view = replace(view, dense=dense, costs=_priced(p, dense, saved.get("four")))
@@ -283,7 +293,7 @@ def _four_damage(p: PreparedPictures, job: Job, tell: Tell) -> float | None:
 
 
 def timed(p: PreparedPictures, dense: Any, costs: Any, faster: float) -> tuple[Any, float]:
-    """What heads and blocks of channels cost in the runtime, measured on files of this network: whole, with few channels, with few heads; beside the original in fp32.
+    """What heads and blocks of channels of a transformer (for convolutions, `timed_maps`) cost in the runtime, measured on files of this network: whole, with few channels, with few heads; beside the original in fp32.
 
     What they may take is the original's time by `faster`, less what the file takes beside them, and a MARGIN.
 

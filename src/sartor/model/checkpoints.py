@@ -149,7 +149,8 @@ def _transformers(folder: Path, raw: dict[str, Any]) -> Said:
 
     kind = raw.get("model_type")
     if kind not in VISION:
-        raise SourceError(f"the model is of type '{kind}': Sartor knows the vision transformers {', '.join(VISION)}")
+        known = ", ".join(name for name in VISION if not name.startswith("timm"))
+        raise SourceError(f"the model is of type '{kind}': Sartor knows the vision transformers {known}")
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from sartor.model.graph import INPUT, LAYERS, Graph, Node
+from sartor.model.graph import INPUT, LAYERS, Graph, Node, shapes
+
+IDEMPOTENT = ("relu", "clip")  # the same twice is the same once
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Branch:
 
 
 def branches(graph: Graph) -> list[Branch]:
-    """All of them, in the order they run: those that end in a layer, read nothing but what the sum passes on, and are read by nobody else. A sum that is the network's end is none."""
-    nodes = {n.name: n for n in graph.nodes}
+    """All of them, in the order they run: those that end in a layer, read nothing but what the sum passes on, have its shape, and are read by nobody else. A sum that is the network's end has none."""
+    nodes, sizes = {n.name: n for n in graph.nodes}, shapes(graph)
     readers: dict[str, set[str]] = {}
     for node in graph.nodes:
         for name in node.inputs:
@@ -36,7 +38,7 @@ def branches(graph: Graph) -> list[Branch]:
         for skip, last in (node.inputs, node.inputs[::-1]):
             inside = _between(nodes, skip, last)
             alone = all(readers[name] <= inside | {node.name} for name in inside)
-            if inside and alone and nodes[last].op in LAYERS:
+            if inside and alone and nodes[last].op in LAYERS and sizes[skip] == sizes[last]:
                 found.append(Branch(node.name, skip, last, frozenset(inside)))
                 break
     return found
@@ -57,13 +59,19 @@ def _between(nodes: dict[str, Node], skip: str, last: str) -> set[str]:
 
 
 def without(nodes: Iterable[Node], gone: Sequence[Branch]) -> list[Node]:
-    """The nodes that are left: who read a sum reads what it passed on."""
+    """The nodes that are left: who read a sum reads what it passed on, and what was cut off there already is not cut off again."""
     inside, passed = set[str]().union(*(b.inside for b in gone)), {b.add: b.skip for b in gone}
-
-    def read(name: str) -> str:
-        while name in passed:
-            name = passed[name]
-        return name
-
-    left = (n for n in nodes if n.name not in inside and n.name not in passed)
-    return [replace(n, inputs=tuple(map(read, n.inputs))) for n in left]
+    left: dict[str, Node] = {}
+    for node in nodes:
+        if node.name in inside:
+            continue
+        inputs = tuple(passed.get(name, name) for name in node.inputs)
+        if node.name in passed:
+            passed[node.name] = passed.get(passed[node.name], passed[node.name])
+            continue
+        front = left.get(inputs[0]) if inputs != node.inputs else None
+        if front and node.op in IDEMPOTENT and (front.op, front.attributes) == (node.op, node.attributes):
+            passed[node.name] = front.name
+            continue
+        left[node.name] = replace(node, inputs=inputs)
+    return list(left.values())

@@ -174,6 +174,15 @@ def kept_channels(graph: Graph, keep: Keep) -> tuple[Masks, Masks]:
     Raises:
         InputError: there is no such group, it has another number of units, or none of them stays where no residual block ends with it (`ends_of`).
     """
+    return _kept(graph, keep)[:2]
+
+
+def gone_branches(graph: Graph, keep: Keep) -> list[Branch]:
+    """Residual blocks that nothing is left of."""
+    return _kept(graph, keep)[2]
+
+
+def _kept(graph: Graph, keep: Keep) -> tuple[Masks, Masks, list[Branch]]:
     groups = {g.name: g for g in channel_groups(graph)}
     ends = ends_of(graph, groups.values())
     outputs = {n: torch.ones(len(layer.weight), dtype=torch.bool) for n, layer in _layers(graph)}
@@ -182,12 +191,12 @@ def kept_channels(graph: Graph, keep: Keep) -> tuple[Masks, Masks]:
         if name not in groups or len(mask) != groups[name].units or not (mask.any() or name in ends):
             units = f"it has {groups[name].units} units" if name in groups else "there is no such group"
             raise InputError(
-                f"group '{name}' is to keep {int(mask.sum())} of {len(mask)} units, but {units}: keep one at least of a group that channel_groups names"
+                f"group '{name}' is to keep {int(mask.sum())} of {len(mask)} units, but {units}: keep one at least of a group that channel_groups names, or none where a residual block ends with it"
             )
         for masks, parts in ((outputs, groups[name].rows), (inputs, groups[name].columns)):
             for layer, part in parts.items():
                 masks[layer][part.at] = mask.cpu()[part.unit]
-    return outputs, inputs
+    return outputs, inputs, [branch for name, branch in ends.items() if name in keep and not keep[name].any()]
 
 
 def _layers(graph: Graph) -> Iterator[tuple[str, Any]]:
@@ -198,12 +207,6 @@ def _inputs(layer: Any) -> int:
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 
-def gone_branches(graph: Graph, keep: Keep) -> list[Branch]:
-    """Residual blocks that nothing is left of."""
-    ends = ends_of(graph, channel_groups(graph))
-    return [branch for name, branch in ends.items() if name in keep and not keep[name].any()]
-
-
 @contextmanager
 def masked(graph: Graph, keep: Keep) -> Iterator[None]:
     """The network with only the kept (True) units, undone on the way out: the others read as zero, in the features too, and blocks that nothing is left of add zeros.
@@ -211,9 +214,9 @@ def masked(graph: Graph, keep: Keep) -> Iterator[None]:
     Raises:
         InputError: as `kept_channels`.
     """
-    _, inputs = kept_channels(graph, keep)
+    _, inputs, gone = _kept(graph, keep)
     handles: list[Any] = [graph.layers[n].register_forward_pre_hook(_gate(m)) for n, m in inputs.items() if not m.all()]
-    handles += [graph.layers[b.last].register_forward_hook(_silence) for b in gone_branches(graph, keep)]
+    handles += [graph.layers[b.last].register_forward_hook(_silence) for b in gone]
     if graph.head is not None:
         handles.append(graph.seen.register_forward_pre_hook(_gate(inputs[graph.nodes[-1].name])))
     with removed_after(handles):
@@ -238,8 +241,8 @@ def shrink(graph: Graph, keep: Keep) -> Graph:
     Raises:
         InputError: as `kept_channels`.
     """
-    outputs, inputs = kept_channels(graph, keep)
-    nodes = without(graph.nodes, gone_branches(graph, keep))
+    outputs, inputs, gone = _kept(graph, keep)
+    nodes = without(graph.nodes, gone)
     left = [n.name for n in nodes if n.op in LAYERS]
     return again(graph, nodes, {n: _smaller(graph.layers[n], outputs[n], inputs[n]) for n in left})
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sartor.model.graph import Graph
-from sartor.model.graph_channels import channel_groups
+from sartor.model.graph_channels import channel_groups, ends_of
 from sartor.model.network import Anatomy
 from sartor.plan import LayerPlan, Plan
 
@@ -45,10 +45,18 @@ def layer_rows(plan: Plan, a: Anatomy) -> list[dict[str, Any]]:
 
 
 def map_rows(plan: Plan, whole: Graph) -> list[dict[str, Any]]:
-    """One row a group of channels of a convolutional network."""
+    """One row a group of channels of a convolutional network; nothing is kept of those that lie in a residual block which went as a whole."""
+    groups = channel_groups(whole)
+    ends = ends_of(whole, groups)
+    pairs = list(zip(groups, plan.layers, strict=True))
+    went = [ends[group.name].inside for group, layer in pairs if group.name in ends and not layer.kept_channels()]
+    kept = [
+        0 if any({*group.rows, *group.columns} <= inside for inside in went) else len(layer.kept_channels())
+        for group, layer in pairs
+    ]
     return [
-        {"name": group.name, "channels": group.units, "channels_kept": len(layer.kept_channels())} | _told(layer)
-        for group, layer in zip(channel_groups(whole), plan.layers, strict=True)
+        {"name": group.name, "channels": group.units, "channels_kept": left} | _told(layer)
+        for (group, layer), left in zip(pairs, kept, strict=True)
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -114,10 +115,22 @@ class MapCosts:
     def met(self, gone: Counts) -> bool:
         return self.bytes_of(gone) <= self.budget and self.seconds(gone) <= self.limit
 
-    @property
+    @cached_property
     def ends(self) -> frozenset[int]:
         """Groups that a residual block ends with."""
         return frozenset(n for layer in self.layers for n in layer.ends)
+
+    @cached_property
+    def inside(self) -> dict[int, frozenset[int]]:
+        """{group: groups without any of which it is not there, either}: that end a block which has all of its layers."""
+        found = {}
+        for n in range(len(self.units)):
+            of = [frozenset(layer.ends) for layer in self.layers if n in layer.rows or n in layer.columns]
+            found[n] = frozenset.intersection(*of) - {n} if of else frozenset()
+        return found
+
+    def there(self, n: int, gone: Counts) -> bool:
+        return all(gone[g] < self.units[g] for g in self.inside[n])
 
     def levels(self, n: int) -> list[int]:
         """How many units of a group may go: some blocks of them, or all where a residual block goes with them."""
@@ -153,7 +166,7 @@ def allot_maps(effects: Effects, costs: MapCosts) -> Allotment:
     blocks, worth = blocks_of(effects)
     damage = [_damages(of, n, costs) for n, of in enumerate(worth)]
     found = [_least_damage(damage, costs, mix) for mix in (MIXES if costs.limit < float("inf") else MIXES[:1])]
-    choice, price = min((f for f in found if costs.met(_gone(f[0], costs))), key=lambda f: f[0].damage)
+    choice, price = min((f for f in found if costs.met(_gone(f[0], costs))), key=lambda f: _damage(f[0], damage, costs))
     gone = _gone(choice, costs)
     masks = []
     for kept, units, less in zip(blocks, costs.units, gone, strict=True):
@@ -163,22 +176,35 @@ def allot_maps(effects: Effects, costs: MapCosts) -> Allotment:
         tuple("0:0" for _ in masks),
         tuple(masks),
         costs.bytes_of(gone),
-        choice.damage,
+        _damage(choice, damage, costs),
         price,
-        choice.step,
+        {ladder_of(n): costs.levels(n).index(less) for n, less in enumerate(gone)},
     )
 
 
 def _damages(worth: Float[np.ndarray, " b"], n: int, costs: MapCosts) -> list[float]:
     """Of all levels of a group."""
-    damage: Sequence[float] = summed_blocks(worth)
-    if curve := costs.curves.get(ladder_of(n)):
-        damage = bent(damage, curve)
-    return [damage[level // block_of(costs.units[n])] for level in costs.levels(n)]
+    sums, block, levels = summed_blocks(worth), block_of(costs.units[n]), costs.levels(n)
+    if not (curve := costs.curves.get(ladder_of(n))):
+        return [sums[level // block] for level in levels]
+    damage = bent(sums, curve)
+    found = [damage[level // block] for level in levels]
+    share, ratio = curve[-1]
+    if (
+        levels[-1] == costs.units[n] and share == 1.0
+    ):  # as measured, be it less than a deep cut: then it is the better one
+        found[-1] = sums[-1] * ratio
+    return found
 
 
 def _gone(choice: Choice, costs: MapCosts) -> list[int]:
-    return [costs.levels(n)[choice.step[ladder_of(n)]] for n in range(len(costs.units))]
+    """Units of every group that go; of those that lie in a block which goes as a whole none are counted."""
+    gone = [costs.levels(n)[choice.step[ladder_of(n)]] for n in range(len(costs.units))]
+    return [less if costs.there(n, gone) else 0 for n, less in enumerate(gone)]
+
+
+def _damage(choice: Choice, damage: Sequence[Sequence[float]], costs: MapCosts) -> float:
+    return sum(damage[n][costs.levels(n).index(less)] for n, less in enumerate(_gone(choice, costs)))
 
 
 def _least_damage(damage: Sequence[Sequence[float]], costs: MapCosts, mix: float) -> tuple[Choice, float]:
@@ -192,7 +218,7 @@ def _least_damage(damage: Sequence[Sequence[float]], costs: MapCosts, mix: float
         ladders = _ladders(damage, costs, mix, gone)
         choice = just_enough(ladders, lambda c: costs.met(_gone(c, costs)), 2 * UNIT)
         gone = _gone(choice, costs)
-        if costs.met(gone) and (best is None or choice.damage < best[0].damage):
+        if costs.met(gone) and (best is None or _damage(choice, damage, costs) < _damage(best[0], damage, costs)):
             best = choice, choice.price * UNIT / payload(costs)
     return best or (choice, 0.0)
 

@@ -108,6 +108,8 @@ def curve_of(sums: Sequence[float], depths: Callable[[int], Sequence[int]], cost
     """
     idle = _gone(sums)
     many = len(sums) - 1 - idle
+    if many < 1:
+        return []
     points = [[gone / many, cost(idle + gone) / max(sums[idle + gone], 1e-12)] for gone in depths(many)]
     return points * 2 if len(points) == 1 else points
 

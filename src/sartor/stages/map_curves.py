@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,17 @@ from torch import Tensor, nn
 
 from sartor.model.graph import Graph
 from sartor.model.graph_channels import Group, channel_groups, ends_of
-from sartor.numerics.compensate import refit
-from sartor.stages.curves import DEEP, LAM, MODERATE, Curves, curve_of
+from sartor.numerics.compensate import refit, strength
+from sartor.stages.curves import DEEP, MODERATE, Curves, curve_of
 from sartor.stages.maps import Pixels, blocks_of, ladder_of, reading, summed_blocks
 from sartor.stages.probe import Effects
 from sartor.stages.recognition import kl_of, said_of
 from sartor.stages.refit import CHUNK, PLACES, unfolded
 
-Moments = Mapping[str, Float[Tensor, "f f"]]  # by layer, an input that is always one the last
+ROOM = 1 << 31  # bytes that the moments of all layers may take
+Moments = tuple[
+    tuple[Tensor, Tensor], tuple[Tensor, Tensor]
+]  # (covariance, mean) of what a layer reads, over either half of the pictures
 
 
 @torch.no_grad()
@@ -36,7 +40,7 @@ def measured_map_curves(
     fixed: Sequence[int] = (),
     tell: Callable[[float, str], None] = lambda share, note: None,
 ) -> Curves:
-    """A curve for every group of channels that may go, by the name of its ladder.
+    """A curve for every group of channels that may go, by the name of its ladder; none for those whose readers are too wide.
 
     Args:
         graph: in the precision to run in; as it was afterwards. own: pictures that what is left is fitted on. judged: others; damage is measured on them. fixed: numbers of groups that stay whole.
@@ -45,7 +49,7 @@ def measured_map_curves(
     ends, moments = ends_of(graph, groups), moments_of_maps(graph, own)
     found = Curves()
     for n, (group, blocks, worth) in enumerate(zip(groups, *blocks_of(effects), strict=True)):
-        if n in fixed:
+        if n in fixed or not set(group.columns) <= set(moments):
             continue
 
         def cost(gone: int, group: Group = group, blocks: Sequence[Tensor] = blocks) -> float:
@@ -71,19 +75,41 @@ def _depths_and_all(blocks: int) -> list[int]:
     return [*_depths(blocks), blocks] if blocks else []
 
 
-def moments_of_maps(graph: Graph, pixels: Pixels) -> dict[str, Float[Tensor, "f f"]]:
-    """Sums of z z^T over some places of what every layer reads that mixes channels of any group, and an input that is always one."""
+def moments_of_maps(graph: Graph, pixels: Pixels) -> dict[str, Moments]:
+    """What every layer reads that mixes channels of any group, at some places of every picture; as many layers as there is ROOM for, the narrowest first."""
     read_by = {name for group in channel_groups(graph) for name in group.columns}
-    found: dict[str, Tensor] = {}
+    wide = {name: graph.layers[name].weight[0].numel() for name in graph.layers if name in read_by}
+    room, wanted = ROOM, list[str]()
+    for name in sorted(wide, key=lambda name: wide[name]):
+        room -= 2 * 4 * wide[name] ** 2
+        wanted += [name] if room >= 0 else []
+    halves: dict[str, list[Half]] = {name: [Half(), Half()] for name in wanted}
     generator = torch.Generator().manual_seed(0)
-    for part in pixels.split(CHUNK):
+    for n, part in enumerate(pixels.split(CHUNK)):
         with reading(graph) as read:
             graph(part)
-        for name in read_by & set(read):
-            z = _inputs(graph.layers[name], read[name].float(), generator)
-            z = torch.cat([z, torch.ones(1, z.shape[1])])
-            found[name] = found[name].addmm_(z, z.T) if name in found else z @ z.T
-    return found
+        for name in [name for name in read if name in halves]:
+            halves[name][n % 2].add(_inputs(graph.layers[name], read[name].float(), generator))
+    return {name: (one.moments(), other.moments()) for name, (one, other) in halves.items()}
+
+
+@dataclass
+class Half:
+    """Sums of what a layer reads, over one half of the pictures."""
+
+    squares: Any = 0.0
+    sums: Any = 0.0
+    count: int = 0
+
+    def add(self, z: Float[Tensor, "f s"]) -> None:
+        self.squares, self.sums, self.count = self.squares + z @ z.T, self.sums + z.sum(1), self.count + z.shape[1]
+
+    def moments(self) -> tuple[Float[Tensor, "f f"], Float[Tensor, " f"]]:
+        """(covariance, mean); of nothing, where there was one part of pictures only, nothing."""
+        if not self.count:
+            return torch.zeros(0, 0), torch.zeros(0)
+        mean = self.sums / self.count
+        return self.squares / self.count - mean[:, None] * mean, mean
 
 
 def _inputs(layer: Any, x: Tensor, generator: torch.Generator) -> Float[Tensor, "f s"]:
@@ -94,7 +120,9 @@ def _inputs(layer: Any, x: Tensor, generator: torch.Generator) -> Float[Tensor, 
 
 
 @contextmanager
-def reading_less(graph: Graph, group: Group, keep: Bool[Tensor, " units"], moments: Moments) -> Iterator[None]:
+def reading_less(
+    graph: Graph, group: Group, keep: Bool[Tensor, " units"], moments: Mapping[str, Moments]
+) -> Iterator[None]:
     """Layers read these units of a group alone while the body runs, each fitted to what it said."""
     with ExitStack() as stack:
         for name, part in group.columns.items():
@@ -107,15 +135,21 @@ def reading_less(graph: Graph, group: Group, keep: Bool[Tensor, " units"], momen
 
 
 @contextmanager
-def _fitted(layer: Any, moments: Float[Tensor, "f f"], stays: Bool[Tensor, " i"]) -> Iterator[None]:
+def _fitted(layer: Any, moments: Moments, stays: Bool[Tensor, " i"]) -> Iterator[None]:
+    """The layer reads these inputs alone; the damping is the one that says most of the half that it was not fitted on, and the bias takes all of the mean."""
     before = layer.weight, layer.bias
-    flat = torch.cat([layer.weight.flatten(1), layer.bias[:, None]], 1).float()
-    left = torch.cat([stays, torch.ones(1, dtype=torch.bool)])
-    wide = torch.zeros_like(flat)
-    wide[:, left] = refit(flat[:, left], (flat @ moments)[:, left], moments[left][:, left], LAM)
+    w = layer.weight.detach().flatten(1).float()
+    seen = [(c, mean) for c, mean in moments if len(c)]
+    both, mean = (sum(x) / len(seen) for x in zip(*seen, strict=True))
+    wide = torch.zeros_like(w)
+    if stays.any():
+        pairs = [((w @ c)[:, stays], c[stays][:, stays]) for c, _ in seen]
+        lam = strength(w[:, stays], pairs[0], pairs[-1])
+        wide[:, stays] = refit(w[:, stays], (w @ both)[:, stays], both[stays][:, stays], lam)
+    bias = layer.bias.detach().float() + (w - wide) @ mean
     try:
-        layer.weight = nn.Parameter(wide[:, :-1].reshape(before[0].shape).to(before[0].dtype), requires_grad=False)
-        layer.bias = nn.Parameter(wide[:, -1].to(before[1].dtype), requires_grad=False)
+        layer.weight = nn.Parameter(wide.reshape(before[0].shape).to(before[0].dtype), requires_grad=False)
+        layer.bias = nn.Parameter(bias.to(before[1].dtype), requires_grad=False)
         yield
     finally:
         layer.weight, layer.bias = before
