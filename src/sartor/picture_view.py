@@ -35,6 +35,7 @@ from sartor.stages.allot_maps import MapCosts
 from sartor.stages.curves import Curves
 from sartor.stages.head import Head, choose_head, with_head
 from sartor.stages.narrow import Moments, moments_of_heads, narrowed, widths
+from sartor.stages.probe import Effects
 from sartor.stages.recognition import kl_of, said_of
 from sartor.stages.tokens import sample
 

@@ -287,7 +287,7 @@ class PictureSurgery:
         held = sample(self.pictures.validation, self.effort.checked, plan.seed)
         said, whole_needs, done_before = said_of(teacher, held), self._needed(teacher, plan), tried(self.kept)
         felt = [] if done_before else [whole_needs]  # the first step is of the whole network
-        priced = replace(self.costs, curves=plan.curves)
+        priced: Any = replace(self.costs, curves=plan.curves)
         at_once = carving.allot(teacher, whole_needs, priced)
         whole, priced = _as_allotted(plan, teacher, at_once), priced.at(at_once.four)  # bits are decided once
         left = list(range(steps - done_before))  # trainings, one for each step, however many are tried

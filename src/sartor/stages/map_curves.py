@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sartor.model.graph import Graph
+from sartor.model.graph import Graph, macs
 from sartor.model.graph_channels import Group, channel_groups, ends_of
 from sartor.numerics.compensate import refit, strength
 from sartor.stages.curves import DEEP, MODERATE, Curves, curve_of
@@ -25,6 +25,11 @@ from sartor.stages.probe import Effects
 from sartor.stages.recognition import kl_of, said_of
 from sartor.stages.refit import CHUNK, PLACES, unfolded
 
+CUTS = 3  # of a group, at most
+WORK, FEWEST = (
+    2 * 10**13,
+    8,
+)  # multiplications that judging may take in all, and pictures that judge at least: minutes on two cores
 ROOM = 1 << 31  # bytes that the moments of all layers may take
 Moments = tuple[
     tuple[Tensor, Tensor], tuple[Tensor, Tensor]
@@ -45,7 +50,9 @@ def measured_map_curves(
     Args:
         graph: in the precision to run in; as it was afterwards. own: pictures that what is left is fitted on. judged: others; damage is measured on them. fixed: numbers of groups that stay whole.
     """
-    groups, said = channel_groups(graph), said_of(graph, judged)
+    groups = channel_groups(graph)
+    judged = judged[: max(FEWEST, WORK // (CUTS * len(groups) * sum(macs(graph).values()) + 1))]
+    said = said_of(graph, judged)
     ends, moments = ends_of(graph, groups), moments_of_maps(graph, own)
     found = Curves()
     for n, (group, blocks, worth) in enumerate(zip(groups, *blocks_of(effects), strict=True)):
@@ -78,7 +85,8 @@ def _depths_and_all(blocks: int) -> list[int]:
 def moments_of_maps(graph: Graph, pixels: Pixels) -> dict[str, Moments]:
     """What every layer reads that mixes channels of any group, at some places of every picture; as many layers as there is ROOM for, the narrowest first."""
     read_by = {name for group in channel_groups(graph) for name in group.columns}
-    wide = {name: graph.layers[name].weight[0].numel() for name in graph.layers if name in read_by}
+    layers: dict[str, Any] = dict(graph.layers.items())
+    wide = {name: layers[name].weight[0].numel() for name in layers if name in read_by}
     room, wanted = ROOM, list[str]()
     for name in sorted(wide, key=lambda name: wide[name]):
         room -= 2 * 4 * wide[name] ** 2
