@@ -54,31 +54,34 @@ def depths(model: Any) -> int:
 
 
 @torch.no_grad()
-def read_out(model: Any, pixels: UInt8[Tensor, "n 3 s s"], first: int) -> list[Float[Tensor, "n f"]]:
-    """Pooled features at depths `first`, first + 1, ... of as many as there are, in fp32; those of a transformer's layers through the last norm."""
-    found: list[list[Tensor]] = []
-    for part in pixels.split(BATCH):
-        found.append(_of_maps(model, part)[first - 1 :] if isinstance(model, Graph) else _of_layers(model, part, first))
+def read_out(
+    model: Any, pixels: UInt8[Tensor, "n 3 s s"], first: int, last: int | None = None
+) -> list[Float[Tensor, "n f"]]:
+    """Pooled features at depths `first`, first + 1, ... `last` (None: of as many as there are), in fp32; those of a transformer's layers through the last norm."""
+    read, last = (_of_maps if isinstance(model, Graph) else _of_layers), depths(model) if last is None else last
+    found = [read(model, part, first, last) for part in pixels.split(BATCH)]
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
-def _of_layers(model: Vision, pixels: Tensor, first: int) -> list[Tensor]:
+def _of_layers(model: Vision, pixels: Tensor, first: int, last: int) -> list[Tensor]:
     state, behind = embed(model, pixels), []
-    for n, layer in enumerate(layers_of(model), 1):
+    for n, layer in enumerate(layers_of(model)[:last], 1):
         state = layer(state)
         if n >= first:
             behind.append(model.pool(model.model.norm(state)).float())
     return behind
 
 
-def _of_maps(model: Graph, pixels: Tensor) -> list[Tensor]:
-    wanted, behind = set(waists(model)), list[Tensor]()
+def _of_maps(model: Graph, pixels: Tensor, first: int, last: int) -> list[Tensor]:
+    read, behind = waists(model)[first - 1 : last], list[Tensor]()
+    wanted = set(read)
+    end = 1 + next(i for i, node in enumerate(model.nodes) if node.name == read[-1])
 
     def tell(name: str, value: Tensor) -> None:
         if name in wanted:
             behind.append(value.flatten(2).mean(2) if value.ndim > 2 else value)
 
-    model.run(model.embed(pixels), 0, model.before_pool, tell)
+    model.run(model.embed(pixels), 0, end, tell)
     return behind
 
 
@@ -131,7 +134,7 @@ def choose_head(
         own: of the head that the network came with, for these classes.
     """
     first = first or depths(model) // 2 + 1
-    read = read_out(running(model), pixels, first)[: None if last is None else last - first + 1]
+    read = read_out(running(model), pixels, first, last)
     fold = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)) % FOLDS
     tried: list[tuple[int, float, Rows | None]] = [
         (d, s, None) for d in range(first, first + len(read)) for s in STRENGTHS
