@@ -424,6 +424,24 @@ def test_time_is_set_right_by_what_the_cut_network_really_takes(
     assert (sizes[3] > sizes[0]) == (slower < 0)  # time that is left is used
 
 
+def test_four_bits_are_asked_where_bytes_decide_and_not_where_time_does(
+    place: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(network: Any, weights: str) -> float:
+        a = anatomy(network)
+        return 0.06 if weights == "fp32" else 0.002 + 0.0005 * sum(a.groups) + 0.00025 * sum(a.ffn) / BLOCK
+
+    asked: list[float] = []
+    monkeypatch.setattr(picture_view, "seconds_of", lambda networks, _: {k: seconds(*n) for k, n in networks.items()})
+    monkeypatch.setattr(picture_view, "SHARES", (1.0,))
+    monkeypatch.setattr(picture_view, "four_damage", lambda *_: asked.append(0.0) or 1e-3)
+    for faster in (8.0, 3.3):
+        job = Job(str(place["model"]), str(place["loose"]), "40%", faster=faster)
+        p = PreparedPictures(job, resolve(job.model), lambda *_: None)
+        view = picture_view.view_of(p, job, lambda *_: None)
+        assert (view.costs.four is None) == (faster == 8.0) == (not asked)
+
+
 def test_a_job_in_steps_resumes_and_its_controls_are_alike(place: dict[str, Path], tmp_path: Path) -> None:
     def stop(now: str, share: float, note: str) -> None:
         if now == "prune" and "step 2" in note:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from math import ceil
 from typing import Any
 
@@ -39,6 +40,7 @@ from sartor.stages.probe import Effects
 from sartor.stages.recognition import kl_of, said_of
 from sartor.stages.tokens import sample
 
+ENDLESS = 1 << 60  # bytes
 CORRECTED = 3  # times that the limit of time is set right, at most, by what the cut network really takes
 NEAR = 0.03  # of the time asked for, that a network may take less
 CAREFUL = 0.7  # of time that is left, so much is given away at once: the next parts may take more
@@ -110,9 +112,9 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
         BudgetError: not even the smallest pictures are fast enough.
     """
     carving_of(p.dense).refuse(p.dense, _priced(p, p.dense, 0.0))  # before any work is done
-    four = _four_damage(p, job, tell)
+    four = cache(lambda: _four_damage(p, job, tell))  # it takes a minute, and is not always asked
     if job.faster is None:
-        return _keyed(p, View(p.dense, p.head, p.pictures, _priced(p, p.dense, four), {}), job, four, tell)
+        return _keyed(p, View(p.dense, p.head, p.pictures, _priced(p, p.dense, four()), {}), job, tell)
     sides, views = sides_of(p.whole), list[View]()
     felt, effects, curves, fastest, e = None, None, Curves(), 0.0, picture_effort_of(job.effort)
     for n, r in enumerate(sides):
@@ -121,7 +123,7 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
         dense, head = headed(p, r, job.seed)
         pictures = shrunk(p.pictures, r)
         told(f"pictures of {r} pixels a side: how long its parts take in the runtime")
-        costs, most = timed(p, dense, _priced(p, dense, four), job.faster)
+        costs, most = timed(p, dense, _priced(p, dense, None), job.faster)
         fastest = max(fastest, most)
         if effects is None:
             told("what the photos need of the network's parts")
@@ -131,6 +133,8 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
             told("what fewer of them cost")
             curves = priced(half, pictures, effects, costs, e, job.seed).curves
         costs = replace(costs, curves=curves)
+        if isinstance(costs, Costs) and not _time_decides(dense, effects, costs):
+            costs = replace(costs, four=_priced(p, dense, four()).four)
         damages = {r: [head.nats, _damage(dense, effects, costs)]}
         views.append(View(dense, head, pictures, costs, damages, felt=felt if n == 0 else None))
     best = min(views, key=lambda v: sum(v.sides[v.side]))
@@ -139,7 +143,7 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
             f"{job.faster:g} times as fast as the original cannot be reached: the smallest network that Sartor would make is {fastest:.1f} times as fast, with pictures of {sides[-1]} pixels a side; ask for that or less with --faster"
         )
     best = replace(best, sides={r: found for v in views for r, found in v.sides.items()})
-    return _in_time(p, _keyed(p, best, job, four, tell), job, job.faster, tell)
+    return _in_time(p, _keyed(p, best, job, tell), job, job.faster, tell)
 
 
 def sides_of(whole: Any) -> list[int]:
@@ -152,7 +156,7 @@ def sides_of(whole: Any) -> list[int]:
     return [patch * round(share * size / patch) for share in SHARES]
 
 
-def _keyed(p: PreparedPictures, view: View, job: Job, four: float | None, tell: Tell) -> View:
+def _keyed(p: PreparedPictures, view: View, job: Job, tell: Tell) -> View:
     """The view with as many dimensions to compare tokens by as are best, together with what else must go then; as many as there are where nobody says what the network adapts to, which heals it."""
     if not p.labelled or isinstance(p.whole, Graph):  # which has no heads
         return view
@@ -170,7 +174,7 @@ def _keyed(p: PreparedPictures, view: View, job: Job, four: float | None, tell: 
         quicker = _head_seconds(p, view.dense, networks, costs) if job.faster else {}
         said = said_of(half, judged)
         for keys, dense in networks.items():
-            seconds, own = quicker.get(keys, costs.head_seconds), _priced(p, dense, four)
+            seconds, own = quicker.get(keys, costs.head_seconds), _priced(p, dense, costs.four and costs.four.damage)
             fewer = replace(costs, bytes_of=own.bytes_of, four=own.four, head_seconds=seconds)
             tried[keys] = [kl_of(running(dense), judged, said), _damage(dense, effects, fewer)]
             views.append(replace(view, dense=dense, costs=fewer))
@@ -257,6 +261,14 @@ def _damage(dense: Any, effects: Any, costs: Costs | MapCosts) -> float:
         if error.nearest is not None:
             raise
         return float("inf")
+
+
+def _time_decides(dense: Any, effects: Effects, costs: Costs) -> bool:
+    """Whether what is fast enough has few enough bytes at eight bits a weight already: four take no less time."""
+    try:
+        return carving_of(dense).allot(dense, effects, replace(costs, budget=ENDLESS)).size <= costs.budget
+    except BudgetError:  # nothing is fast enough
+        return True
 
 
 def headed(p: PreparedPictures, side: int, seed: int) -> tuple[Any, Head]:
