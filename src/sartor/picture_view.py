@@ -117,7 +117,7 @@ def view_of(p: PreparedPictures, job: Job, tell: Tell) -> View:
         return _keyed(p, View(p.dense, p.head, p.pictures, _priced(p, p.dense, four()), {}), job, tell)
     sides, views = sides_of(p.whole), list[View]()
     felt, effects, curves, fastest, e = None, None, Curves(), 0.0, picture_effort_of(job.effort)
-    for n, r in enumerate(sides):
+    for n, r in enumerate(sides[::-1]):  # the smallest first: what is felt of it takes the least time
         told = lambda note, n=n: tell("view", 0.5 * n / len(sides), note)  # noqa: E731
         told(f"pictures of {r} pixels a side: what the head says of them")
         dense, head = headed(p, r, job.seed)
