@@ -190,10 +190,8 @@ def _damages(worth: Float[np.ndarray, " b"], n: int, costs: MapCosts) -> list[fl
     damage = bent(sums, curve)
     found = [damage[level // block] for level in levels]
     share, ratio = curve[-1]
-    if (
-        levels[-1] == costs.units[n] and share == 1.0
-    ):  # as measured, be it less than a deep cut: then it is the better one
-        found[-1] = sums[-1] * ratio
+    if levels[-1] == costs.units[n] and share == 1.0:
+        found[-1] = sums[-1] * ratio  # as measured, be it less than a deep cut: then it is the better one
     return found
 
 
