@@ -24,21 +24,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vision_cuts import parser_of, said, told
+from vision_cuts import adapted, opened, parser_of, said, told
 
 from sartor.carving import keep_of
 from sartor.effort import picture_effort_of
-from sartor.job import Job
 from sartor.map_view import map_costs, seconds_of
 from sartor.model.graph import Graph, macs, shapes
 from sartor.model.graph_channels import channel_groups, kept_channels, shrink
 from sartor.model.network import clone
 from sartor.model.precision import running
-from sartor.picture_job import PreparedPictures
-from sartor.picture_view import headed, shrunk, smaller
 from sartor.pictures import RHO, Pictures, felt_pictures, priced, trained
 from sartor.plan import LayerPlan, to_mask
-from sartor.sources import resolve
 from sartor.stages.allot_maps import MapCosts, allot_maps
 from sartor.stages.maps import block_of, blocks_of
 from sartor.stages.masters import free
@@ -190,16 +186,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS))
     a = parser.parse_args()
-    p = PreparedPictures(Job(a.model, a.data, "50%", generic=a.generic), resolve(a.model), lambda *_: None)
-    came_with, pictures, test = p.dense, p.pictures, (p.album.test.pixels, p.labels[2])
-    if a.side:
-        came_with, pictures = headed(p, a.side, 0)[0], shrunk(pictures, a.side)
-        test = smaller(test[0], a.side), test[1]
+    came_with, pictures, test = opened(a)
     mirror = may_mirror(came_with, *pictures.judged)
     for seed in a.seeds:
-        whole = clone(came_with)
-        lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic)
-        trained(whole, free(whole), lessons, pictures, TuneConfig(math.inf, 1e-3, pictures=a.adapt), seed)
+        whole = adapted(came_with, pictures, mirror, a.adapt, seed)
         dense = recognize(running(whole), *test)
         came = said(recognize(running(came_with), *test))
         print(

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from vision_rivals import RIVALS, choose, macs, repair_, unit_macs
 
 from sartor.effort import picture_effort_of
@@ -166,6 +167,24 @@ def parser_of(about: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def opened(a: argparse.Namespace) -> tuple[Any, Pictures, tuple[Tensor, Tensor]]:
+    """(The network as it came, with its head; what the stages see; test photos and labels), for pictures of `--side`."""
+    job = Job(a.model, a.data, "50%", generic=a.generic)
+    p = PreparedPictures(job, resolve(a.model), lambda *_: None)
+    came_with, pictures, test = p.dense, p.pictures, p.album.test.pixels
+    if a.side:
+        came_with, pictures, test = headed(p, a.side, 0)[0], shrunk(pictures, a.side), smaller(test, a.side)
+    return came_with, pictures, (test, p.labels[2])
+
+
+def adapted(came_with: Any, pictures: Pictures, mirror: bool, many: int, seed: int) -> Any:
+    """A copy trained on so many pictures of the user's."""
+    whole = clone(came_with)
+    lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic)
+    trained(whole, free(whole), lessons, pictures, TuneConfig(math.inf, 1e-3, pictures=many), seed)
+    return whole
+
+
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--removed", type=float, nargs="+", default=[0.3, 0.5, 0.7])
@@ -179,17 +198,10 @@ def main() -> None:
     a = parser.parse_args()
     if unknown := set(a.only or ()) - {*RIVALS, *OURS}:
         parser.error(f"there is no arm '{unknown.pop()}': take some of {', '.join((*OURS, *RIVALS))}")
-    job = Job(a.model, a.data, "50%", generic=a.generic)
-    p = PreparedPictures(job, resolve(a.model), lambda *_: None)
-    came_with, pictures, test = p.dense, p.pictures, (p.album.test.pixels, p.labels[2])
-    if a.side:
-        came_with, pictures = headed(p, a.side, 0)[0], shrunk(pictures, a.side)
-        test = smaller(test[0], a.side), test[1]
+    came_with, pictures, test = opened(a)
     mirror = may_mirror(came_with, *pictures.judged)
     for seed in a.seeds:
-        whole = clone(came_with)
-        lessons = Lessons(pictures.train, pictures.labels, mirror, pictures.generic)
-        trained(whole, free(whole), lessons, pictures, TuneConfig(math.inf, 1e-3, pictures=a.adapt), seed)
+        whole = adapted(came_with, pictures, mirror, a.adapt, seed)
         dense = recognize(running(whole), *test)
         came = said(recognize(running(came_with), *test))
         print(f"{Path(a.data).name}, seed {seed}: as it came {came}; adapted {said(dense)}", flush=True)
