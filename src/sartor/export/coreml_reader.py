@@ -82,6 +82,7 @@ def _operations() -> dict[str, Callable[[dict[str, Any]], Any]]:
         "linear": lambda a: F.linear(a["x"], a["weight"], a.get("bias")),
         "conv": conv,
         "clip": lambda a: a["x"].clamp(float(a["alpha"]), float(a["beta"])),
+        "thresholded_relu": lambda a: torch.where(a["x"] >= float(a["alpha"]), a["x"], 0.0),
         "relu6": lambda a: F.relu6(a["x"]),
         "sigmoid_hard": lambda a: (float(a["alpha"]) * a["x"] + float(a["beta"])).clamp(0, 1),
         "max_pool": lambda a: F.max_pool2d(padded(a, -float("inf")), ints(a["kernel_sizes"]), ints(a["strides"])),
