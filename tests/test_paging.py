@@ -194,7 +194,7 @@ def test_training_through_the_disk_learns_and_leaves_no_gradient(
         small = load_dense(place["model"])[0]
         student = running(small)
         latents = free(small)
-        config = DistilConfig(2.0, 3e-3, checks=2)
+        config = DistilConfig(6.0, 3e-3, checks=2)
         course = distil_(student, latents, own, anchor(student, own[:4]), windows, config)
         assert min(b for _, b in course.curve[1:]) < course.curve[0][1]
         assert all(p.grad is None for p in student.parameters())
