@@ -19,14 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vision_cuts import adapted, opened, parser_of, said, told
+from vision_cuts import Round, parser_of, rounds, told
 
-from sartor.carving import keep_of
+from sartor.carving import MAPS, keep_of
 from sartor.effort import picture_effort_of
 from sartor.map_view import map_costs, seconds_of
 from sartor.model.graph import Graph, macs, shapes
@@ -41,7 +40,7 @@ from sartor.stages.masters import free
 from sartor.stages.probe import Effects, blended
 from sartor.stages.recognition import Recognized, recognize
 from sartor.stages.refit import refit_maps, room_for, seen_of
-from sartor.stages.tune import Lessons, TuneConfig, may_mirror
+from sartor.stages.tune import Lessons, TuneConfig
 
 FITTED, BATCH = 192, 16
 Masks = tuple[str, ...]
@@ -146,30 +145,28 @@ def cut(s: Subject, arm: Arm) -> Graph:
     return refit_maps(small, s.whole, kept_channels(s.whole, keep)[0], seen, eight=False)
 
 
-def compared(
-    s: Subject, names: list[str], a: Any, mirror: bool, seed: int, test: tuple[Tensor, Tensor], dense: Recognized
-) -> None:
+def compared(s: Subject, a: Any, r: Round) -> None:
     p, files, firsts = s.pictures, {"adapted": (s.whole, "fp32")}, dict[int, Recognized]()
     whole = sum(macs(s.whole).values())
-    lessons = Lessons(p.train, p.labels, mirror, p.generic, running(s.whole))
-    for name in names:
+    lessons = Lessons(p.train, p.labels, r.mirror, p.generic, running(s.whole))
+    for name in a.only:
         small = cut(s, ARMS[name])
         files[name] = small, "fp32"
-        blocks = sum(n.op == "add" for n in s.whole.nodes) - sum(n.op == "add" for n in small.nodes)
+        blocks = MAPS.gone(s.whole, small).get("residual_blocks", 0)
         left = sum(macs(small).values()) / whole
         for many in (0, *a.tune):
             network: Any = clone(small)
             if many:
                 config = TuneConfig(math.inf, 2e-3, checks=3, pictures=many)
-                trained(network, free(network), lessons, p, config, seed)
-            found = recognize(running(network), *test)
-            line = told(found, dense, firsts.get(many))
+                trained(network, free(network), lessons, p, config, r.seed)
+            found = recognize(running(network), *r.test)
+            line = told(found, r.dense, firsts.get(many))
             print(
                 f"{1 - left:.1%} gone, {blocks} whole blocks: {name:16s} {f'tuned on {many}' if many else 'cut'} {line}",
                 flush=True,
             )
             firsts.setdefault(many, found)
-    times = seconds_of(files, test[0])
+    times = seconds_of(files, r.test[0])
     print(
         "ms a picture, fp32: "
         + ", ".join(f"{name} {1e3 * t:.2f} ({times['adapted'] / t:.2f}x)" for name, t in times.items()),
@@ -186,18 +183,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS))
     a = parser.parse_args()
-    came_with, pictures, test = opened(a)
-    mirror = may_mirror(came_with, *pictures.judged)
-    for seed in a.seeds:
-        whole = adapted(came_with, pictures, mirror, a.adapt, seed)
-        dense = recognize(running(whole), *test)
-        came = said(recognize(running(came_with), *test))
-        print(
-            f"{Path(a.data).name}, seed {seed}: as it came {came}; adapted {said(dense)}; {sum(macs(whole).values()) / 1e6:.1f} M multiplications",
-            flush=True,
-        )
+    for r in rounds(a, lambda whole: f"; {sum(macs(whole).values()) / 1e6:.1f} M multiplications"):
         for share in a.removed:
-            compared(subject(whole, pictures, share, seed), a.only, a, mirror, seed, test, dense)
+            compared(subject(r.whole, r.pictures, share, r.seed), a, r)
 
 
 if __name__ == "__main__":

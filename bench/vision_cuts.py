@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -185,6 +185,30 @@ def adapted(came_with: Any, pictures: Pictures, mirror: bool, many: int, seed: i
     return whole
 
 
+@dataclass(frozen=True)
+class Round:
+    """One seed: the network adapted with it, what the stages see, whether views are mirrored, test photos with labels, and what the adapted network says of them."""
+
+    seed: int
+    whole: Any
+    pictures: Pictures
+    mirror: bool
+    test: tuple[Tensor, Tensor]
+    dense: Recognized
+
+
+def rounds(a: argparse.Namespace, also: Callable[[Any], str] = lambda whole: "") -> Iterator[Round]:
+    """A round a seed, told on stdout; also: what else is said of the network."""
+    came_with, pictures, test = opened(a)
+    mirror = may_mirror(came_with, *pictures.judged)
+    for seed in a.seeds:
+        whole = adapted(came_with, pictures, mirror, a.adapt, seed)
+        dense = recognize(running(whole), *test)
+        came = said(recognize(running(came_with), *test))
+        print(f"{Path(a.data).name}, seed {seed}: as it came {came}; adapted {said(dense)}{also(whole)}", flush=True)
+        yield Round(seed, whole, pictures, mirror, test, dense)
+
+
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--removed", type=float, nargs="+", default=[0.3, 0.5, 0.7])
@@ -198,22 +222,17 @@ def main() -> None:
     a = parser.parse_args()
     if unknown := set(a.only or ()) - {*RIVALS, *OURS}:
         parser.error(f"there is no arm '{unknown.pop()}': take some of {', '.join((*OURS, *RIVALS))}")
-    came_with, pictures, test = opened(a)
-    mirror = may_mirror(came_with, *pictures.judged)
-    for seed in a.seeds:
-        whole = adapted(came_with, pictures, mirror, a.adapt, seed)
-        dense = recognize(running(whole), *test)
-        came = said(recognize(running(came_with), *test))
-        print(f"{Path(a.data).name}, seed {seed}: as it came {came}; adapted {said(dense)}", flush=True)
+    for r in rounds(a):
+        whole, pictures = r.whole, r.pictures
         for share in a.removed:
             firsts: dict[int, Recognized] = {}
             for name, arm in arms(whole, pictures, share, a.only or (*RIVALS, *OURS)).items():
                 small = cut(whole, pictures, arm)
                 for many in a.tune if arm.steps > 1 else (0, *a.tune):  # what is cut in steps is cut while it is tuned
-                    network = tuned(small, whole, pictures, arm, mirror, many, seed) if many else small
+                    network = tuned(small, whole, pictures, arm, r.mirror, many, r.seed) if many else small
                     left = macs(anatomy(network), whole.config.tokens) / macs(anatomy(whole), whole.config.tokens)
-                    found = recognize(running(network), *test)
-                    line = told(found, dense, firsts.get(many))
+                    found = recognize(running(network), *r.test)
+                    line = told(found, r.dense, firsts.get(many))
                     print(f"{1 - left:.0%} gone: {name:28s} {f'tuned on {many}' if many else 'cut'} {line}", flush=True)
                     firsts.setdefault(many, found)
 

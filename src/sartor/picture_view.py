@@ -83,8 +83,8 @@ class View:
     def decided(self) -> dict[str, Any]:
         """What `view_again` needs, for JSON."""
         c = self.costs
-        told: dict[str, Any] = {"side": self.side, "limit": None if c.limit == float("inf") else c.limit}
-        told["sides"] = self.sides
+        limit = None if c.limit == float("inf") else c.limit
+        told: dict[str, Any] = {"side": self.side, "sides": self.sides, "limit": limit}
         if isinstance(c, MapCosts):
             return told | {"prices": c.prices, "curves": c.curves}
         told["four"] = c.four.damage if c.four else None

@@ -154,10 +154,10 @@ def _parts(layers: Mapping[str, Ids], units: list[int]) -> dict[str, Part]:
 
 def ends_of(graph: Graph, groups: Iterable[Group]) -> dict[str, Branch]:
     """{name of a group: the residual block that goes when none of its units stays}: they lie inside, and are all that its last layer reads."""
-    found = {}
+    found, every = {}, branches(graph)  # a forward pass tells their shapes
     for group in groups:
         layers = {*group.rows, *group.columns}
-        for branch in branches(graph):
+        for branch in every:
             part = group.columns.get(branch.last)
             if layers <= branch.inside and part is not None and len(part.at) == _inputs(graph.layers[branch.last]):
                 found[group.name] = branch

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sartor.carving import keep_of
 from sartor.model.graph import Graph
-from sartor.model.graph_channels import channel_groups, ends_of
+from sartor.model.graph_channels import Group, channel_groups, gone_branches
 from sartor.model.network import Anatomy
 from sartor.plan import LayerPlan, Plan
 
@@ -46,17 +47,15 @@ def layer_rows(plan: Plan, a: Anatomy) -> list[dict[str, Any]]:
 
 def map_rows(plan: Plan, whole: Graph) -> list[dict[str, Any]]:
     """One row a group of channels of a convolutional network; nothing is kept of those that lie in a residual block which went as a whole."""
-    groups = channel_groups(whole)
-    ends = ends_of(whole, groups)
-    pairs = list(zip(groups, plan.layers, strict=True))
-    went = [ends[group.name].inside for group, layer in pairs if group.name in ends and not layer.kept_channels()]
-    kept = [
-        0 if any({*group.rows, *group.columns} <= inside for inside in went) else len(layer.kept_channels())
-        for group, layer in pairs
-    ]
+    went = gone_branches(whole, keep_of(whole, plan.layers))
+
+    def kept(group: Group, layer: LayerPlan) -> int:
+        inside = any({*group.rows, *group.columns} <= branch.inside for branch in went)
+        return 0 if inside else len(layer.kept_channels())
+
     return [
-        {"name": group.name, "channels": group.units, "channels_kept": left} | _told(layer)
-        for (group, layer), left in zip(pairs, kept, strict=True)
+        {"name": group.name, "channels": group.units, "channels_kept": kept(group, layer)} | _told(layer)
+        for group, layer in zip(channel_groups(whole), plan.layers, strict=True)
     ]
 
 

@@ -116,9 +116,12 @@ def curve_of(sums: Sequence[float], depths: Callable[[int], Sequence[int]], cost
 
 def depths(units: int) -> list[int]:
     """How many units go: of many at least one and never all."""
-    if units <= FEW:
-        return list(range(1, units + 1))
-    return sorted({min(max(1, round(share * units)), units - 1) for share in (MODERATE, DEEP)})
+    return list(range(1, units + 1)) if units <= FEW else not_all(units)
+
+
+def not_all(units: int) -> list[int]:
+    """The moderate and the deep cut of so many units: at least one of them, and never all."""
+    return sorted({min(max(1, round(share * units)), units - 1) for share in (MODERATE, DEEP)} - {0})
 
 
 def _stays(units: Units, a: Anatomy, n: int, kind: str, gone: int) -> list[int]:
@@ -163,15 +166,22 @@ def refitted(layer: nn.Linear, moments: Float[Tensor, "f f"], stays: Sequence[in
 @contextmanager
 def narrowed(layer: nn.Linear, moments: Float[Tensor, "f f"], stays: Sequence[int]) -> Iterator[None]:
     """The matrix reads these inputs alone while the body runs, fitted to what it said."""
-    before = layer.weight, layer.bias
     weight, bias = refitted(layer, moments, stays)
     paging.let_go(moments, layer.weight.data)  # it is out of its layer, which would have
     wide = torch.zeros_like(layer.weight)
     wide[:, list(stays)] = weight.to(wide.dtype)
+    with holding(layer, wide, bias):
+        yield
+
+
+@contextmanager
+def holding(layer: Any, weight: Tensor, bias: Tensor | None) -> Iterator[None]:
+    """The layer has these weights while the body runs, and this bias where there is one."""
+    before = layer.weight, layer.bias
     try:
-        layer.weight = nn.Parameter(wide, requires_grad=False)
+        layer.weight = nn.Parameter(weight.to(before[0].dtype), requires_grad=False)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.to(wide.dtype), requires_grad=False)
+            layer.bias = nn.Parameter(bias.to(before[0].dtype), requires_grad=False)
         yield
     finally:
         layer.weight, layer.bias = before

@@ -19,21 +19,18 @@ from torch import Tensor, nn
 from sartor.model.graph import Graph, macs
 from sartor.model.graph_channels import Group, channel_groups, ends_of
 from sartor.numerics.compensate import refit, strength
-from sartor.stages.curves import DEEP, MODERATE, Curves, curve_of
+from sartor.stages.curves import Curves, curve_of, holding, not_all
 from sartor.stages.maps import Pixels, blocks_of, ladder_of, reading, summed_blocks
 from sartor.stages.probe import Effects
 from sartor.stages.recognition import kl_of, said_of
 from sartor.stages.refit import CHUNK, PLACES, unfolded
 
 CUTS = 3  # of a group, at most
-WORK, FEWEST = (
-    2 * 10**13,
-    8,
-)  # multiplications that judging may take in all, and pictures that judge at least: minutes on two cores
+WORK = 2 * 10**13  # multiplications that judging may take in all: minutes on two cores
+FEWEST = 8  # pictures that judge, at least
 ROOM = 1 << 31  # bytes that the moments of all layers may take
-Moments = tuple[
-    tuple[Tensor, Tensor], tuple[Tensor, Tensor]
-]  # (covariance, mean) of what a layer reads, over either half of the pictures
+Moment = tuple[Tensor, Tensor]  # (covariance, mean) of what a layer reads
+Moments = tuple[Moment, Moment]  # over either half of the pictures
 
 
 @torch.no_grad()
@@ -53,7 +50,7 @@ def measured_map_curves(
     groups = channel_groups(graph)
     judged = judged[: max(FEWEST, WORK // (CUTS * len(groups) * sum(macs(graph).values()) + 1))]
     said = said_of(graph, judged)
-    ends, moments = ends_of(graph, groups), moments_of_maps(graph, own)
+    ends, moments = ends_of(graph, groups), _moments(graph, groups, own)
     found = Curves()
     for n, (group, blocks, worth) in enumerate(zip(groups, *blocks_of(effects), strict=True)):
         if n in fixed or not set(group.columns) <= set(moments):
@@ -63,46 +60,41 @@ def measured_map_curves(
             keep = torch.zeros(group.units, dtype=torch.bool)
             for block in blocks[gone:]:
                 keep[block] = True
-            with reading_less(graph, group, keep, moments):
+            with _reading_less(graph, group, keep, moments):
                 return kl_of(graph, judged, said)
 
-        deep = _depths_and_all if group.name in ends else _depths
+        deep = _with_all if group.name in ends else not_all
         if points := curve_of(summed_blocks(np.asarray(worth)), deep, cost):
             found[ladder_of(n)] = points
         tell((n + 1) / len(groups), f"group {n + 1} of {len(groups)}: what fewer channels cost")
     return found
 
 
-def _depths(blocks: int) -> list[int]:
-    """How many blocks go: never all."""
-    return sorted({min(max(1, round(share * blocks)), blocks - 1) for share in (MODERATE, DEEP)} - {0})
+def _with_all(blocks: int) -> list[int]:
+    return [*not_all(blocks), blocks]
 
 
-def _depths_and_all(blocks: int) -> list[int]:
-    return [*_depths(blocks), blocks] if blocks else []
-
-
-def moments_of_maps(graph: Graph, pixels: Pixels) -> dict[str, Moments]:
+def _moments(graph: Graph, groups: Sequence[Group], pixels: Pixels) -> dict[str, Moments]:
     """What every layer reads that mixes channels of any group, at some places of every picture; as many layers as there is ROOM for, the narrowest first."""
-    read_by = {name for group in channel_groups(graph) for name in group.columns}
+    read_by = {name for group in groups for name in group.columns}
     layers: dict[str, Any] = dict(graph.layers.items())
     wide = {name: layers[name].weight[0].numel() for name in layers if name in read_by}
     room, wanted = ROOM, list[str]()
     for name in sorted(wide, key=lambda name: wide[name]):
         room -= 2 * 4 * wide[name] ** 2
         wanted += [name] if room >= 0 else []
-    halves: dict[str, list[Half]] = {name: [Half(), Half()] for name in wanted}
+    halves = {name: (_Half(), _Half()) for name in wanted}
     generator = torch.Generator().manual_seed(0)
     for n, part in enumerate(pixels.split(CHUNK)):
         with reading(graph) as read:
             graph(part)
         for name in [name for name in read if name in halves]:
             halves[name][n % 2].add(_inputs(graph.layers[name], read[name].float(), generator))
-    return {name: (one.moments(), other.moments()) for name, (one, other) in halves.items()}
+    return {name: (one.moment(), other.moment()) for name, (one, other) in halves.items()}
 
 
 @dataclass
-class Half:
+class _Half:
     """Sums of what a layer reads, over one half of the pictures."""
 
     squares: Any = 0.0
@@ -112,7 +104,7 @@ class Half:
     def add(self, z: Float[Tensor, "f s"]) -> None:
         self.squares, self.sums, self.count = self.squares + z @ z.T, self.sums + z.sum(1), self.count + z.shape[1]
 
-    def moments(self) -> tuple[Float[Tensor, "f f"], Float[Tensor, " f"]]:
+    def moment(self) -> Moment:
         """(covariance, mean); of nothing, where there was one part of pictures only, nothing."""
         if not self.count:
             return torch.zeros(0, 0), torch.zeros(0)
@@ -128,7 +120,7 @@ def _inputs(layer: Any, x: Tensor, generator: torch.Generator) -> Float[Tensor, 
 
 
 @contextmanager
-def reading_less(
+def _reading_less(
     graph: Graph, group: Group, keep: Bool[Tensor, " units"], moments: Mapping[str, Moments]
 ) -> Iterator[None]:
     """Layers read these units of a group alone while the body runs, each fitted to what it said."""
@@ -145,7 +137,6 @@ def reading_less(
 @contextmanager
 def _fitted(layer: Any, moments: Moments, stays: Bool[Tensor, " i"]) -> Iterator[None]:
     """The layer reads these inputs alone; the damping is the one that says most of the half that it was not fitted on, and the bias takes all of the mean."""
-    before = layer.weight, layer.bias
     w = layer.weight.detach().flatten(1).float()
     seen = [(c, mean) for c, mean in moments if len(c)]
     both, mean = (sum(x) / len(seen) for x in zip(*seen, strict=True))
@@ -155,9 +146,5 @@ def _fitted(layer: Any, moments: Moments, stays: Bool[Tensor, " i"]) -> Iterator
         lam = strength(w[:, stays], pairs[0], pairs[-1])
         wide[:, stays] = refit(w[:, stays], (w @ both)[:, stays], both[stays][:, stays], lam)
     bias = layer.bias.detach().float() + (w - wide) @ mean
-    try:
-        layer.weight = nn.Parameter(wide.reshape(before[0].shape).to(before[0].dtype), requires_grad=False)
-        layer.bias = nn.Parameter(bias.to(before[1].dtype), requires_grad=False)
+    with holding(layer, wide.reshape(layer.weight.shape), bias):
         yield
-    finally:
-        layer.weight, layer.bias = before
